@@ -1,0 +1,8 @@
+"""Data: where examples come from, what is done to them, and how they reach the devices in an order that is a pure
+function of (seed, step)."""
+
+from effnetlib.data.fetch import fetch
+from effnetlib.data.loader import eval_batches, train_batches
+from effnetlib.data.sources import DataInfo, Split, cache_folder, describe, load
+
+__all__ = ["DataInfo", "Split", "cache_folder", "describe", "eval_batches", "fetch", "load", "train_batches"]

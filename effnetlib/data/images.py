@@ -1,0 +1,117 @@
+"""What is done to one image: decoding, cropping, resizing, augmentation (numpy, on the host), and normalisation.
+
+Source: section 6 of the reference semantics; tensorflow/tpu, models/official/efficientnet/preprocessing.py.
+"""
+
+import io
+import math
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from effnetlib.errors import EffnetlibError
+
+AUGMENTATIONS = ("inception", "shift_flip", "shift", "none")
+
+MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+CROP_PADDING = 32
+
+# Parallelism is over images; a pool inside each of them only makes the threads wait for one another.
+cv2.setNumThreads(1)
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """uint8 ``[..., 3]`` to float32 with ImageNet's mean and standard deviation, on the device."""
+    return (images.astype(jnp.float32) - jnp.array(MEAN_RGB)) / jnp.array(STDDEV_RGB)
+
+
+def decode(encoded: bytes, name: str) -> np.ndarray:
+    """A JPEG (or any format that Pillow knows) as uint8 ``[height, width, 3]``; EXIF orientation is not applied."""
+    try:
+        return simplejpeg.decode_jpeg(encoded, "RGB")
+    except ValueError:
+        pass  # not a JPEG, or one of the few (CMYK, damaged tail) that the strict decoder refuses
+    try:
+        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except OSError as error:
+        raise EffnetlibError(f"{name} is not a readable image ({error})") from None
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic, without antialiasing, to ``[size, size, 3]``."""
+    if image.shape[:2] == (size, size):
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def eval_image(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
+    """For "inception", the centre square of ``size / (size + 32)`` of the shorter side; else the whole image."""
+    if augmentation == "inception":
+        side = int(size / (size + CROP_PADDING) * min(image.shape[:2]))
+        top, left = (image.shape[0] - side + 1) // 2, (image.shape[1] - side + 1) // 2
+        image = image[top : top + side, left : left + side]
+    return resize(image, size)
+
+
+def train_image(image: np.ndarray, size: int, augmentation: str, rng: np.random.Generator) -> np.ndarray:
+    """One augmented training image, ``[size, size, 3]`` uint8, a pure function of its arguments."""
+    if augmentation == "inception":
+        crop = random_crop(*image.shape[:2], rng)
+        if crop is None:
+            image = eval_image(image, size, augmentation)
+        else:
+            top, left, height, width = crop
+            image = resize(image[top : top + height, left : left + width], size)
+    else:
+        image = resize(image, size)
+    if augmentation.startswith("shift"):
+        pad = size // 8
+        top, left = rng.integers(0, 2 * pad + 1, 2)
+        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))[top : top + size, left : left + size]
+    if augmentation in ("inception", "shift_flip") and rng.random() < 0.5:
+        image = image[:, ::-1]
+    return image
+
+
+def random_crop(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    min_covered: float = 0.1,
+    attempts: int = 10,
+) -> tuple[int, int, int, int] | None:
+    """(top, left, height, width) by the rule of tf.image.sample_distorted_bounding_box over the whole image.
+
+    An attempt draws the aspect ratio uniformly, then the height uniformly between those that give the least and the
+    most area, then the place; it fails if the crop covers less than `min_covered` of the image. None where every
+    attempt failed or the crop is the whole image: the caller then takes the centre crop, as the reference does.
+    """
+    smallest, largest = area[0] * height * width, area[1] * height * width
+    for _ in range(attempts):
+        ratio = rng.uniform(*aspect)
+        low, high = round(math.sqrt(smallest / ratio)), round(math.sqrt(largest / ratio))
+        if round(high * ratio) > width:
+            high = int((width + 0.5 - 1e-7) / ratio)
+        high = min(high, height)
+        low = min(low, high)
+        crop_height = int(rng.integers(low, high + 1))
+        crop_width = round(crop_height * ratio)
+        if crop_width * crop_height < smallest:
+            crop_height += 1
+        elif crop_width * crop_height > largest:
+            crop_height -= 1
+        crop_width = round(crop_height * ratio)
+        pixels = crop_height * crop_width
+        fits = 0 < crop_height <= height and 0 < crop_width <= width and smallest <= pixels <= largest
+        if fits and pixels >= min_covered * height * width and (crop_height, crop_width) != (height, width):
+            top = int(rng.integers(0, max(height - crop_height, 1)))
+            left = int(rng.integers(0, max(width - crop_width, 1)))
+            return top, left, crop_height, crop_width
+    return None

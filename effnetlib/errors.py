@@ -1,0 +1,21 @@
+"""The one exception for bad input: a sentence that says what is wrong, where, and the nearest valid choice."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class EffnetlibError(ValueError):
+    """Bad input. The command line prints its sentence without a traceback."""
+
+
+def did_you_mean(name: object, choices: Iterable[str]) -> str:
+    """A clause naming the choice nearest to `name`, or all of them where none is near.
+
+    >>> did_you_mean("rmsprob", ["rmsprop", "lars"])
+    'did you mean rmsprop?'
+    >>> did_you_mean("x", ["rmsprop", "lars"])
+    'choose one of rmsprop, lars'
+    """
+    choices = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(name), choices, n=1)
+    return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(choices)}"

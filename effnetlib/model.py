@@ -1,0 +1,228 @@
+"""EfficientNet B0-B7 (and a nano variant for laptops) in flax.nnx, to the reference's constants.
+
+Source: arXiv 1905.11946; tensorflow/tpu, models/official/efficientnet/efficientnet_builder.py and
+efficientnet_model.py. Layout is [batch, height, width, channels] throughout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from effnetlib.depthwise import depthwise_conv
+from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.norm import GroupedBatchNorm
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compound scaling of the B0 baseline: width and depth coefficients, resolution in pixels, dropout rate."""
+
+    width: float
+    depth: float
+    resolution: int
+    dropout: float
+
+
+VARIANTS = {
+    "nano": Variant(0.25, 0.3, 32, 0.1),
+    "b0": Variant(1.0, 1.0, 224, 0.2),
+    "b1": Variant(1.0, 1.1, 240, 0.2),
+    "b2": Variant(1.1, 1.2, 260, 0.3),
+    "b3": Variant(1.2, 1.4, 300, 0.3),
+    "b4": Variant(1.4, 1.8, 380, 0.4),
+    "b5": Variant(1.6, 2.2, 456, 0.4),
+    "b6": Variant(1.8, 2.6, 528, 0.5),
+    "b7": Variant(2.0, 3.1, 600, 0.5),
+}
+
+# The B0 stages: repeats, kernel, stride, expansion, output filters. The stem gives 32 filters, the head 1280.
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM_FILTERS, HEAD_FILTERS = 32, 1280
+SE_RATIO = 0.25
+
+
+def variant(name: str) -> Variant:
+    """The scaling of a variant by name; an unknown name is an EffnetlibError."""
+    if name not in VARIANTS:
+        raise EffnetlibError(f"there is no EfficientNet variant {name!r}: {did_you_mean(name, VARIANTS)}")
+    return VARIANTS[name]
+
+
+def round_filters(filters: int, width: float) -> int:
+    """Scales `filters` by `width` to a multiple of 8, at least 8 and never below 90 % of the exact value."""
+    exact = filters * width
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
+
+
+def round_repeats(repeats: int, depth: float) -> int:
+    """Scales the number of blocks in a stage, rounding up."""
+    return math.ceil(depth * repeats)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """One MBConv block: its filters after rounding, and the rate at which stochastic depth drops it."""
+
+    kernel: int
+    stride: int
+    expansion: int
+    in_filters: int
+    out_filters: int
+    drop_path: float
+
+
+def block_specs(name: str, drop_path: float = 0.2) -> list[BlockSpec]:
+    """The blocks of a variant. Block i of N is dropped at the rate ``drop_path * i / N`` (the first one never)."""
+    scale = variant(name)
+    shapes = []
+    filters = round_filters(STEM_FILTERS, scale.width)
+    for repeats, kernel, stride, expansion, out in STAGES:
+        out = round_filters(out, scale.width)
+        for repeat in range(round_repeats(repeats, scale.depth)):
+            shapes.append((kernel, stride if repeat == 0 else 1, expansion, filters, out))
+            filters = out
+    return [BlockSpec(*shape, drop_path=drop_path * i / len(shapes)) for i, shape in enumerate(shapes)]
+
+
+# Every convolution: N(0, sqrt(2 / fan_out)), not truncated, no bias. The classifier's range comes from the *output*.
+_conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_dense_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+
+
+def _pointwise(in_filters, out_filters, dtype, rngs, use_bias=False):
+    """A 1x1 convolution, as the matrix product that it is."""
+    return nnx.Linear(in_filters, out_filters, use_bias=use_bias, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
+
+
+def _drop(x, rate, key, shape):
+    """Zeroes entries of a mask of `shape` (broadcast to x) at `rate` and divides by the survival, as dropout does."""
+    if rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class SqueezeExcite(nnx.Module):
+    """Channel gate: spatial mean, 1x1 to `reduced`, swish, 1x1 back, sigmoid. Both 1x1 have a bias."""
+
+    def __init__(self, filters, reduced, *, dtype, rngs):
+        self.reduce = _pointwise(filters, reduced, dtype, rngs, use_bias=True)
+        self.expand = _pointwise(reduced, filters, dtype, rngs, use_bias=True)
+
+    def __call__(self, x):
+        squeezed = x.mean((1, 2), keepdims=True, dtype=jnp.float32)
+        return x * jax.nn.sigmoid(self.expand(jax.nn.swish(self.reduce(squeezed))))
+
+
+class MBConv(nnx.Module):
+    """Inverted bottleneck: expand 1x1, depthwise k x k, squeeze-and-excite, project 1x1, skip with drop path."""
+
+    def __init__(self, spec: BlockSpec, *, dtype, norm, rngs):
+        filters = spec.in_filters * spec.expansion
+        self.spec = spec
+        self.dtype = dtype
+        if spec.expansion != 1:
+            self.expand = _pointwise(spec.in_filters, filters, dtype, rngs)
+            self.expand_norm = norm(filters, rngs=rngs)
+        # (k, k, 1, C) has fan_out k * k * C for JAX's initialiser; the reference's depthwise fan_out is k * k.
+        depthwise_init = jax.nn.initializers.normal(math.sqrt(2.0 / spec.kernel**2))
+        self.depthwise = nnx.Param(depthwise_init(rngs.params(), (spec.kernel, spec.kernel, 1, filters)))
+        self.depthwise_norm = norm(filters, rngs=rngs)
+        # The squeeze is measured from the block's input, not from the expanded filters.
+        self.se = SqueezeExcite(filters, max(1, int(spec.in_filters * SE_RATIO)), dtype=dtype, rngs=rngs)
+        self.project = _pointwise(filters, spec.out_filters, dtype, rngs)
+        self.project_norm = norm(spec.out_filters, rngs=rngs)
+
+    def __call__(self, x, *, train, key):
+        y = x
+        if self.spec.expansion != 1:
+            y = jax.nn.swish(self.expand_norm(self.expand(y), train=train).astype(self.dtype))
+        y = depthwise_conv(y, self.depthwise[...].astype(self.dtype), self.spec.stride)
+        y = jax.nn.swish(self.depthwise_norm(y, train=train).astype(self.dtype))
+        y = self.project_norm(self.project(self.se(y)), train=train).astype(self.dtype)
+        if self.spec.stride == 1 and self.spec.in_filters == self.spec.out_filters:
+            if train:
+                y = _drop(y, self.spec.drop_path, key, (len(y), 1, 1, 1))
+            y = y + x
+        return y
+
+
+class EfficientNet(nnx.Module):
+    """EfficientNet with grouped batch norm.
+
+    Args:
+      variant: "b0" to "b7", or "nano".
+      num_classes: size of the logits.
+      num_groups: batch-norm groups in training (see `GroupedBatchNorm`).
+      dtype: dtype of the convolutions; parameters, batch norm, pooling and the classifier stay float32.
+      dropout: rate before the classifier; None is the variant's own.
+      drop_path: rate of stochastic depth at (beyond) the last block.
+      batch_norm_momentum: see `GroupedBatchNorm`.
+      rngs: initialises the parameters; `nnx.Rngs(0)` when not given.
+
+    ``model(images)`` takes normalised ``[batch, height, width, 3]`` and returns float32 logits ``[batch, num_classes]``.
+    ``model(images, train=True, key=key)`` drops units and paths by `key` and updates the batch statistics in place.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        num_classes: int = 1000,
+        *,
+        num_groups: int = 1,
+        dtype=jnp.bfloat16,
+        dropout: float | None = None,
+        drop_path: float = 0.2,
+        batch_norm_momentum: float = 0.99,
+        rngs: nnx.Rngs | None = None,
+    ):
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        scale = _variant(variant)
+
+        def norm(filters, *, rngs):
+            return GroupedBatchNorm(filters, num_groups=num_groups, momentum=batch_norm_momentum, rngs=rngs)
+
+        specs = block_specs(variant, drop_path)
+        stem, head = round_filters(STEM_FILTERS, scale.width), round_filters(HEAD_FILTERS, scale.width)
+        self.dtype = dtype
+        self.dropout = scale.dropout if dropout is None else dropout
+        self.stem = nnx.Conv(
+            3, stem, (3, 3), strides=2, padding="SAME", use_bias=False, dtype=dtype, kernel_init=_conv_init, rngs=rngs
+        )
+        self.stem_norm = norm(stem, rngs=rngs)
+        self.blocks = nnx.data([MBConv(spec, dtype=dtype, norm=norm, rngs=rngs) for spec in specs])
+        self.head = _pointwise(specs[-1].out_filters, head, dtype, rngs)
+        self.head_norm = norm(head, rngs=rngs)
+        self.classifier = nnx.Linear(head, num_classes, kernel_init=_dense_init, rngs=rngs)
+
+    def __call__(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> jax.Array:
+        x = self.stem(images.astype(self.dtype))
+        x = jax.nn.swish(self.stem_norm(x, train=train).astype(self.dtype))
+        for i, block in enumerate(self.blocks):
+            x = block(x, train=train, key=jax.random.fold_in(key, i) if train else None)
+        x = jax.nn.swish(self.head_norm(self.head(x), train=train).astype(self.dtype))
+        x = x.mean((1, 2), dtype=jnp.float32)
+        if train:
+            x = _drop(x, self.dropout, jax.random.fold_in(key, len(self.blocks)), x.shape)
+        return self.classifier(x)
+
+
+_variant = variant  # the constructor's argument has the same name
+
+
+def count_params(name: str, num_classes: int = 1000) -> int:
+    """Trainable parameters of a variant, from shapes alone (nothing is allocated)."""
+    model = nnx.eval_shape(lambda: EfficientNet(name, num_classes))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -1,0 +1,352 @@
+"""Recipe: every setting that can change a result, validated at construction; and the named ones, the presets."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Mapping
+
+from effnetlib.data.images import AUGMENTATIONS
+from effnetlib.data.sources import DataInfo, describe
+from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.model import VARIANTS
+from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
+
+CHOICES = {
+    "variant": tuple(VARIANTS),
+    "augmentation": AUGMENTATIONS,
+    "optimizer": ("lars", "rmsprop"),
+    "decay": ("polynomial", "exponential"),
+    "precision": ("bfloat16", "float32"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
+
+    Attributes:
+      dataset: digits, cifar10, fashion_mnist, imagenet, or a folder `split/class/*.jpg` (a path, or a name under the
+        cache folder; see `effnetlib.data`).
+      variant: b0 to b7, or nano.
+      image_size: pixels a side; None is the variant's own resolution.
+      augmentation: "inception" (random-resized crop and flip; evaluation on the centre crop), "shift_flip" and "shift"
+        (random shift by up to an eighth, with or without flip; evaluation on the whole image) or "none".
+      global_batch_size: training examples a step, over all devices.
+      batch_norm_batch_size: examples that share batch-norm statistics; divides the global batch.
+      batch_norm_momentum: share of the running statistics kept a step. 0.99 is the reference's and needs hundreds of
+        steps; runs of few steps want less.
+      epochs: passes over the training set (350 in the paper).
+      eval_every_epochs: epochs between evaluations; the last step is always evaluated.
+      optimizer: "lars" or "rmsprop" (TensorFlow's semantics).
+      lr_per_256: learning rate for 256 examples; scaled linearly with the global batch.
+      decay: "polynomial" or "exponential".
+      warmup_epochs: epochs of linear warm-up from zero.
+      end_lr: polynomial decay's last learning rate, absolute (0.1 in the reference).
+      decay_power: polynomial decay's power (2 in the reference).
+      decay_rate: exponential decay's factor a stair (0.97).
+      decay_epochs: exponential decay's epochs a stair (2.4).
+      momentum: of either optimizer.
+      rmsprop_decay: decay of RMSProp's accumulator.
+      rmsprop_eps: epsilon inside RMSProp's root.
+      lars_trust_coefficient: LARS's eta.
+      lars_weight_decay: weight decay inside LARS, on kernels only.
+      lars_eps: epsilon in the divisor of the trust ratio.
+      loss_weight_decay: coefficient of ``sum(|v|^2 / 2)`` in the loss, over all but batch norm's gamma and beta. The
+        released code has it on under LARS too (kernels are then decayed twice); 0 turns it off.
+      label_smoothing: share of the target spread over all classes.
+      dropout: rate before the classifier; None is the variant's own.
+      drop_path: rate of stochastic depth at the last block.
+      ema_decay: upper bound of the moving average's decay, over parameters and batch statistics.
+      precision: dtype of the convolutions, "bfloat16" or "float32"; all else is float32.
+      seed: of initialisation, order, augmentation, dropout and stochastic depth.
+
+    Raises:
+      EffnetlibError: a value of the wrong type or out of range, or an impossible combination.
+    """
+
+    dataset: str = "imagenet"
+    variant: str = "b2"
+    image_size: int | None = None
+    augmentation: str = "inception"
+    global_batch_size: int = 32768
+    batch_norm_batch_size: int = 128
+    batch_norm_momentum: float = 0.99
+    epochs: float = 350.0
+    eval_every_epochs: float = 4.0
+    optimizer: str = "lars"
+    lr_per_256: float = 0.118
+    decay: str = "polynomial"
+    warmup_epochs: float = 50.0
+    end_lr: float = 0.1
+    decay_power: float = 2.0
+    decay_rate: float = 0.97
+    decay_epochs: float = 2.4
+    momentum: float = 0.9
+    rmsprop_decay: float = 0.9
+    rmsprop_eps: float = 1e-3
+    lars_trust_coefficient: float = 1e-3
+    lars_weight_decay: float = 1e-5
+    lars_eps: float = 0.0
+    loss_weight_decay: float = 1e-5
+    label_smoothing: float = 0.1
+    dropout: float | None = None
+    drop_path: float = 0.2
+    ema_decay: float = 0.9999
+    precision: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
+        self.validate()
+
+    @classmethod
+    def preset(cls, name: str) -> "Recipe":
+        """A recipe by name.
+
+        `b0…b7-BATCH-rmsprop|lars` is the paper's Table 2 where it has that row, and else follows the same rules;
+        `digits-`, `cifar10-` and `fashion_mnist-BATCH-rmsprop|lars` are small ones.
+        """
+        match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars)", str(name))
+        if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
+            known = [*PAPER_PRESETS, *(f"{base}-{64}-{opt}" for base in _SMALL_SETS for opt in CHOICES["optimizer"])]
+            raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, known)}")
+        base, batch, optimizer = match[1], int(match[2]), match[3]
+        rules = _paper_rules if base in _PAPER_VARIANTS else _small_rules
+        return cls(**rules(base, batch, optimizer))
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping, ignore: typing.Iterable[str] = ()) -> "Recipe":
+        """The recipe that a notebook's parameters state: `preset`, changed by every field that is not None.
+
+        A name that is neither `preset`, a field, nor in `ignore` is an EffnetlibError.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in parameters:
+            if name not in ("preset", *names, *ignore):
+                raise EffnetlibError(
+                    f"there is no parameter {name!r}: {did_you_mean(name, ['preset', *names, *ignore])}"
+                )
+        changes = {name: parameters[name] for name in names if parameters.get(name) is not None}
+        recipe = cls.preset(parameters["preset"]) if parameters.get("preset") else cls()
+        return recipe.replace(**changes)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The inverse of `to_json`; unknown fields are an EffnetlibError."""
+        return cls().replace(**json.loads(text))
+
+    def to_json(self) -> str:
+        """All fields, in order, as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def replace(self, **changes) -> "Recipe":
+        """A copy with some fields changed, validated anew."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise EffnetlibError(f"a recipe has no field {name!r}: {did_you_mean(name, names)}")
+        return dataclasses.replace(self, **changes)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Twelve hex digits of the SHA-256 of the fields in sorted order: the same in any process and version."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    # Derived values. Those that count examples read the data set's size: constants for the known sets, a listing for a
+    # folder.
+
+    @functools.cached_property
+    def data(self) -> DataInfo:
+        """Sizes of the data set: training and evaluation examples, classes."""
+        return describe(self.dataset)
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side that the model sees."""
+        return self.image_size or VARIANTS[self.variant].resolution
+
+    @property
+    def num_groups(self) -> int:
+        """Batch-norm groups: `global_batch_size / batch_norm_batch_size`."""
+        return self.global_batch_size // self.batch_norm_batch_size
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr_per_256 * global_batch_size / 256`, the linear scaling rule."""
+        return scaled_lr(self.lr_per_256, self.global_batch_size)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Training examples / global batch: a fraction, as in the reference (no example is ever dropped)."""
+        return self.data.train_examples / self.global_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """`int(epochs * steps_per_epoch)`, at least 1."""
+        return max(1, int(self.epochs * self.steps_per_epoch))
+
+    @property
+    def warmup_steps(self) -> int:
+        """`int(warmup_epochs * steps_per_epoch)`."""
+        return int(self.warmup_epochs * self.steps_per_epoch)
+
+    @property
+    def eval_steps(self) -> tuple[int, ...]:
+        """The steps after which to evaluate: the last one, and every `eval_every_epochs` before it."""
+        interval = self.eval_every_epochs * self.steps_per_epoch
+        steps = {max(1, int(interval * k)) for k in range(1, int(self.total_steps / interval) + 1)}
+        return tuple(sorted(steps | {self.total_steps}))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning rate as a function of the step."""
+        if self.decay == "polynomial":
+            return warmup_polynomial_decay(
+                self.peak_lr, self.warmup_steps, self.total_steps, self.decay_power, self.end_lr
+            )
+        decay_steps = self.decay_epochs * self.steps_per_epoch
+        return warmup_exponential_decay(self.peak_lr, self.warmup_steps, self.decay_rate, decay_steps)
+
+    def validate(self, num_devices: int | None = None) -> None:
+        """Raises EffnetlibError, in one sentence, on the first thing that is wrong.
+
+        Construction calls it without `num_devices`, for a recipe belongs to no hardware; `train` and `make_mesh` call
+        it with the devices that there are, before anything is compiled or written.
+        """
+
+        def require(condition, sentence):
+            if not condition:
+                raise EffnetlibError(sentence)
+
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            require(value in choices, f"{name} {value!r} is unknown: {did_you_mean(value, choices)}")
+        for name in ("global_batch_size", "batch_norm_batch_size", "epochs", "eval_every_epochs", "lr_per_256",
+                     "decay_epochs", "decay_power", "rmsprop_eps", "lars_trust_coefficient", "image_size"):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be above 0, and is {value}")
+        for name in ("warmup_epochs", "end_lr", "lars_weight_decay", "loss_weight_decay", "lars_eps", "seed"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}")
+        for name in ("batch_norm_momentum", "momentum", "rmsprop_decay", "label_smoothing", "dropout", "drop_path",
+                     "ema_decay"):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 1, f"{name} must be at least 0 and below 1, and is {value}")
+        require(0 < self.decay_rate <= 1, f"decay_rate must be above 0 and at most 1, and is {self.decay_rate}")
+        require(self.seed < 2**32, f"seed must be below 2**32, and is {self.seed}")
+        batch, group = self.global_batch_size, self.batch_norm_batch_size
+        require(
+            batch % group == 0,
+            f"global_batch_size {batch} does not divide into batch-norm groups of {group}: the nearest "
+            f"batch_norm_batch_size that fits is {_nearest_divisor(batch, group)}",
+        )
+        require(
+            self.warmup_epochs < self.epochs,
+            f"warmup_epochs {self.warmup_epochs:g} must be shorter than the run of {self.epochs:g} epochs",
+        )
+        require(
+            self.decay != "polynomial" or self.end_lr <= self.peak_lr,
+            f"end_lr {self.end_lr:g} is above the peak learning rate {self.peak_lr:g} "
+            f"(lr_per_256 {self.lr_per_256:g} x {batch} / 256)",
+        )
+        if num_devices is not None:
+            require(
+                batch % num_devices == 0,
+                f"global_batch_size {batch} does not divide over {num_devices} devices: use a multiple of it",
+            )
+            fits = self.num_groups % num_devices == 0 or num_devices % self.num_groups == 0
+            require(
+                fits,
+                f"{self.num_groups} batch-norm groups do not fit {num_devices} devices (one number must divide the "
+                f"other): try batch_norm_batch_size {_nearest_fitting_group(batch, group, num_devices)}",
+            )
+
+
+_HINTS = typing.get_type_hints(Recipe)
+
+
+def _typed(name: str, value):
+    """`value` as the field's type, integers allowed for floats; anything else is an EffnetlibError."""
+    kinds = typing.get_args(_HINTS[name]) or (_HINTS[name],)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
+    if type(value) is float and value != value:
+        raise EffnetlibError(f"{name} must be a number, and is nan")
+    return value
+
+
+def _nearest_divisor(number: int, target: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - target))
+
+
+def _nearest_fitting_group(batch: int, target: int, num_devices: int) -> int:
+    def fits(group):
+        groups = batch // group
+        return batch % group == 0 and (groups % num_devices == 0 or num_devices % groups == 0)
+
+    return min((d for d in range(1, batch + 1) if fits(d)), key=lambda d: abs(d - target))
+
+
+# Presets. Table 2 of the paper, as rules: RMSProp at 0.016 per 256 with exponential decay; LARS at a peak of 15.104 up
+# to a batch of 32,768 and of 20.736 beyond, with polynomial decay.
+
+_PAPER_VARIANTS = tuple(name for name in VARIANTS if name != "nano")
+PAPER_PRESETS = tuple(
+    f"{variant}-{rest}"
+    for variant, largest in (("b2", ()), ("b5", ("65536-lars",)))
+    for rest in ("4096-rmsprop", "8192-rmsprop", "16384-rmsprop", "16384-lars", "32768-lars", *largest)
+)
+
+
+def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
+    shared = dict(dataset="imagenet", variant=variant, global_batch_size=batch, optimizer=optimizer)
+    if optimizer == "lars":
+        # batch_norm_batch_size 128 is the default of the released LARS path; the paper's own setting is unknown.
+        largest = batch > 32768
+        return shared | dict(
+            batch_norm_batch_size=min(128, batch),
+            lr_per_256=(0.081 * 65536 if largest else 0.118 * 32768) / batch,
+            decay="polynomial",
+            warmup_epochs=43.0 if largest else 50.0,
+        )
+    # The released RMSProp path: one replica a group up to 8 replicas, else an eighth of them but at least 8; with the
+    # paper's 32 examples a replica.
+    replicas = max(1, batch // 32)
+    group = batch // replicas * (1 if replicas <= 8 else max(8, replicas // 8))
+    return shared | dict(
+        batch_norm_batch_size=_nearest_divisor(batch, group), lr_per_256=0.016, decay="exponential", warmup_epochs=5.0
+    )
+
+
+# Epochs of the small sets, and their augmentation. A digit that is flipped is another sign.
+_SMALL_SETS = {"digits": (16.0, "shift"), "cifar10": (30.0, "shift_flip"), "fashion_mnist": (20.0, "shift_flip")}
+
+
+def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
+    epochs, augmentation = _SMALL_SETS[dataset]
+    shared = dict(
+        dataset=dataset,
+        variant="nano",
+        augmentation=augmentation,
+        global_batch_size=batch,
+        batch_norm_batch_size=_nearest_divisor(batch, 32),
+        # Hundreds of steps, not the paper's thousands: 0.99 would leave the running statistics at their start.
+        batch_norm_momentum=0.9,
+        epochs=epochs,
+        eval_every_epochs=epochs / 8,
+        optimizer=optimizer,
+        drop_path=0.0,
+        precision="float32",
+    )
+    if optimizer == "lars":
+        return shared | dict(lr_per_256=16.0, decay="polynomial", warmup_epochs=epochs / 7, end_lr=0.0)
+    # Decay spread over the run as the paper's 2.4 epochs are over 350, to the same final factor.
+    return shared | dict(
+        lr_per_256=0.016, decay="exponential", warmup_epochs=epochs / 7, decay_epochs=2.4 * epochs / 350
+    )
