@@ -1,0 +1,107 @@
+"""The device mesh: its two axes are the batch-norm groups and the members of a group.
+
+Source: section 3.4 of the paper (groups of more than 16 replicas form 2-D tiles). The tiles are those of Google's MLPerf
+v0.7 entry (resnet-research-TF-tpu-v3-8192/util/image_util.py), the nearest published code by the same people.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from effnetlib.errors import EffnetlibError
+
+AXES = ("bn_group", "bn_member")
+
+# Replicas -> the slice's (rows, columns) in chips, and replicas a group -> the tile's, for chips of two cores.
+SLICES = {
+    128: (8, 8),
+    256: (16, 8),
+    512: (16, 16),
+    1024: (32, 16),
+    2048: (32, 32),
+    4096: (32, 64),
+    8192: (32, 128),
+}
+TILES = {32: (4, 4), 64: (4, 8)}
+LARGEST_CONTIGUOUS_GROUP = 16
+
+
+def simulate_devices(count: int) -> None:
+    """Makes this process see `count` CPU devices. Call it before anything else touches jax's devices.
+
+    Raises:
+      EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # the backend has started; whether that matters is seen below
+    if jax.device_count() != count or jax.default_backend() != "cpu":
+        raise EffnetlibError(
+            f"{count} simulated devices were asked for, but jax already runs with {jax.device_count()} "
+            f"{jax.default_backend()} device(s): restart the kernel and run from the top"
+        )
+
+
+def replica_groups(num_replicas: int, group_size: int) -> np.ndarray:
+    """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
+
+    Groups are contiguous, ``arange.reshape(-1, group_size)``, up to 16 replicas. Groups of 32 or 64 on a known slice are
+    2-D tiles of the torus, with ``id = row * 2 * columns + 2 * column + core``; the cores of a tile are walked in pairs
+    of rows, there and back. Other sizes are contiguous too.
+    """
+    contiguous = np.arange(num_replicas).reshape(-1, group_size)
+    if group_size <= LARGEST_CONTIGUOUS_GROUP or group_size not in TILES or num_replicas not in SLICES:
+        return contiguous
+    _, columns = SLICES[num_replicas]
+    tile_rows, tile_columns = TILES[group_size]
+    first = [
+        row * 2 * columns + 2 * column + core
+        for row in range(tile_rows)
+        for column in (range(tile_columns) if row % 2 == 0 else reversed(range(tile_columns)))
+        for core in range(2)
+    ]
+    across = columns // tile_columns
+    tiles = np.arange(num_replicas // group_size)
+    shifts = (tiles // across * across * tile_rows + tiles % across) * 2 * tile_columns
+    return np.array(first) + shifts[:, None]
+
+
+def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh ``(bn_group, bn_member)`` over `devices` (all of them by default), with axis type Auto.
+
+    With fewer groups than devices each group spans ``devices / num_groups`` members; with more, each device holds
+    several groups and ``bn_member`` is 1. On a TPU the replica id follows the chip's place in the torus.
+
+    Raises:
+      EffnetlibError: neither number divides the other.
+    """
+    devices = jax.devices() if devices is None else devices
+    if num_groups % len(devices) and len(devices) % num_groups:
+        raise EffnetlibError(
+            f"{num_groups} batch-norm groups do not fit {len(devices)} devices: one number must divide the other"
+        )
+    replicas = sorted(devices, key=_place)
+    members = max(1, len(devices) // num_groups)
+    grid = np.empty(len(replicas), object)
+    grid[:] = replicas
+    return Mesh(grid[replica_groups(len(replicas), members)], AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _place(device: jax.Device) -> tuple:
+    if hasattr(device, "coords"):
+        return (*device.coords, getattr(device, "core_on_chip", 0))
+    return (device.process_index, device.id)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over all devices, group by group."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,184 @@
+"""Records: what happened in a run, completely, as `run.json` and `metrics.jsonl` in the run's folder."""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jax
+import pandas as pd
+
+from effnetlib.errors import EffnetlibError
+from effnetlib.recipe import Recipe
+
+SCHEMA = 1
+STATUSES = ("running", "completed", "failed", "preempted")
+
+
+def outputs_folder() -> Path:
+    """Where runs write: the environment variable EFFNETLIB_OUTPUTS; else `outputs/` of the checkout that holds the
+    working directory; else `outputs/` in the working directory."""
+    if os.environ.get("EFFNETLIB_OUTPUTS"):
+        return Path(os.environ["EFFNETLIB_OUTPUTS"]).expanduser()
+    here = Path.cwd()
+    checkout = next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here)
+    return checkout / "outputs"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file whole: a reader, or a crash, sees the old text or the new one and never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass
+class Record:
+    """One run. The fields are those of `run.json`; `metrics` are the lines of `metrics.jsonl`.
+
+    A metrics row has ``kind`` "train" (step, epoch, loss, top1, lr, images_per_second, seconds) or "eval"
+    (step, epoch, nseen; top1, top5 and loss of the raw weights, ema_top1, ema_top5 and ema_loss of their moving average;
+    seconds). ``seconds`` is the paper's clock: it starts when training and evaluation are compiled.
+    """
+
+    directory: Path
+    recipe: Recipe
+    status: str = "running"
+    environment: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    timing: dict = field(default_factory=dict)
+    result: dict = field(default_factory=dict)
+    error: str | None = None
+    metrics: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "Record":
+        """Reads a run's folder. A last metrics line that was cut off by a crash is left out.
+
+        Raises:
+          EffnetlibError: there is no readable record in the folder.
+        """
+        directory = Path(directory)
+        try:
+            run = json.loads((directory / "run.json").read_text())
+            fields = {name: run.get(name) for name in ("status", "environment", "data", "timing", "result", "error")}
+            recipe = Recipe().replace(**run["recipe"])
+        except FileNotFoundError:
+            raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise EffnetlibError(f"{directory / 'run.json'} is damaged: {error}") from None
+        metrics = []
+        if (directory / "metrics.jsonl").exists():
+            for line in (directory / "metrics.jsonl").read_text().splitlines():
+                try:
+                    metrics.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+        return cls(directory, recipe, **fields, metrics=metrics)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.directory.name
+
+    def save(self) -> None:
+        """Writes `run.json`."""
+        run = {
+            "schema": SCHEMA,
+            "status": self.status,
+            "recipe": asdict(self.recipe),
+            "recipe_hash": self.recipe.hash,
+            **{name: getattr(self, name) for name in ("environment", "data", "timing", "result")},
+        }
+        if self.error:
+            run["error"] = self.error
+        write_atomically(self.directory / "run.json", json.dumps(run, indent=2) + "\n")
+
+    def log(self, **row) -> None:
+        """Appends a row to the metrics, on disk at once."""
+        row = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        self.metrics.append(row)
+        with open(self.directory / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after `step`: what a resumed run will write again."""
+        self.metrics = [row for row in self.metrics if row["step"] <= step]
+        write_atomically(
+            self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics)
+        )
+
+    def frame(self, kind: str) -> pd.DataFrame:
+        """The "train" or "eval" rows as a table."""
+        return pd.DataFrame([row for row in self.metrics if row["kind"] == kind])
+
+    def summarize(self) -> None:
+        """Fills `result` from the evaluations. The peak is that of the moving average, which the reference evaluates."""
+        rows = [row for row in self.metrics if row["kind"] == "eval"]
+        peak, last = max(rows, key=lambda row: row["ema_top1"]), rows[-1]
+        self.result = {
+            "evaluated_weights": "ema",
+            "peak_top1": peak["ema_top1"],
+            "peak_top5": peak["ema_top5"],
+            "peak_step": peak["step"],
+            "peak_epoch": peak["epoch"],
+            "final_top1": last["ema_top1"],
+            "final_top5": last["ema_top5"],
+            "raw_peak_top1": max(row["top1"] for row in rows),
+            "raw_final_top1": last["top1"],
+            "eval_examples": last["nseen"],
+            "seconds_to_peak": peak["seconds"],
+            "images_per_second": self.timing["images"] / self.timing["train_seconds"],
+        }
+
+
+def load_records(folder: Path | str) -> list[Record]:
+    """Every record in the run folders of a folder, by name."""
+    return [Record.load(path.parent) for path in sorted(Path(folder).glob("*/run.json"))]
+
+
+def environment() -> dict:
+    """Versions, devices and the commit of the code, for a record."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "effnetlib")}
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "host": f"{platform.system()} {platform.machine()}, {_cpu_model()}, {os.cpu_count()} cores",
+        "git_commit": _git_commit(),
+    }
+
+
+@functools.cache
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown CPU"
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "+changes" where it has any; None outside one."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return None
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".")
+    return git("rev-parse", "HEAD") + ("+changes" if changed else "")

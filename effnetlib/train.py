@@ -1,0 +1,356 @@
+"""Training: the state, the step, and the loop that records, evaluates, saves and resumes."""
+
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from effnetlib import data
+from effnetlib.data.images import normalize
+from effnetlib.errors import EffnetlibError
+from effnetlib.evaluate import Evaluator
+from effnetlib.mesh import batch_sharding, make_mesh, replicated
+from effnetlib.model import EfficientNet
+from effnetlib.optim import ema_update, l2_penalty, lars, rmsprop
+from effnetlib.progress import Progress
+from effnetlib.recipe import Recipe
+from effnetlib.records import Record, environment
+
+LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """Everything that a step changes; all arrays are replicated, float32 but for `step` (int32, steps done)."""
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    ema_params: dict
+    ema_batch_stats: dict
+
+
+def build_model(recipe: Recipe, key: jax.Array) -> EfficientNet:
+    """The recipe's model, initialised from `key`."""
+    return EfficientNet(
+        recipe.variant,
+        recipe.data.num_classes,
+        num_groups=recipe.num_groups,
+        dtype=jnp.dtype(recipe.precision),
+        dropout=recipe.dropout,
+        drop_path=recipe.drop_path,
+        batch_norm_momentum=recipe.batch_norm_momentum,
+        rngs=nnx.Rngs(key),
+    )
+
+
+def build_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """The recipe's optimizer under its schedule."""
+    if recipe.optimizer == "lars":
+        return lars(
+            recipe.schedule,
+            weight_decay=recipe.lars_weight_decay,
+            momentum=recipe.momentum,
+            trust_coefficient=recipe.lars_trust_coefficient,
+            eps=recipe.lars_eps,
+        )
+    return rmsprop(recipe.schedule, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps)
+
+
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean cross-entropy (nats) against ``(1 - smoothing) * onehot + smoothing / classes``.
+
+    Args:
+      logits: float32 ``[batch, classes]``; labels: int32 ``[batch]``.
+    """
+    log_probs = jax.nn.log_softmax(logits)
+    right = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    return -jnp.mean((1.0 - smoothing) * right + smoothing * log_probs.mean(-1))
+
+
+def make_train_step(recipe: Recipe):
+    """``(init, step, graphdef)`` for a recipe; `init` and `step` are pure and not yet jitted.
+
+    ``init(key) -> TrainState`` and ``step(state, batch, key) -> (TrainState, metrics)``, where batch holds uint8
+    "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``, and key is the run's, the same at every step.
+    """
+    optimizer, schedule = build_optimizer(recipe), recipe.schedule
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0))))
+
+    def init(key):
+        _, params, batch_stats = nnx.split(build_model(recipe, key), nnx.Param, nnx.BatchStat)
+        params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+        # The averages start as copies: buffers shared with the parameters could not be donated.
+        averages = jax.tree.map(jnp.copy, (params, batch_stats))
+        return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), *averages)
+
+    def step(state, batch, key):
+        step_key = jax.random.fold_in(key, state.step)
+
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, state.batch_stats)
+            logits = model(normalize(batch["images"]), train=True, key=step_key)
+            loss = smoothed_cross_entropy(logits, batch["labels"], recipe.label_smoothing)
+            # Updates made to the merged model are lost unless they leave the differentiated function as its output.
+            batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return loss + recipe.loss_weight_decay * l2_penalty(params), (loss, logits, batch_stats)
+
+        grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        done = state.step + 1
+        ema_params, ema_batch_stats = ema_update(
+            (state.ema_params, state.ema_batch_stats), (params, batch_stats), done, recipe.ema_decay
+        )
+        metrics = {
+            "loss": loss,
+            "top1": jnp.mean(logits.argmax(-1) == batch["labels"]),
+            "lr": schedule(state.step),
+        }
+        return TrainState(done, params, batch_stats, opt_state, ema_params, ema_batch_stats), metrics
+
+    return init, step, graphdef
+
+
+def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = None) -> Record:
+    """Trains a recipe into a folder, on all devices of all processes.
+
+    Running it again resumes: from the latest checkpoint, at the step it was saved, with the same data. A finished run
+    is returned as it is.
+
+    Args:
+      recipe: what to train.
+      directory: the run's folder; made if need be.
+      eval_devices: evaluate on the first so many devices only, to measure what distributing evaluation saves. Changes
+        no result beyond rounding.
+
+    Returns:
+      The record, `completed`.
+
+    Raises:
+      EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be written or holds
+        another recipe's run. Nothing has been compiled or written then.
+      DivergedError: the loss became infinite or nan; the record is `failed` and says at which step.
+    """
+    directory = Path(directory).expanduser().absolute()
+    devices = jax.devices()
+    recipe.validate(len(devices))
+    if eval_devices is not None and not (0 < eval_devices <= len(devices)):
+        raise EffnetlibError(f"eval_devices must be from 1 to {len(devices)}, and is {eval_devices}")
+    splits = {name: data.load(recipe.dataset, name) for name in data.SPLITS}
+    record = _open_record(recipe, directory)
+    if record.status == "completed":
+        return record
+    record.environment = environment() | {"eval_devices": eval_devices or len(devices)}
+    record.data = {
+        "source": recipe.dataset,
+        "train_examples": len(splits["train"]),
+        "eval_examples": len(splits["eval"]),
+        "num_classes": len(splits["train"].class_names),
+        "fingerprints": {name: split.fingerprint for name, split in splits.items()},
+    }
+    record.status, record.error = "running", None
+    try:
+        _run(recipe, record, splits, devices[:eval_devices])
+        record.status = "completed"
+    except KeyboardInterrupt:
+        record.status = "preempted"
+        raise
+    except Exception as error:
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        _save(record)
+    return record
+
+
+def _is_main() -> bool:
+    return jax.process_index() == 0
+
+
+def _save(record: Record) -> None:
+    if _is_main():
+        record.save()
+
+
+def _open_record(recipe: Recipe, directory: Path) -> Record:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable.{jax.process_index()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise EffnetlibError(f"the run's folder {directory} cannot be written: {error.strerror}") from None
+    if not (directory / "run.json").exists():
+        return Record(directory, recipe)
+    record = Record.load(directory)
+    if record.recipe != recipe:
+        fields = [name for name, value in vars(recipe).items() if vars(record.recipe).get(name, value) != value]
+        raise EffnetlibError(
+            f"{directory} holds a run of another recipe ({', '.join(fields)} differ): choose another folder, "
+            "or delete that one"
+        )
+    return record
+
+
+def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
+    mesh = make_mesh(recipe.num_groups)
+    everywhere, sharded = replicated(mesh), batch_sharding(mesh)
+    init_key, run_key = jax.random.split(jax.random.key(recipe.seed))
+    batch, size = recipe.global_batch_size, recipe.resolution
+
+    compiling = time.perf_counter()
+    init, step, graphdef = make_train_step(recipe)
+    # Runs once, so it is not worth the compiler's time (a third of it, measured on CPU).
+    init = jax.jit(init, out_shardings=everywhere).lower(init_key).compile({"xla_backend_optimization_level": 0})
+    state = init(init_key)
+    shapes = {"images": ((batch, size, size, 3), jnp.uint8), "labels": ((batch,), jnp.int32)}
+    batch_shapes = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
+    run_key = jax.device_put(run_key, everywhere)
+    train_step = jax.jit(step, donate_argnums=0, out_shardings=everywhere).lower(state, batch_shapes, run_key).compile()
+    eval_mesh = mesh if len(eval_devices) == mesh.size else make_mesh(1, eval_devices)
+    evaluator = Evaluator(
+        graphdef, splits["eval"], batch=batch, size=size, augmentation=recipe.augmentation, mesh=eval_mesh
+    )
+    evaluator.compile((state.params, state.batch_stats))
+    compile_seconds = time.perf_counter() - compiling
+
+    with _checkpoints(record.directory) as checkpoints:
+        state, timing = _restore(checkpoints, state, everywhere)
+        start = int(state.step)
+        record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
+        if _is_main():
+            record.rewind(start)
+        _save(record)
+        batches = data.train_batches(
+            splits["train"],
+            seed=recipe.seed,
+            batch=batch,
+            size=size,
+            augmentation=recipe.augmentation,
+            sharding=sharded,
+            start=start,
+            stop=recipe.total_steps,
+        )
+        _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints)
+    record.summarize()
+
+
+def _checkpoints(directory: Path) -> ocp.CheckpointManager:
+    """The run's checkpoints. The state is replicated, so process 0 alone writes it, and each reads it for itself."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
+    )
+    folder = directory / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _restore(checkpoints: ocp.CheckpointManager, state: TrainState, sharding):
+    """The latest checkpoint's state and timing, or the given state and a clock at zero."""
+    if checkpoints.latest_step() is None:
+        names = ("compile_seconds", "train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds")
+        return state, dict.fromkeys(names, 0.0) | {"images": 0}
+    abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), vars(state))
+    restored = checkpoints.restore(
+        checkpoints.latest_step(),
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore()),
+    )
+    return jax.device_put(TrainState(**restored.state), sharding), restored.timing
+
+
+def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints) -> None:
+    timing = record.timing
+    total, first = recipe.total_steps, int(state.step)
+    log_every = max(1, total // LOGGED_STEPS)
+    progress = Progress(total, first, recipe.global_batch_size)
+    clock = _Clock(timing)
+    pending = deque()
+
+    def settle(keep: int) -> None:
+        """Waits for, checks and logs the metrics of all steps but the latest `keep`."""
+        while len(pending) > keep:
+            step, metrics = pending.popleft()
+            row = {name: float(value) for name, value in metrics.items()}
+            if not jnp.isfinite(row["loss"]):
+                raise DivergedError(f"the loss is {row['loss']} at step {step}, learning rate {row['lr']:.4g}")
+            seconds = clock.now()
+            progress.update(step, loss=row["loss"])
+            if _is_main() and (step % log_every == 0 or step == total):
+                rate = timing["images"] / max(timing["train_seconds"] + clock.lap(), 1e-9)
+                record.log(kind="train", step=step, epoch=step / recipe.steps_per_epoch, **row,
+                           images_per_second=rate, seconds=seconds)  # fmt: skip
+
+    for step in range(first + 1, total + 1):
+        with clock.measure("input_wait_seconds"):
+            batch = next(batches)
+        state, metrics = train_step(state, batch, run_key)
+        timing["images"] += recipe.global_batch_size
+        pending.append((step, metrics))
+        # The metrics of a step are read once the next one is under way, so the devices never wait for the host.
+        settle(keep=1)
+        if step in recipe.eval_steps:
+            settle(keep=0)
+            clock.stop_lap("train_seconds")
+            with clock.measure("eval_seconds"):
+                raw, ema = evaluator(
+                    (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats)
+                )
+            if _is_main():
+                record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
+                           top1=raw.top1, top5=raw.top5, loss=raw.loss,
+                           ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
+            progress.update(step, top1=ema.top1)
+            timing["total_seconds"] = clock.now()
+            if _is_main():
+                host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
+                items = {"state": ocp.args.StandardSave(host_state), "timing": ocp.args.JsonSave(dict(timing))}
+                checkpoints.save(step, args=ocp.args.Composite(**items))
+            _save(record)
+            clock.start_lap()
+    checkpoints.wait_until_finished()
+
+
+class _Clock:
+    """The run's clock, going on from where a resumed run stood, and the laps between evaluations."""
+
+    def __init__(self, timing: dict):
+        self.timing = timing
+        self.zero = time.perf_counter() - timing["total_seconds"]
+        self.start_lap()
+
+    def now(self) -> float:
+        return time.perf_counter() - self.zero
+
+    def start_lap(self) -> None:
+        self.lap_start = time.perf_counter()
+
+    def lap(self) -> float:
+        return time.perf_counter() - self.lap_start
+
+    def stop_lap(self, name: str) -> None:
+        self.timing[name] += self.lap()
+
+    @contextlib.contextmanager
+    def measure(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.timing[name] += time.perf_counter() - start
