@@ -1,0 +1,80 @@
+"""The command line: run a suite, render its reports, fetch data."""
+
+import sys
+from pathlib import Path
+
+import click
+import yaml
+
+from effnetlib.errors import EffnetlibError
+
+
+class _Commands(click.Group):
+    """Bad input ends in one sentence and exit code 2, never in a traceback."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except EffnetlibError as error:
+            click.echo(f"effnetlib: {error}", err=True)
+            context.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main():
+    """EfficientNet at supercomputer scale (arXiv 2011.00071): suites of notebooks, their reports, and data."""
+
+
+@main.command()
+@click.argument("suite", type=click.Path(path_type=Path))
+@click.option("--only", metavar="NAME", help="Execute this one run or report of the suite.")
+@click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A parameter for every run; repeatable.")
+def run(suite, only, changes):
+    """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
+    from effnetlib import execute
+
+    loaded = execute.load_suite(suite, dict(_assignment(change) for change in changes))
+    outcomes = execute.execute(loaded, only)
+    click.echo(execute.table(outcomes))
+    click.echo(loaded.directory / "index.html")
+    sys.exit(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise EffnetlibError(f"--set wants KEY=VALUE, not {text!r}")
+    return key, yaml.safe_load(value)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("outputs/laptop"))
+def report(directory):
+    """Render the HTML reports and the index of DIRECTORY (a suite's outputs) anew from its executed notebooks."""
+    from effnetlib.report import render_html, render_index
+
+    executed = sorted(directory.glob("executed/*.ipynb"))
+    if not executed:
+        raise EffnetlibError(f"{directory} holds no executed notebooks: run a suite first")
+    for notebook in executed:
+        render_html(directory, notebook.stem)
+    click.echo(render_index(directory, directory.absolute().name))
+
+
+@main.group()
+def data():
+    """Get data sets."""
+
+
+@data.command()
+@click.argument("name")
+@click.option("--archive", type=click.Path(path_type=Path, exists=True), help="An archive that you have already.")
+def fetch(name, archive):
+    """Fetch cifar10 or fashion_mnist into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
+    from effnetlib.data import fetch
+
+    click.echo(fetch(name, archive))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Executing a suite: notebooks with parameters, through papermill, one process a run; then the reports.
+
+A suite is a YAML file::
+
+    runs:                                   # each trains; skipped when its record is completed
+      - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
+        parameters: {preset: digits-64-rmsprop}
+    reports:                                # notebooks that read the records of the suite; executed after the runs
+      - 02_large_batch
+
+Every run executes `train.ipynb`. What became of a run is what its record says, never what papermill says: papermill marks
+the cells of a killed kernel as completed.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import papermill
+import yaml
+
+from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.parameters import check_parameters
+from effnetlib.progress import duration
+from effnetlib.recipe import Recipe
+from effnetlib.records import Record, outputs_folder, write_atomically
+from effnetlib.report import render_html, render_index
+
+TRAIN_NOTEBOOK = "train"
+POLL_SECONDS = 0.5
+LINE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ."""
+
+    name: str
+    notebook: str
+    parameters: Mapping
+
+    @property
+    def is_run(self) -> bool:
+        return self.notebook == TRAIN_NOTEBOOK
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite file, read and checked: `name` is the file's stem, `notebooks` the folder above `suites/`."""
+
+    name: str
+    notebooks: Path
+    runs: tuple[Entry, ...]
+    reports: tuple[Entry, ...]
+
+    @property
+    def directory(self) -> Path:
+        return outputs_folder() / self.name
+
+    def notebook_path(self, entry: Entry) -> Path:
+        return self.notebooks / f"{entry.notebook}.ipynb"
+
+
+def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
+    """Reads and checks a suite before anything is run: keys, names, notebooks, parameters, recipes.
+
+    Args:
+      path: the YAML file.
+      changes: parameters that every run gets (`--set key=value`).
+
+    Raises:
+      EffnetlibError: what is wrong, in which file and entry.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise EffnetlibError(f"the suite {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise EffnetlibError(f"the suite {path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        _require_keys(content, {"runs", "reports"}, set())
+        notebooks = path.absolute().parent.parent
+        runs = tuple(_run_entry(path.stem, run, changes or {}) for run in content.get("runs") or [])
+        reports = tuple(
+            Entry(str(name), str(name), {"suite": path.stem}) for name in content.get("reports") or []
+        )
+        suite = Suite(path.stem, notebooks, runs, reports)
+        names = [entry.name for entry in (*runs, *reports)]
+        for name in names:
+            if names.count(name) > 1:
+                raise EffnetlibError(f"two entries are named {name!r}")
+        for entry in (*runs, *reports):
+            _check_entry(suite, entry)
+    except EffnetlibError as error:
+        raise EffnetlibError(f"in the suite {path}: {error}") from None
+    return suite
+
+
+def _run_entry(suite: str, run, changes: Mapping) -> Entry:
+    _require_keys(run, {"name", "parameters"}, {"name"})
+    name, parameters = str(run["name"]), run.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise EffnetlibError(f"the parameters of {name} must be a mapping, and are {parameters!r}")
+    return Entry(name, TRAIN_NOTEBOOK, {**parameters, **changes, "directory": f"{suite}/runs/{name}"})
+
+
+def _require_keys(value, allowed: set[str], needed: set[str]) -> None:
+    if not isinstance(value, dict):
+        raise EffnetlibError(f"a mapping with the keys {', '.join(sorted(allowed))} is wanted, not {value!r}")
+    for key in value:
+        if key not in allowed:
+            raise EffnetlibError(f"there is no key {key!r}: {did_you_mean(key, sorted(allowed))}")
+    for key in needed - set(value):
+        raise EffnetlibError(f"an entry lacks the key {key!r}: {value!r}")
+
+
+def _check_entry(suite: Suite, entry: Entry) -> None:
+    source = suite.notebook_path(entry)
+    if not source.is_file():
+        known = [path.stem for path in suite.notebooks.glob("*.ipynb")]
+        raise EffnetlibError(f"there is no notebook {entry.notebook!r}: {did_you_mean(entry.notebook, known)}")
+    try:
+        check_parameters(entry.parameters, papermill.inspect_notebook(str(source)))
+        if entry.is_run:
+            Recipe.from_parameters(entry.parameters)
+    except EffnetlibError as error:
+        raise EffnetlibError(f"{entry.name}: {error}") from None
+
+
+@dataclass
+class Outcome:
+    """What became of an entry: `status` is "completed", "failed" or "skipped" (finished earlier)."""
+
+    entry: Entry
+    status: str
+    seconds: float = 0.0
+    error: str = ""
+
+
+def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
+    """Executes a suite and renders its reports; goes on after a failure.
+
+    Args:
+      suite: what to execute.
+      only: the name of the one run or report to execute.
+
+    Returns:
+      What became of each entry.
+
+    Raises:
+      EffnetlibError: `only` names nothing, or the outputs folder cannot be written.
+    """
+    entries = [*suite.runs, *suite.reports]
+    if only is not None:
+        entries = [entry for entry in entries if entry.name == only]
+        if not entries:
+            known = [entry.name for entry in (*suite.runs, *suite.reports)]
+            raise EffnetlibError(f"the suite {suite.name} has no entry {only!r}: {did_you_mean(only, known)}")
+    try:
+        for folder in ("executed", "runs", "logs"):
+            (suite.directory / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EffnetlibError(f"the outputs folder {suite.directory} cannot be written: {error.strerror}") from None
+    outcomes = []
+    for number, entry in enumerate(entries, 1):
+        prefix = f"[{number}/{len(entries)}] {entry.name}"
+        outcome = _execute_entry(suite, entry, prefix)
+        outcomes.append(outcome)
+        print(f"{prefix}: {_describe(suite, outcome)}", flush=True)
+    render_index(suite.directory, suite.name)
+    return outcomes
+
+
+def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
+    executed = suite.directory / "executed" / f"{entry.name}.ipynb"
+    key = _key(suite, entry)
+    stamp = executed.with_suffix(".key")
+    html = suite.directory / f"{entry.name}.html"
+    if executed.exists() and html.exists() and stamp.exists() and stamp.read_text() == key and _error(suite, entry) == "":
+        return Outcome(entry, "skipped")
+    stamp.unlink(missing_ok=True)
+    start = time.perf_counter()
+    code = _run_papermill(suite, entry, executed, prefix)
+    error = _error(suite, entry, code)
+    if executed.exists():
+        render_html(suite.directory, entry.name, error)
+    if not error:
+        write_atomically(stamp, key)
+    return Outcome(entry, "failed" if error else "completed", time.perf_counter() - start, error)
+
+
+def _key(suite: Suite, entry: Entry) -> str:
+    """Changes when the entry must be executed anew: its notebook or parameters, and for a report also the library that
+    draws it or a record that it reads."""
+    files = [suite.notebook_path(entry)]
+    if not entry.is_run:
+        files += sorted(Path(__file__).parent.rglob("*.py")) + sorted(suite.directory.glob("runs/*/run.json"))
+    digest = hashlib.sha256(json.dumps(dict(entry.parameters), sort_keys=True).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _error(suite: Suite, entry: Entry, code: int = 0) -> str:
+    """Why an entry does not count as completed; empty if it does. For a run its record decides."""
+    log = suite.directory / "logs" / f"{entry.name}.log"
+    if entry.is_run:
+        directory = outputs_folder() / entry.parameters["directory"]
+        try:
+            record = Record.load(directory)
+        except EffnetlibError as error:
+            return _last_error(log) or str(error)
+        recipe = Recipe.from_parameters(entry.parameters)
+        if record.recipe != recipe:
+            return _last_error(log) or f"{directory} holds the record of another recipe"
+        if record.status != "completed":
+            return record.error or f"the record says {record.status}" + (f", papermill ended with {code}" if code else "")
+    if code:
+        return _last_error(log) or f"papermill ended with {code}: the kernel died, see {log}"
+    return ""
+
+
+def _last_error(log: Path) -> str:
+    """The last line of a log that names an exception."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    named = [line for line in lines if line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))]
+    return named[-1] if named else ""
+
+
+def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> int:
+    command = [sys.executable, "-m", "papermill", str(suite.notebook_path(entry)), str(executed), "--kernel", "python3"]
+    command += ["--no-progress-bar", "--cwd", str(suite.notebooks)]
+    command += ["--parameters_yaml", yaml.safe_dump(dict(entry.parameters))]
+    environment = _kernel_environment(suite)
+    start = time.perf_counter()
+    with open(suite.directory / "logs" / f"{entry.name}.log", "w") as log, _StatusLine(prefix) as status:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_SECONDS)
+                status.show(_live(entry, start))
+        except BaseException:
+            # Interrupted: let papermill shut its kernel down, or the kernel would train on alone.
+            process.send_signal(2)
+            process.wait()
+            raise
+    return process.returncode
+
+
+def _kernel_environment(suite: Suite) -> dict:
+    # The suite may be executed from anywhere: the kernels get the same outputs folder. Programs compiled by one run serve
+    # the next ones, where they are the same.
+    outputs = outputs_folder().absolute()
+    return os.environ | {
+        "EFFNETLIB_OUTPUTS": str(outputs),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(outputs / ".compiled")),
+    }
+
+
+def _live(entry: Entry, start: float) -> str:
+    """The state of a run from the last line of its metrics; elapsed time for a report."""
+    elapsed = duration(time.perf_counter() - start)
+    if not entry.is_run:
+        return elapsed
+    metrics = outputs_folder() / entry.parameters["directory"] / "metrics.jsonl"
+    try:
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        train = [row for row in rows if row["kind"] == "train"][-1]
+    except (OSError, ValueError, IndexError):
+        return f"{elapsed} · starting and compiling"
+    recipe = Recipe.from_parameters(entry.parameters)
+    left = (recipe.total_steps - train["step"]) * recipe.global_batch_size / max(train["images_per_second"], 1e-9)
+    evals = [row["ema_top1"] for row in rows if row["kind"] == "eval"]
+    top1 = f" · top-1 {evals[-1]:.1%}" if evals else ""
+    return (
+        f"{elapsed} · step {train['step']:,} of {recipe.total_steps:,} · {train['images_per_second']:,.0f} images/s · "
+        f"{duration(left)} left · loss {train['loss']:.3f}{top1}"
+    )
+
+
+class _StatusLine:
+    """One line, in place on a terminal, and now and then in a log."""
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        self.terminal = sys.stdout.isatty()
+        self.shown = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def show(self, text: str) -> None:
+        now = time.perf_counter()
+        if self.terminal:
+            print(f"\r\x1b[K{self.prefix}: {text}", end="", flush=True)
+        elif now - self.shown >= LINE_SECONDS:
+            self.shown = now
+            print(f"{self.prefix}: {text}", flush=True)
+
+    def __exit__(self, *_):
+        if self.terminal:
+            print("\r\x1b[K", end="", flush=True)
+
+
+def _describe(suite: Suite, outcome: Outcome) -> str:
+    if outcome.status == "skipped":
+        return "finished before, not executed again"
+    text = f"{outcome.status} in {duration(outcome.seconds)}"
+    if outcome.error:
+        return f"{text}: {outcome.error}"
+    if outcome.entry.is_run:
+        result = Record.load(outputs_folder() / outcome.entry.parameters["directory"]).result
+        return f"{text} · peak top-1 {result['peak_top1']:.1%} · {result['images_per_second']:,.0f} images/s"
+    return text
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The closing table: a line an entry, and the count."""
+    width = max(len(outcome.entry.name) for outcome in outcomes)
+    lines = [
+        f"{outcome.entry.name:<{width}}  {outcome.status:<9}  {duration(outcome.seconds):>7}  {outcome.error}".rstrip()
+        for outcome in outcomes
+    ]
+    counts = {status: sum(o.status == status for o in outcomes) for status in ("completed", "skipped", "failed")}
+    return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])

@@ -1,0 +1,63 @@
+"""What the paper states, as tables to put beside our own figures.
+
+Source: arXiv 2011.00071. `checked` is "confirmed" where the abstract or the press article of 4 November 2020 states the
+figure, and "to check" where it was transcribed from memory and is still to be compared with the PDF.
+"""
+
+import pandas as pd
+
+TITLE = "Training EfficientNets at Supercomputer Scale: 83% ImageNet Top-1 Accuracy in One Hour (arXiv 2011.00071)"
+
+
+def table1() -> pd.DataFrame:
+    """Table 1: throughput in images/ms and all-reduce as a percentage of the step, 32 images a core. All "to check"."""
+    rows = [
+        ("b2", 128, 4096, 57.57, 2.1),
+        ("b2", 256, 8192, 113.73, 2.6),
+        ("b2", 512, 16384, 227.13, 2.5),
+        ("b2", 1024, 32768, 451.35, 2.81),
+        ("b5", 128, 4096, 9.76, 0.89),
+        ("b5", 256, 8192, 19.48, 1.24),
+        ("b5", 512, 16384, 38.55, 1.24),
+        ("b5", 1024, 32768, 77.44, 1.03),
+    ]
+    table = pd.DataFrame(rows, columns=["variant", "cores", "global_batch_size", "images_per_ms", "all_reduce_percent"])
+    return table.assign(checked="to check")
+
+
+def table2() -> pd.DataFrame:
+    """Table 2: peak top-1 of the eleven recipes, whose settings are the presets named here."""
+    rows = [
+        ("b2-4096-rmsprop", 128, 0.801, "to check"),
+        ("b2-8192-rmsprop", 256, 0.800, "to check"),
+        ("b2-16384-rmsprop", 512, 0.799, "to check"),
+        ("b2-16384-lars", 512, 0.795, "to check"),
+        ("b2-32768-lars", 1024, 0.797, "confirmed"),
+        ("b5-4096-rmsprop", 128, 0.835, "to check"),
+        ("b5-8192-rmsprop", 256, 0.834, "to check"),
+        ("b5-16384-rmsprop", 512, 0.834, "to check"),
+        ("b5-16384-lars", 512, 0.833, "to check"),
+        ("b5-32768-lars", 1024, 0.832, "to check"),
+        ("b5-65536-lars", 1024, 0.830, "confirmed"),
+    ]
+    return pd.DataFrame(rows, columns=["preset", "cores", "top1", "checked"])
+
+
+def figure1() -> pd.DataFrame:
+    """Figure 1: minutes to peak accuracy. Only its two rightmost points are known, both confirmed."""
+    rows = [("b2", 1024, 32768, 18, 0.797), ("b5", 1024, 65536, 64, 0.830)]
+    return pd.DataFrame(rows, columns=["variant", "cores", "global_batch_size", "minutes", "top1"])
+
+
+def trainable_parameters() -> dict[str, int]:
+    """Trainable parameters at 1,000 classes, from two public listings."""
+    return {
+        "b0": 5_288_548,
+        "b1": 7_794_184,
+        "b2": 9_109_994,
+        "b3": 12_233_232,
+        "b4": 19_341_616,
+        "b5": 30_389_784,
+        "b6": 43_040_704,
+        "b7": 66_347_960,
+    }

@@ -1,0 +1,26 @@
+"""The parameters of a notebook, checked inside it: papermill injects whatever it is given, and only warns."""
+
+from collections.abc import Iterable, Mapping
+
+from effnetlib.errors import EffnetlibError, did_you_mean
+
+# What train.ipynb takes beside the preset and the fields of the recipe.
+TRAIN_OPTIONS = ("directory", "simulated_devices", "eval_devices")
+
+
+def notebook_parameters(namespace: Mapping) -> dict:
+    """The plain values among a notebook's ``globals()``, right after its parameters cell."""
+    plain = (str, int, float, bool, type(None), list)
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in ("In", "Out") and isinstance(value, plain)
+    }
+
+
+def check_parameters(parameters: Iterable[str], known: Iterable[str]) -> None:
+    """Raises EffnetlibError, naming the nearest, if a parameter is not a known one."""
+    known = list(known)
+    for name in parameters:
+        if name not in known:
+            raise EffnetlibError(f"there is no parameter {name!r}: {did_you_mean(name, known)}")

@@ -1,0 +1,32 @@
+"""Eight simulated devices for every test, and one compilation cache, so that equal programs are compiled once."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+import effnetlib
+
+effnetlib.simulate_devices(8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Outputs and downloads of a test go to a folder of its own."""
+    monkeypatch.setenv("EFFNETLIB_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("EFFNETLIB_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def tiny():
+    """A recipe of eleven steps on real digits."""
+    return effnetlib.Recipe.preset("digits-64-rmsprop").replace(epochs=0.5, eval_every_epochs=0.25, warmup_epochs=0.1)

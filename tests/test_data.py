@@ -1,0 +1,177 @@
+import hashlib
+import os
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from effnetlib import EffnetlibError, Recipe, make_mesh
+from effnetlib.data import describe, eval_batches, fetch, load, train_batches
+from effnetlib.data.images import decode, eval_image, normalize, random_crop, train_image
+from effnetlib.data.loader import positions
+from effnetlib.mesh import batch_sharding
+
+RNG = np.random.default_rng
+
+
+def digits_batches(split="train", devices=8, groups=8, **options):
+    sharding = batch_sharding(make_mesh(groups, jax.devices()[:devices]))
+    return train_batches(
+        load("digits", split), **{"seed": 0, "batch": 16, "size": 32, "augmentation": "shift", "start": 0, "stop": 4} | options,
+        sharding=sharding,
+    )  # fmt: skip
+
+
+def test_digits_split_is_fixed_and_stratified():
+    train, evaluation = load("digits", "train"), load("digits", "eval")
+    assert (len(train), len(evaluation)) == (1437, 360)
+    assert np.ptp(np.bincount(evaluation.labels)) <= 2
+    assert (train.fingerprint, evaluation.fingerprint) == ("c87c0fdca1ec4582", "711accb5e9d713fd")
+    assert train.image(0).shape == (8, 8, 3) and train.image(0).max() == 255
+
+
+def test_every_epoch_sees_every_example_once_and_none_is_dropped():
+    stream = [positions(10, seed=0, step=step, batch=4) for step in range(5)]
+    epochs = np.concatenate([e for e, _ in stream])
+    indices = np.concatenate([i for _, i in stream])
+    np.testing.assert_array_equal(epochs, [0] * 10 + [1] * 10)
+    for epoch in range(2):
+        np.testing.assert_array_equal(np.sort(indices[epochs == epoch]), np.arange(10))
+    assert (indices[:10] != indices[10:]).any()
+
+
+def test_batches_do_not_depend_on_devices_or_on_where_they_start():
+    def pixels(**options):
+        return [(np.asarray(b["images"]), np.asarray(b["labels"])) for b in digits_batches(**options)]
+
+    wanted = pixels()
+    for got in (pixels(devices=1), pixels(devices=4, groups=2), pixels(start=2)):
+        for (a, b), (c, d) in zip(got, wanted[-len(got) :], strict=True):
+            np.testing.assert_array_equal(a, c)
+            np.testing.assert_array_equal(b, d)
+    assert any((a != c).any() for (a, _), (c, _) in zip(pixels(seed=1), wanted, strict=True))
+
+
+@pytest.mark.parametrize("batch", [352, 360, 368])
+def test_evaluation_batches_hold_each_example_once(batch):
+    split = load("digits", "eval")
+    sharding = batch_sharding(make_mesh(8))
+    batches = list(eval_batches(split, batch=batch, size=32, augmentation="shift", sharding=sharding))
+    assert len(batches) == (2 if batch < 360 else 1)
+    mask = np.concatenate([np.asarray(b["mask"]) for b in batches])
+    labels = np.concatenate([np.asarray(b["labels"]) for b in batches])
+    assert mask.sum() == 360
+    np.testing.assert_array_equal(labels[mask], split.labels)
+    assert not np.asarray(batches[-1]["images"])[~np.asarray(batches[-1]["mask"])].any()
+
+
+def test_normalisation():
+    np.testing.assert_allclose(normalize(np.uint8([[255, 0, 0]])), [[(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]], rtol=1e-5)
+
+
+def test_evaluation_takes_the_padded_centre():
+    image = np.zeros((300, 400, 3), np.uint8)
+    side = int(224 / 256 * 300)
+    top, left = (300 - side + 1) // 2, (400 - side + 1) // 2
+    image[top : top + side, left : left + side] = 255
+    assert eval_image(image, 224, "inception").min() == 255
+    assert eval_image(image, 224, "none").min() == 0
+
+
+def test_random_crops_stay_inside_and_cover_the_stated_range():
+    crops = [random_crop(300, 400, RNG(i)) for i in range(2000)]
+    crops = np.array([crop for crop in crops if crop])
+    top, left, height, width = crops.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 300).all() and (left + width <= 400).all()
+    area, ratio = height * width / 120_000, width / height
+    assert area.min() >= 0.1 and area.min() < 0.13 and area.max() > 0.9
+    assert ratio.min() > 0.74 and ratio.max() < 1.35
+
+
+def test_augmentation_is_a_function_of_the_generator():
+    image = RNG(0).integers(0, 255, (40, 50, 3), np.uint8)
+    for augmentation in ("inception", "shift_flip", "shift", "none"):
+        a, b = (train_image(image, 32, augmentation, RNG(5)) for _ in range(2))
+        assert a.shape == (32, 32, 3) and a.dtype == np.uint8
+        np.testing.assert_array_equal(a, b)
+
+
+def test_digits_are_never_mirrored():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[12:20, :16] = 255
+    for seed in range(20):
+        out = train_image(image, 32, "shift", RNG(seed))
+        assert out[:, :16].sum() > out[:, 16:].sum()
+
+
+def write_folder(root, splits=("train", "val"), classes=("ant", "bee"), each=3):
+    for split in splits:
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(each):
+                pixels = np.full((40, 60, 3), 40 + 100 * label + i, np.uint8)
+                cv2.imwrite(str(root / split / name / f"{i}.JPG"), pixels)
+
+
+def test_a_folder_of_photographs(tmp_path):
+    write_folder(tmp_path / "data" / "bugs")
+    assert (describe("bugs").train_examples, describe("bugs").num_classes) == (6, 2)
+    split = load(str(tmp_path / "data/bugs"), "eval")
+    np.testing.assert_array_equal(split.labels, [0, 0, 0, 1, 1, 1])
+    assert split.class_names == ("ant", "bee")
+    assert split.image(3).shape == (40, 60, 3) and abs(int(split.image(3)[0, 0, 0]) - 140) <= 2
+    recipe = Recipe.preset("b0-2-rmsprop").replace(dataset="bugs", epochs=10)
+    assert recipe.total_steps == 30 and recipe.data.num_classes == 2
+
+
+def test_grey_and_png_photographs_become_rgb(tmp_path):
+    for name, mode in (("grey.jpg", "L"), ("cmyk.jpg", "CMYK"), ("rgba.png", "RGBA")):
+        Image.new(mode, (9, 7)).save(tmp_path / name)
+        assert decode((tmp_path / name).read_bytes(), name).shape == (7, 9, 3)
+    with pytest.raises(EffnetlibError, match="broken.jpg is not a readable image"):
+        decode(b"nothing", "broken.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("cifar10", "effnetlib data fetch cifar10"),
+        ("fashion_mnist", "effnetlib data fetch fashion_mnist"),
+        ("imagenet", r"imagenet/\{train,val\}/CLASS/\*.jpg"),
+        ("digitz", "did you mean digits?"),
+    ],
+)
+def test_missing_data_says_how_to_get_it(name, sentence):
+    with pytest.raises(EffnetlibError, match=sentence):
+        load(name, "train")
+
+
+def test_a_folder_of_the_wrong_size_is_refused(tmp_path):
+    write_folder(tmp_path / "data" / "imagenet")
+    with pytest.raises(EffnetlibError, match="should have 1,281,167 examples, and has 6"):
+        load("imagenet", "train")
+
+
+def test_an_archive_with_a_wrong_checksum(tmp_path):
+    import tarfile
+
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        (folder / name).write_bytes(b"\0" * 3073)
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-bin")
+    wrong = hashlib.md5(b"\0" * 3073).hexdigest()
+    with pytest.raises(EffnetlibError, match=f"data_batch_1.bin is damaged .* md5 is {wrong}"):
+        fetch("cifar10", tmp_path / "cifar.tar.gz")
+    assert not os.listdir(tmp_path / "data")  # nothing half-fetched stays
+
+
+def test_not_an_archive(tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(b"nothing")
+    with pytest.raises(EffnetlibError, match="cannot be unpacked"):
+        fetch("cifar10", tmp_path / "x.tar.gz")
+    with pytest.raises(EffnetlibError, match="did you mean cifar10?"):
+        fetch("cifar")

@@ -1,0 +1,93 @@
+"""One recipe gives the same numbers on one device, on eight, and on two processes of four."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from effnetlib import Recipe, Record, data, make_mesh
+from effnetlib.mesh import batch_sharding, replicated
+from effnetlib.train import make_train_step
+
+STEPS = 20
+
+
+def losses(recipe, devices):
+    mesh = make_mesh(recipe.num_groups, jax.devices()[:devices])
+    init, step, _ = make_train_step(recipe)
+    init_key, key = jax.device_put(tuple(jax.random.split(jax.random.key(0))), replicated(mesh))
+    state = jax.jit(init, out_shardings=replicated(mesh))(init_key)
+    batches = data.train_batches(
+        data.load("digits", "train"), seed=0, batch=recipe.global_batch_size, size=32, augmentation="shift",
+        sharding=batch_sharding(mesh), start=0, stop=STEPS,
+    )  # fmt: skip
+    step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
+    out = []
+    for batch in batches:
+        state, metrics = step(state, batch, key)
+        out.append(float(metrics["loss"]))
+    return out
+
+
+# A device's share of 64 on eight devices is 8: groups of 4 lie within a device, groups of 32 span four.
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [4, 32])
+def test_twenty_steps_on_one_and_on_eight_devices(group):
+    recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group, drop_path=0.2, lr_per_256=0.004)
+    np.testing.assert_allclose(losses(recipe, 8), losses(recipe, 1), rtol=1e-5)
+
+
+def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_their_group():
+    from flax import nnx
+
+    from effnetlib import GroupedBatchNorm
+
+    def collectives(groups):
+        norm = GroupedBatchNorm(8, num_groups=groups, rngs=nnx.Rngs(0))
+        graphdef, state = nnx.split(norm)
+        mesh = make_mesh(groups)
+        x = jax.ShapeDtypeStruct((32, 4, 4, 8), "float32", sharding=batch_sharding(mesh))
+        forward = jax.jit(lambda x: nnx.merge(graphdef, state)(x, train=True), out_shardings=batch_sharding(mesh))
+        return [line for line in forward.lower(x).compile().as_text().splitlines() if "replica_groups=" in line]
+
+    assert collectives(8) == [] and collectives(16) == []
+    lines = collectives(2)
+    assert lines and all("{{0,1,2,3},{4,5,6,7}}" in line or "[2,4]<=[8]" in line for line in lines)
+
+
+WORKER = """
+import sys, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+import effnetlib
+assert jax.device_count() == 8
+recipe = effnetlib.Recipe.from_json(open(sys.argv[3]).read())
+effnetlib.train(recipe, sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_of_four_devices(tiny, tmp_path):
+    from effnetlib import train
+
+    (tmp_path / "recipe.json").write_text(tiny.to_json())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", WORKER, str(port)]
+    arguments = [str(tmp_path / "recipe.json"), str(tmp_path / "two")]
+    processes = [
+        subprocess.Popen([*command, str(i), *arguments], env=environment, stderr=subprocess.PIPE, text=True) for i in (0, 1)
+    ]
+    errors = [process.communicate(timeout=400)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    two, one = Record.load(tmp_path / "two"), train(tiny, tmp_path / "one")
+    assert two.status == "completed" and two.environment["processes"] == 2
+    assert two.result["eval_examples"] == 360
+    np.testing.assert_allclose(two.frame("train")["loss"], one.frame("train")["loss"], rtol=1e-5)

@@ -1,0 +1,102 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effnetlib import EfficientNet, EffnetlibError, paper
+from effnetlib.depthwise import _convolution, _shifted_products, depthwise_conv
+from effnetlib.model import VARIANTS, block_specs, count_params, round_filters, round_repeats
+
+
+@pytest.mark.parametrize(("name", "count"), paper.trainable_parameters().items())
+def test_trainable_parameters(name, count):
+    assert count_params(name) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "head", "blocks"),
+    [("b0", 32, 1280, 16), ("b1", 32, 1280, 23), ("b2", 32, 1408, 23), ("b3", 40, 1536, 26), ("b4", 48, 1792, 32),
+     ("b5", 48, 2048, 39), ("b6", 56, 2304, 45), ("b7", 64, 2560, 55)],
+)  # fmt: skip
+def test_scaling_rules(name, stem, head, blocks):
+    width = VARIANTS[name].width
+    assert (round_filters(32, width), round_filters(1280, width), len(block_specs(name))) == (stem, head, blocks)
+
+
+def test_rounding_never_loses_more_than_a_tenth():
+    assert round_filters(4, 1.0) == 8
+    assert round_filters(40, 0.25) == 16  # 10 rounds to 8, which is below 9
+    assert round_repeats(2, 1.1) == 3
+
+
+def test_nano_is_below_b0():
+    nano, b0 = VARIANTS["nano"], VARIANTS["b0"]
+    assert nano.width < b0.width and nano.depth < b0.depth and nano.resolution == 32
+
+
+def test_drop_path_grows_linearly_from_zero():
+    rates = [spec.drop_path for spec in block_specs("b0")]
+    np.testing.assert_allclose(rates, 0.2 * np.arange(16) / 16)
+
+
+def test_squeeze_is_measured_from_the_block_input():
+    model = nnx.eval_shape(lambda: EfficientNet("b0"))
+    assert model.blocks[1].se.reduce.kernel.shape == (96, 4)  # a quarter of 16, not of 96
+
+
+def test_initialisers():
+    model = EfficientNet("b0", rngs=nnx.Rngs(0))
+    block = model.blocks[3]
+    cases = [(model.stem.kernel, 2 / (9 * 32)), (block.depthwise, 2 / 25), (block.project.kernel, 2 / 40)]
+    for value, variance in cases:
+        assert float(jnp.std(value[...])) == pytest.approx(np.sqrt(variance), rel=0.1)
+    classifier = model.classifier.kernel[...]
+    assert float(jnp.abs(classifier).max()) == pytest.approx(1 / np.sqrt(1000), rel=1e-3)
+    assert float(jnp.abs(block.depthwise[...]).max()) > 2.5 * np.sqrt(2 / 25)  # not truncated at two deviations
+    assert not model.classifier.bias[...].any() and not block.se.reduce.bias[...].any()
+
+
+def test_logits_and_precision():
+    images = jnp.ones((2, 32, 32, 3))
+    half, full = (EfficientNet("nano", 10, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    assert half(images).dtype == full(images).dtype == jnp.float32
+    assert half(images).shape == (2, 10)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
+
+
+def test_training_needs_no_key_order_but_the_key():
+    images = jnp.array(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
+
+    def logits(key):
+        return EfficientNet("nano", 10, dtype=jnp.float32)(images, train=True, key=jax.random.key(key))
+
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert not np.allclose(logits(0), logits(1))
+
+
+def test_unknown_variant():
+    with pytest.raises(EffnetlibError, match=r"no EfficientNet variant 'b9'"):
+        EfficientNet("b9")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+def test_both_forms_of_the_depthwise_convolution_agree(kernel, stride, size):
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.normal(size=(2, size, size + 1, 4)), jnp.float32)
+    k = jnp.array(rng.normal(size=(kernel, kernel, 1, 4)), jnp.float32)
+    wanted, wanted_vjp = jax.vjp(lambda x, k: _convolution(x, k, stride), x, k)
+    got, got_vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, k)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    np.testing.assert_allclose(_shifted_products(x, k, stride), wanted, atol=1e-5)
+    for ours, theirs in zip(got_vjp(wanted), wanted_vjp(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_the_form_follows_the_platform_that_is_compiled_for():
+    x, k = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+    traced = jax.jit(lambda x, k: depthwise_conv(x, k, 1)).trace(x, k)
+    assert "convolution" not in traced.lower(lowering_platforms=("cpu",)).compile().as_text()
+    assert "stablehlo.convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()

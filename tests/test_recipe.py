@@ -1,0 +1,104 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from effnetlib import EffnetlibError, Recipe, paper
+from effnetlib.recipe import PAPER_PRESETS
+
+DIGITS = Recipe.preset("digits-64-lars")
+
+
+def test_the_eleven_presets_are_those_of_table_2():
+    assert list(paper.table2()["preset"]) == list(PAPER_PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak_lr", "warmup", "steps"),
+    [("b2-4096-rmsprop", 0.256, 5, 109_474), ("b5-16384-rmsprop", 1.024, 5, 27_368), ("b2-16384-lars", 15.104, 50, 27_368),
+     ("b2-32768-lars", 15.104, 50, 13_684), ("b5-65536-lars", 20.736, 43, 6_842)],
+)  # fmt: skip
+def test_presets_hold_the_papers_settings(name, peak_lr, warmup, steps):
+    recipe = Recipe.preset(name)
+    assert recipe.peak_lr == pytest.approx(peak_lr)
+    assert (recipe.warmup_epochs, recipe.total_steps, recipe.epochs) == (warmup, steps, 350)
+    assert recipe.warmup_steps == int(warmup * 1_281_167 / recipe.global_batch_size)
+    assert recipe.decay == ("polynomial" if "lars" in name else "exponential")
+
+
+def test_batch_norm_groups_follow_the_released_code():
+    assert Recipe.preset("b2-32768-lars").num_groups == 256
+    assert [Recipe.preset(f"b2-{b}-rmsprop").num_groups for b in (32, 256, 512, 4096, 32768)] == [1, 8, 2, 8, 8]
+
+
+def test_any_other_name_of_that_form_is_a_preset():
+    assert Recipe.preset("b7-2048-lars").variant == "b7"
+    assert Recipe.preset("b0-1024-rmsprop").resolution == 224
+    assert Recipe() == Recipe.preset("b2-32768-lars")
+
+
+def test_json_and_hash_survive_another_process():
+    recipe = DIGITS.replace(seed=7, epochs=3)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    code = "import sys, effnetlib; print(effnetlib.Recipe.from_json(sys.stdin.read()).hash)"
+    other = subprocess.run([sys.executable, "-c", code], input=recipe.to_json(), capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == recipe.hash != DIGITS.hash
+    assert recipe.replace(epochs=3.0).hash == recipe.hash
+
+
+def test_evaluation_steps_end_with_the_last():
+    recipe = DIGITS.replace(epochs=2, eval_every_epochs=0.75, warmup_epochs=0)
+    assert recipe.total_steps == 44
+    assert recipe.eval_steps == (16, 33, 44)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"global_batch_size": -64}, "global_batch_size must be above 0, and is -64"),
+        ({"global_batch_size": 64.0}, r"global_batch_size must be int, and is 64.0 \(float\)"),
+        ({"seed": "3"}, r"seed must be int, and is '3' \(str\)"),
+        ({"seed": True}, r"seed must be int, and is True \(bool\)"),
+        ({"dropout": "x"}, "dropout must be float or None"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"epochs": float("nan")}, "epochs must be a number"),
+        ({"optimizer": "larz"}, "optimizer 'larz' is unknown: did you mean lars?"),
+        ({"variant": "b8"}, "variant 'b8' is unknown"),
+        ({"batch_norm_batch_size": 24}, "does not divide into batch-norm groups of 24: .* is (16|32)"),
+        ({"batch_norm_batch_size": 128}, "does not divide into batch-norm groups of 128"),
+        ({"warmup_epochs": 16}, "warmup_epochs 16 must be shorter than the run of 16 epochs"),
+        ({"end_lr": 50.0}, "end_lr 50 is above the peak learning rate"),
+        ({"sed": 3}, "a recipe has no field 'sed': did you mean seed?"),
+    ],
+)
+def test_mistakes_are_one_sentence(changes, sentence):
+    with pytest.raises(EffnetlibError, match=sentence) as caught:
+        DIGITS.replace(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_does_not_fit_the_devices():
+    recipe = DIGITS.replace(global_batch_size=96, batch_norm_batch_size=32)  # 3 groups
+    recipe.validate(num_devices=3)
+    with pytest.raises(EffnetlibError, match="3 batch-norm groups do not fit 8 devices .* try batch_norm_batch_size"):
+        recipe.validate(num_devices=8)
+    with pytest.raises(EffnetlibError, match="does not divide over 7 devices"):
+        recipe.validate(num_devices=7)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(EffnetlibError, match="did you mean b2-4096-rmsprop?"):
+        Recipe.preset("b2-4096-rmsprob")
+
+
+def test_parameters_of_the_training_notebook():
+    given = {"preset": "digits-64-lars", "seed": 3, "epochs": None, "directory": "x"}
+    assert Recipe.from_parameters(given) == DIGITS.replace(seed=3)
+    with pytest.raises(EffnetlibError, match="did you mean global_batch_size?"):
+        Recipe.from_parameters({"preset": "digits-64-lars", "global_batchsize": 128})
+
+
+def test_json_with_an_unknown_field():
+    with pytest.raises(EffnetlibError, match="no field 'lr'"):
+        Recipe.from_json(json.dumps({"lr": 1.0}))
