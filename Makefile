@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env reproduce test lint lab lock publish clean
+.PHONY: help env reproduce test lint lab lock publish
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,3 +35,7 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 lock:  ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra test --no-header \
 		--no-emit-index-url --no-annotate --output-file requirements.lock pyproject.toml
+
+publish:  ## copy the laptop suite's records, reports and figures to outputs/published, which git keeps
+	rm -rf outputs/published/laptop && mkdir -p outputs/published/laptop
+	tar -C outputs/laptop -cf - --exclude checkpoints --exclude executed --exclude logs . | tar -C outputs/published/laptop -xf -

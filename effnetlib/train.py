@@ -58,17 +58,17 @@ def build_model(recipe: Recipe, key: jax.Array) -> EfficientNet:
     )
 
 
-def build_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """The recipe's optimizer under its schedule."""
+def build_optimizer(recipe: Recipe, learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """The recipe's optimizer at one learning rate."""
     if recipe.optimizer == "lars":
         return lars(
-            recipe.schedule,
+            learning_rate,
             weight_decay=recipe.lars_weight_decay,
             momentum=recipe.momentum,
             trust_coefficient=recipe.lars_trust_coefficient,
             eps=recipe.lars_eps,
         )
-    return rmsprop(recipe.schedule, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps)
+    return rmsprop(learning_rate, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps)
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
@@ -85,10 +85,11 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
 def make_train_step(recipe: Recipe):
     """``(init, step, graphdef)`` for a recipe; `init` and `step` are pure and not yet jitted.
 
-    ``init(key) -> TrainState`` and ``step(state, batch, key) -> (TrainState, metrics)``, where batch holds uint8
-    "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``, and key is the run's, the same at every step.
+    ``init(key) -> TrainState`` and ``step(state, batch, key, lr) -> (TrainState, metrics)``, where batch holds uint8
+    "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``, key is the run's, the same at every step, and lr is
+    the step's learning rate, a float32 scalar. It is an argument so that recipes which differ in nothing but their schedule
+    share one compiled program.
     """
-    optimizer, schedule = build_optimizer(recipe), recipe.schedule
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0))))
 
     def init(key):
@@ -96,9 +97,9 @@ def make_train_step(recipe: Recipe):
         params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
         # The averages start as copies: buffers shared with the parameters could not be donated.
         averages = jax.tree.map(jnp.copy, (params, batch_stats))
-        return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), *averages)
+        return TrainState(jnp.int32(0), params, batch_stats, build_optimizer(recipe, 0.0).init(params), *averages)
 
-    def step(state, batch, key):
+    def step(state, batch, key, lr):
         step_key = jax.random.fold_in(key, state.step)
 
         def loss_fn(params):
@@ -110,17 +111,13 @@ def make_train_step(recipe: Recipe):
             return loss + recipe.loss_weight_decay * l2_penalty(params), (loss, logits, batch_stats)
 
         grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = build_optimizer(recipe, lr).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         done = state.step + 1
         ema_params, ema_batch_stats = ema_update(
             (state.ema_params, state.ema_batch_stats), (params, batch_stats), done, recipe.ema_decay
         )
-        metrics = {
-            "loss": loss,
-            "top1": jnp.mean(logits.argmax(-1) == batch["labels"]),
-            "lr": schedule(state.step),
-        }
+        metrics = {"loss": loss, "top1": jnp.mean(logits.argmax(-1) == batch["labels"])}
         return TrainState(done, params, batch_stats, opt_state, ema_params, ema_batch_stats), metrics
 
     return init, step, graphdef
@@ -221,7 +218,9 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
     shapes = {"images": ((batch, size, size, 3), jnp.uint8), "labels": ((batch,), jnp.int32)}
     batch_shapes = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
     run_key = jax.device_put(run_key, everywhere)
-    train_step = jax.jit(step, donate_argnums=0, out_shardings=everywhere).lower(state, batch_shapes, run_key).compile()
+    lr_shape = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    train_step = step.lower(state, batch_shapes, run_key, lr_shape).compile()
     eval_mesh = mesh if len(eval_devices) == mesh.size else make_mesh(1, eval_devices)
     evaluator = Evaluator(
         graphdef, splits["eval"], batch=batch, size=size, augmentation=recipe.augmentation, mesh=eval_mesh
@@ -281,6 +280,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     timing = record.timing
     total, first = recipe.total_steps, int(state.step)
     log_every = max(1, total // LOGGED_STEPS)
+    learning_rates = np.asarray(jax.jit(recipe.schedule)(np.arange(total)))
     progress = Progress(total, first, recipe.global_batch_size)
     clock = _Clock(timing)
     pending = deque()
@@ -291,18 +291,19 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             step, metrics = pending.popleft()
             row = {name: float(value) for name, value in metrics.items()}
             if not jnp.isfinite(row["loss"]):
-                raise DivergedError(f"the loss is {row['loss']} at step {step}, learning rate {row['lr']:.4g}")
+                raise DivergedError(f"the loss is {row['loss']} at step {step}, learning rate {learning_rates[step - 1]:.4g}")
             seconds = clock.now()
             progress.update(step, loss=row["loss"])
             if _is_main() and (step % log_every == 0 or step == total):
                 rate = timing["images"] / max(timing["train_seconds"] + clock.lap(), 1e-9)
                 record.log(kind="train", step=step, epoch=step / recipe.steps_per_epoch, **row,
-                           images_per_second=rate, seconds=seconds)  # fmt: skip
+                           lr=float(learning_rates[step - 1]), images_per_second=rate, seconds=seconds)  # fmt: skip
 
     for step in range(first + 1, total + 1):
         with clock.measure("input_wait_seconds"):
             batch = next(batches)
-        state, metrics = train_step(state, batch, run_key)
+        lr = jax.device_put(learning_rates[step - 1], run_key.sharding)
+        state, metrics = train_step(state, batch, run_key, lr)
         timing["images"] += recipe.global_batch_size
         pending.append((step, metrics))
         # The metrics of a step are read once the next one is under way, so the devices never wait for the host.

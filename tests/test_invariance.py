@@ -27,8 +27,8 @@ def losses(recipe, devices):
     )  # fmt: skip
     step = jax.jit(step, donate_argnums=0, out_shardings=replicated(mesh))
     out = []
-    for batch in batches:
-        state, metrics = step(state, batch, key)
+    for at, batch in enumerate(batches):
+        state, metrics = step(state, batch, key, jax.device_put(recipe.schedule(at), replicated(mesh)))
         out.append(float(metrics["loss"]))
     return out
 

@@ -72,7 +72,8 @@ def train_image(image: np.ndarray, size: int, augmentation: str, rng: np.random.
     if augmentation.startswith("shift"):
         pad = size // 8
         top, left = rng.integers(0, 2 * pad + 1, 2)
-        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))[top : top + size, left : left + size]
+        framed = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
+        image = framed[top : top + size, left : left + size]
     if augmentation in ("inception", "shift_flip") and rng.random() < 0.5:
         image = image[:, ::-1]
     return image

@@ -1,0 +1,143 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from effnetlib import EffnetlibError, Record
+from effnetlib.__main__ import main
+from effnetlib.execute import execute, load_suite
+from effnetlib.records import outputs_folder
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+SHORT = "preset: digits-64-rmsprop, epochs: 0.25, eval_every_epochs: 0.25, warmup_epochs: 0.1"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A notebooks folder with the training notebook, one report, and one that always fails."""
+    folder = tmp_path / "notebooks"
+    (folder / "suites").mkdir(parents=True)
+    for name in ("train", "07_throughput"):
+        shutil.copy(NOTEBOOKS / f"{name}.ipynb", folder)
+    broken = nbformat.read(NOTEBOOKS / "07_throughput.ipynb", as_version=4)
+    broken.cells[-1] = nbformat.v4.new_code_cell("raise ValueError('on purpose')")
+    nbformat.write(broken, folder / "broken.ipynb")
+    return folder
+
+
+def write(folder, text):
+    path = folder / "suites/small.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("runs: [", "is not YAML"),
+        ("- a", "a mapping with the keys reports, runs is wanted"),
+        ("rnus: []", "there is no key 'rnus': did you mean runs?"),
+        ("runs: [{parameters: {}}]", "an entry lacks the key 'name'"),
+        ("runs: [{name: a, parameters: [1]}]", "the parameters of a must be a mapping"),
+        ("runs: [{name: a, parameters: {}}]", "a: the parameter 'preset' is missing"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lras}}]", "a: there is no preset 'digits-64-lras': did you mean digits-64-lars?"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, sed: 1}}]", "a: there is no parameter 'sed': did you mean seed?"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: x}}]", r"a: seed must be int, and is 'x' \(str\)"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: -1}}]", "a: global_batch_size must be above 0"),
+        ("reports: [07_throughputs]", "there is no notebook '07_throughputs': did you mean 07_throughput?"),
+        (f"runs: [{{name: a, parameters: {{{SHORT}}}}}, {{name: a, parameters: {{{SHORT}}}}}]", "two entries are named 'a'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_suite_is_found_before_anything_runs(folder, text, sentence):
+    path = write(folder, text)
+    with pytest.raises(EffnetlibError, match=sentence) as caught:
+        load_suite(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    done = CliRunner().invoke(main, ["run", str(path)])
+    assert done.exit_code == 2 and done.output.startswith("effnetlib: in the suite") or "is not YAML" in done.output
+    assert not outputs_folder().exists()
+
+
+def test_bad_usage_of_the_command_line(folder):
+    path = write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]")
+    cases = [
+        (["run", str(path), "--only", "fsat"], "the suite small has no entry 'fsat': did you mean fast?"),
+        (["run", str(path), "--set", "seed"], "--set wants KEY=VALUE, not 'seed'"),
+        (["run", str(path), "--set", "global_batchsize=32"], "did you mean global_batch_size?"),
+        (["run", str(path.with_name("none.yaml"))], "cannot be read: No such file"),
+        (["report", str(folder)], "holds no executed notebooks"),
+        (["data", "fetch", "cifar"], "did you mean cifar10?"),
+    ]
+    for arguments, sentence in cases:
+        done = CliRunner().invoke(main, arguments)
+        assert (done.exit_code, done.exception.__class__) == (2, SystemExit), done.output
+        assert sentence in done.output and len(done.output.splitlines()) == 1
+
+
+def test_an_unwritable_outputs_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EFFNETLIB_OUTPUTS", str(tmp_path / "file"))
+    suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]"))
+    with pytest.raises(EffnetlibError, match="the outputs folder .* cannot be written"):
+        execute(suite)
+
+
+@pytest.mark.slow
+def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
+    path = write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [broken, 07_throughput]")
+    done = CliRunner().invoke(main, ["run", str(path)])
+    assert done.exit_code == 1, done.output
+    assert "1 failed" in done.output and "ValueError: on purpose" in done.output
+    record = Record.load(outputs_folder() / "small/runs/fast")
+    assert record.status == "completed" and record.result["eval_examples"] == 360
+    index = (outputs_folder() / "small/index.html").read_text()
+    assert "fast.html" in index and "07_throughput.html" in index
+    assert "FAILED" in (outputs_folder() / "small/broken.html").read_text()
+    (folder / "broken.ipynb").write_text((folder / "07_throughput.ipynb").read_text())
+    start = time.perf_counter()
+    again = CliRunner().invoke(main, ["run", str(path)])
+    assert again.exit_code == 0, again.output
+    assert "1 completed, 2 skipped, 0 failed" in again.output
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.slow
+def test_a_killed_kernel_is_a_failure_whatever_papermill_writes(folder):
+    long = SHORT.replace("epochs: 0.25", "epochs: 200", 1)
+    path = write(folder, f"runs: [{{name: long, parameters: {{{long}}}}}]")
+    command = [sys.executable, "-m", "effnetlib", "run", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    metrics = outputs_folder() / "small/runs/long/metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    # The kernel is papermill's child; it alone has the run's outputs in its environment and no papermill in its command.
+    papermill = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
+    os.kill(int(subprocess.check_output(["pgrep", "-P", str(papermill)], text=True).split()[0]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1 and "1 failed" in output
+    assert "FAILED" in (outputs_folder() / "small/long.html").read_text()
+    executed = json.loads((outputs_folder() / "small/executed/long.ipynb").read_text())
+    assert {cell["metadata"]["papermill"]["status"] for cell in executed["cells"]} == {"completed"}  # papermill's word
+
+
+@pytest.mark.slow
+def test_the_training_notebook_works_with_plain_papermill(tmp_path):
+    out = tmp_path / "out.ipynb"
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / "train.ipynb"), str(out), "--no-progress-bar"]
+    for name, value in dict(preset="digits-64-rmsprop", global_batch_size=1024, seed=3, epochs=2, warmup_epochs=0.5).items():
+        command += ["-p", name, str(value)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (record,) = [Record.load(path.parent) for path in outputs_folder().glob("runs/*/run.json")]
+    assert record.status == "completed"
+    assert (record.recipe.global_batch_size, record.recipe.seed) == (1024, 3)
+    wrong = subprocess.run([*command, "-p", "sede", "4"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode and "there is no parameter 'sede': did you mean seed?" in wrong.stderr

@@ -1,0 +1,97 @@
+import re
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+
+from effnetlib import EffnetlibError, Recipe, Record
+from effnetlib.records import outputs_folder
+from effnetlib.report import conditions, curves, render_html, render_index, results, show, suite_records
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def made_up(name, status="completed", **changes):
+    """A record that no run made, for tests alone."""
+    directory = outputs_folder() / "suite/runs" / name
+    directory.mkdir(parents=True)
+    record = Record(
+        directory, Recipe.preset("digits-64-lars").replace(**changes), status,
+        environment={"host": "made up", "device_kind": "cpu", "devices": 1, "python": "3", "jax": "0", "flax": "0"},
+        timing={"images": 64, "train_seconds": 2.0}, error=None if status == "completed" else "ValueError: <made up>",
+    )  # fmt: skip
+    for step in (1, 2):
+        record.log(kind="train", step=step, epoch=step, loss=1.0, top1=0.1, lr=0.1, images_per_second=1.0, seconds=step)
+        record.log(kind="eval", step=step, epoch=step, nseen=360, top1=0.4, top5=0.9, loss=1.0, ema_top1=step / 4,
+                   ema_top5=0.9, ema_loss=1.0, seconds=step)  # fmt: skip
+    record.summarize()
+    record.save()
+    return record
+
+
+def notebook(name, *cells):
+    executed = outputs_folder() / "suite/executed"
+    executed.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), executed / f"{name}.ipynb")
+    return outputs_folder() / "suite"
+
+
+def test_tables_hold_recipe_environment_and_result():
+    records = [made_up("a"), made_up("b", seed=1)]
+    table = results(records)
+    assert list(table.index) == ["a", "b"] and list(table["seed"]) == [0, 1]
+    assert list(table["peak_top1"]) == [0.5, 0.5] and list(table["images_per_second"]) == [32.0, 32.0]
+    long = curves(records, "eval")
+    assert list(long["run"]) == ["a", "a", "b", "b"] and set(long["optimizer"]) == {"lars"}
+    assert conditions(records).startswith("2 runs on made up (devices: cpu)") and "seeds 0, 1" in conditions(records)
+
+
+def test_reports_read_completed_records_only():
+    made_up("a")
+    made_up("b", status="failed")
+    assert [record.name for record in suite_records("suite")] == ["a"]
+    with pytest.raises(EffnetlibError, match="no completed record of 'b', only of a"):
+        suite_records("suite", "b")
+    with pytest.raises(EffnetlibError, match="effnetlib run notebooks/suites/other.yaml"):
+        suite_records("other")
+
+
+def test_html_is_one_file_that_asks_the_network_for_nothing():
+    image = nbformat.v4.new_output("display_data", {"image/png": PIXEL}, metadata={"image/png": {"alt": "one pixel"}})
+    page = notebook(
+        "page",
+        nbformat.v4.new_markdown_cell("# A title\n\nsee [the paper](https://arxiv.org/abs/2011.00071)"),
+        nbformat.v4.new_code_cell("secret = 1", outputs=[image]),
+    )
+    html = render_html(page, "page").read_text()
+    assert "<title>A title</title>" in html and 'name="viewport"' in html
+    assert re.search(r"<details><summary>code</summary>.*secret", html, re.S)  # folded
+    assert 'alt="one pixel"' in html and f"base64,{PIXEL}" in html
+    assert not re.findall(r"""(?:src|<link[^>]*href|url\()\s*=?\s*["'(]?(?:https?:)?//""", html)
+    assert "<script" not in html
+
+
+def test_a_failed_run_says_so_at_the_top():
+    made_up("bad", status="failed")
+    html = render_html(notebook("bad"), "bad").read_text()
+    assert "FAILED" in html and "ValueError: &lt;made up&gt;" in html
+    made_up("killed", status="running")
+    assert "SIGKILL" in render_html(notebook("killed"), "killed", "the kernel died of SIGKILL").read_text()
+
+
+def test_index_lists_runs_reports_and_status():
+    made_up("good")
+    made_up("bad", status="failed")
+    for name in ("good", "01_report"):
+        render_html(notebook(name, nbformat.v4.new_markdown_cell(f"# Title of {name}")), name)
+    html = render_index(outputs_folder() / "suite", "suite").read_text()
+    assert "1 of 2 runs completed" in html and "50.00 %" in html
+    assert '<a href="01_report.html">Title of 01_report</a>' in html and '<a href="good.html">good</a>' in html
+    assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
+
+
+def test_figures_are_kept_with_their_text():
+    figure, _ = plt.subplots()
+    image = show(figure, "suite/figures/x.png", "nothing at all")
+    assert image.alt == "nothing at all" and (outputs_folder() / "suite/figures/x.png").stat().st_size > 100
+    assert not plt.get_fignums()
