@@ -323,7 +323,7 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
 
 
 # Epochs of the small sets, and their augmentation. A digit that is flipped is another sign.
-_SMALL_SETS = {"digits": (16.0, "shift"), "cifar10": (30.0, "shift_flip"), "fashion_mnist": (20.0, "shift_flip")}
+_SMALL_SETS = {"digits": (10.0, "shift"), "cifar10": (30.0, "shift_flip"), "fashion_mnist": (20.0, "shift_flip")}
 
 
 def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
@@ -349,10 +349,10 @@ def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
             lr_per_256=0.5 * 256 / batch,
             lars_trust_coefficient=0.01,
             decay="polynomial",
-            warmup_epochs=epochs / 7,
+            warmup_epochs=epochs / 5,
             end_lr=0.0,
         )
-    # Decay spread over the run as the paper's 2.4 epochs are over 350, to the same final factor.
+    # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak; so short a run stops moving long before. These end at 8 %.
     return shared | dict(
-        lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 7, decay_epochs=2.4 * epochs / 350
+        lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs
     )
