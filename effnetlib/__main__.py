@@ -7,6 +7,7 @@ import click
 import yaml
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.parameters import read_yaml
 
 
 class _Commands(click.Group):
@@ -44,14 +45,17 @@ def _assignment(text: str) -> tuple[str, object]:
     key, separator, value = text.partition("=")
     if not separator:
         raise EffnetlibError(f"--set wants KEY=VALUE, not {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, read_yaml(value)
+    except yaml.YAMLError:
+        raise EffnetlibError(f"--set {key}: {value!r} is not a YAML value") from None
 
 
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path), default=Path("outputs/laptop"))
 def report(directory):
     """Render the HTML reports and the index of DIRECTORY (a suite's outputs) anew from its executed notebooks."""
-    from effnetlib.report import render_html, render_index
+    from effnetlib.render import render_html, render_index
 
     executed = sorted(directory.glob("executed/*.ipynb"))
     if not executed:

@@ -102,7 +102,9 @@ class Evaluator:
         results = [EvalResult(**{name: value.item() for name, value in total.items()}) for total in sums]
         for result in results:
             if result.nseen != len(self.split):
-                raise RuntimeError(f"evaluation counted {result.nseen:,} examples, not the {len(self.split):,} there are")
+                raise RuntimeError(
+                    f"evaluation counted {result.nseen:,} examples, not the {len(self.split):,} there are"
+                )
         return results
 
     def _zeros(self):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +27,18 @@ import papermill
 import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.parameters import check_parameters
+from effnetlib.parameters import check_parameters, read_yaml
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, write_atomically
-from effnetlib.report import render_html, render_index
+from effnetlib.render import render_html, render_index
 
 TRAIN_NOTEBOOK = "train"
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ."""
 
@@ -79,7 +80,7 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text())
     except OSError as error:
         raise EffnetlibError(f"the suite {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -88,9 +89,7 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
         _require_keys(content, {"runs", "reports"}, set())
         notebooks = path.absolute().parent.parent
         runs = tuple(_run_entry(path.stem, run, changes or {}) for run in content.get("runs") or [])
-        reports = tuple(
-            Entry(str(name), str(name), {"suite": path.stem}) for name in content.get("reports") or []
-        )
+        reports = tuple(Entry(str(name), str(name), {"suite": path.stem}) for name in content.get("reports") or [])
         suite = Suite(path.stem, notebooks, runs, reports)
         names = [entry.name for entry in (*runs, *reports)]
         for name in names:
@@ -168,12 +167,17 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
             (suite.directory / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EffnetlibError(f"the outputs folder {suite.directory} cannot be written: {error.strerror}") from None
-    outcomes = []
-    for number, entry in enumerate(entries, 1):
-        prefix = f"[{number}/{len(entries)}] {entry.name}"
-        outcome = _execute_entry(suite, entry, prefix)
-        outcomes.append(outcome)
-        print(f"{prefix}: {_describe(suite, outcome)}", flush=True)
+    prefixes = {entry: f"[{number}/{len(entries)}] {entry.name}" for number, entry in enumerate(entries, 1)}
+
+    def settle(entry: Entry) -> Outcome:
+        outcome = _execute_entry(suite, entry, prefixes[entry])
+        print(f"{prefixes[entry]}: {_describe(suite, outcome)}", flush=True)
+        return outcome
+
+    # A run has the machine to itself, for its speed is part of the record; reports share it.
+    outcomes = [settle(entry) for entry in entries if entry.is_run]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        outcomes += pool.map(settle, [entry for entry in entries if not entry.is_run])
     render_index(suite.directory, suite.name)
     return outcomes
 
@@ -183,7 +187,13 @@ def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
     key = _key(suite, entry)
     stamp = executed.with_suffix(".key")
     html = suite.directory / f"{entry.name}.html"
-    if executed.exists() and html.exists() and stamp.exists() and stamp.read_text() == key and _error(suite, entry) == "":
+    if (
+        executed.exists()
+        and html.exists()
+        and stamp.exists()
+        and stamp.read_text() == key
+        and _error(suite, entry) == ""
+    ):
         return Outcome(entry, "skipped")
     stamp.unlink(missing_ok=True)
     start = time.perf_counter()
@@ -221,7 +231,9 @@ def _error(suite: Suite, entry: Entry, code: int = 0) -> str:
         if record.recipe != recipe:
             return _last_error(log) or f"{directory} holds the record of another recipe"
         if record.status != "completed":
-            return record.error or f"the record says {record.status}" + (f", papermill ended with {code}" if code else "")
+            return record.error or f"the record says {record.status}" + (
+                f", papermill ended with {code}" if code else ""
+            )
     if code:
         return _last_error(log) or f"papermill ended with {code}: the kernel died, see {log}"
     return ""
@@ -245,7 +257,8 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> i
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
-                status.show(_live(entry, start))
+                if entry.is_run:
+                    status.show(_live(entry, start))
         except BaseException:
             # Interrupted: let papermill shut its kernel down, or the kernel would train on alone.
             process.send_signal(2)
@@ -265,10 +278,8 @@ def _kernel_environment(suite: Suite) -> dict:
 
 
 def _live(entry: Entry, start: float) -> str:
-    """The state of a run from the last line of its metrics; elapsed time for a report."""
+    """The state of a run from the last line of its metrics."""
     elapsed = duration(time.perf_counter() - start)
-    if not entry.is_run:
-        return elapsed
     metrics = outputs_folder() / entry.parameters["directory"] / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -353,6 +353,4 @@ def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
             end_lr=0.0,
         )
     # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak; so short a run stops moving long before. These end at 8 %.
-    return shared | dict(
-        lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs
-    )
+    return shared | dict(lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs)

@@ -112,9 +112,7 @@ class Record:
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`: what a resumed run will write again."""
         self.metrics = [row for row in self.metrics if row["step"] <= step]
-        write_atomically(
-            self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics)
-        )
+        write_atomically(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
     def frame(self, kind: str) -> pd.DataFrame:
         """The "train" or "eval" rows as a table."""

@@ -1,23 +1,15 @@
-"""From records to what people read: tables, curves, figures, HTML reports and the index page of a suite."""
+"""From records to what a report notebook shows: tables, curves, conditions and figures."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import jinja2
-import markupsafe
 import matplotlib.pyplot as plt
-import nbformat
 import pandas as pd
 from IPython.display import Image
-from nbconvert import HTMLExporter
-from pygments.formatters import HtmlFormatter
-from traitlets.config import Config
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.records import Record, load_records, outputs_folder, write_atomically
-
-TEMPLATES = Path(__file__).parent / "templates"
+from effnetlib.records import Record, load_records, outputs_folder
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
@@ -80,60 +72,3 @@ def show(figure, path: Path | str, alt: str) -> Image:
     figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(figure)  # or the notebook would show it a second time, without the text
     return Image(data=path.read_bytes(), alt=alt)
-
-
-def render_html(directory: Path, name: str, error: str = "") -> Path:
-    """Renders the executed notebook `name` of a suite's folder to one self-contained HTML file, the code folded.
-
-    Args:
-      directory: the suite's folder; the notebook is ``executed/NAME.ipynb`` in it, and ``NAME.html`` is written.
-      error: why it failed, for the banner; found in the record or in the notebook when empty.
-
-    Returns:
-      The HTML file.
-    """
-    executed = directory / "executed" / f"{name}.ipynb"
-    notebook = nbformat.read(executed, as_version=4)
-    exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
-    page = {"title": _title(notebook, executed), "css": _css(), "source": executed.name}
-    page["error"] = error or _error_in(directory / "runs" / name, notebook)
-    body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
-    write_atomically(directory / f"{name}.html", body)
-    return directory / f"{name}.html"
-
-
-def _error_in(run: Path, notebook) -> str:
-    """What the run's record says went wrong, or the notebook's error output; empty if all went well."""
-    if (run / "run.json").exists():
-        record = Record.load(run)
-        return "" if record.status == "completed" else record.error or f"the record says {record.status}"
-    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
-    return next((f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"), "")
-
-
-def render_index(directory: Path, name: str) -> Path:
-    """Writes the index page of a suite's folder: status, key figures and links. Returns its path."""
-    records = load_records(directory / "runs")
-    titles = {
-        path.stem: _title(nbformat.read(path, as_version=4), path)
-        for path in sorted(directory.glob("executed/*.ipynb"))
-        if (directory / f"{path.stem}.html").exists()
-    }
-    names = {record.name for record in records}
-    runs = [{"record": record, "link": f"{record.name}.html" if record.name in titles else None} for record in records]
-    reports = [{"link": f"{stem}.html", "title": title} for stem, title in titles.items() if stem not in names]
-    hosts = sorted({record.environment["host"] for record in records if record.environment})
-    template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())
-    page = template.render(name=name, runs=runs, reports=reports, hosts=hosts, css=markupsafe.Markup(_css()))
-    write_atomically(directory / "index.html", page)
-    return directory / "index.html"
-
-
-def _title(notebook, path: Path) -> str:
-    """The notebook's first heading."""
-    headings = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
-    return next((line.lstrip("# ") for line in headings if line.startswith("# ")), path.stem)
-
-
-def _css() -> str:
-    return (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")

@@ -207,7 +207,8 @@ def _open_record(recipe: Recipe, directory: Path) -> Record:
 def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
     mesh = make_mesh(recipe.num_groups)
     everywhere, sharded = replicated(mesh), batch_sharding(mesh)
-    init_key, run_key = jax.random.split(jax.random.key(recipe.seed))
+    split_key = jax.jit(lambda: tuple(jax.random.split(jax.random.key(recipe.seed))), out_shardings=everywhere)
+    init_key, run_key = split_key()
     batch, size = recipe.global_batch_size, recipe.resolution
 
     compiling = time.perf_counter()
@@ -217,7 +218,6 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
     state = init(init_key)
     shapes = {"images": ((batch, size, size, 3), jnp.uint8), "labels": ((batch,), jnp.int32)}
     batch_shapes = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
-    run_key = jax.device_put(run_key, everywhere)
     lr_shape = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
     train_step = step.lower(state, batch_shapes, run_key, lr_shape).compile()
@@ -291,7 +291,9 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             step, metrics = pending.popleft()
             row = {name: float(value) for name, value in metrics.items()}
             if not jnp.isfinite(row["loss"]):
-                raise DivergedError(f"the loss is {row['loss']} at step {step}, learning rate {learning_rates[step - 1]:.4g}")
+                raise DivergedError(
+                    f"the loss is {row['loss']} at step {step}, learning rate {learning_rates[step - 1]:.4g}"
+                )
             seconds = clock.now()
             progress.update(step, loss=row["loss"])
             if _is_main() and (step % log_every == 0 or step == total):
@@ -302,8 +304,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     for step in range(first + 1, total + 1):
         with clock.measure("input_wait_seconds"):
             batch = next(batches)
-        lr = jax.device_put(learning_rates[step - 1], run_key.sharding)
-        state, metrics = train_step(state, batch, run_key, lr)
+        state, metrics = train_step(state, batch, run_key, learning_rates[step - 1])
         timing["images"] += recipe.global_batch_size
         pending.append((step, metrics))
         # The metrics of a step are read once the next one is under way, so the devices never wait for the host.
@@ -312,9 +313,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             settle(keep=0)
             clock.stop_lap("train_seconds")
             with clock.measure("eval_seconds"):
-                raw, ema = evaluator(
-                    (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats)
-                )
+                raw, ema = evaluator((state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats))
             if _is_main():
                 record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
                            top1=raw.top1, top5=raw.top5, loss=raw.loss,

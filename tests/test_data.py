@@ -68,7 +68,9 @@ def test_evaluation_batches_hold_each_example_once(batch):
 
 
 def test_normalisation():
-    np.testing.assert_allclose(normalize(np.uint8([[255, 0, 0]])), [[(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]], rtol=1e-5)
+    np.testing.assert_allclose(
+        normalize(np.uint8([[255, 0, 0]])), [[(1 - 0.485) / 0.229, -0.456 / 0.224, -0.406 / 0.225]], rtol=1e-5
+    )
 
 
 def test_evaluation_takes_the_padded_centre():

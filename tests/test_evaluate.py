@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +50,16 @@ def test_counts_are_exact_whatever_the_batch_and_the_devices(count, devices):
 def test_masked_rows_count_for_nothing():
     logits = jnp.array([[9.0, 0.0], [0.0, 9.0], [jnp.nan, jnp.nan]])
     sums = masked_sums(logits, jnp.array([0, 0, 0]), jnp.array([True, True, False]))
-    assert {name: int(value) for name, value in sums.items()} == {"nseen": 2, "ncorrect": 1, "ncorrect5": 2, "loss_sum": 9}
+    assert {name: int(value) for name, value in sums.items()} == {
+        "nseen": 2,
+        "ncorrect": 1,
+        "ncorrect5": 2,
+        "loss_sum": 9,
+    }
 
 
 def test_a_wrong_count_is_not_reported(monkeypatch):
     split = first(load("digits", "eval"), 8)
-    monkeypatch.setattr("effnetlib.evaluate.eval_batches", lambda split, **_: iter(()))
+    monkeypatch.setattr(sys.modules["effnetlib.evaluate"], "eval_batches", lambda split, **_: iter(()))
     with pytest.raises(RuntimeError, match="counted 0 examples, not the 8"):
         evaluate(Linear(), split, batch=8, size=8, augmentation="none")

@@ -39,6 +39,13 @@ def write(folder, text):
     return path
 
 
+def test_numbers_with_an_exponent_are_numbers(folder):
+    suite = load_suite(
+        write(folder, "runs: [{name: a, parameters: {preset: digits-64-lars, lars_weight_decay: 1e-4}}]")
+    )
+    assert suite.runs[0].parameters["lars_weight_decay"] == 1e-4
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -71,6 +78,7 @@ def test_bad_usage_of_the_command_line(folder):
     cases = [
         (["run", str(path), "--only", "fsat"], "the suite small has no entry 'fsat': did you mean fast?"),
         (["run", str(path), "--set", "seed"], "--set wants KEY=VALUE, not 'seed'"),
+        (["run", str(path), "--set", "seed=["], "--set seed: '[' is not a YAML value"),
         (["run", str(path), "--set", "global_batchsize=32"], "did you mean global_batch_size?"),
         (["run", str(path.with_name("none.yaml"))], "cannot be read: No such file"),
         (["report", str(folder)], "holds no executed notebooks"),
@@ -133,7 +141,9 @@ def test_a_killed_kernel_is_a_failure_whatever_papermill_writes(folder):
 def test_the_training_notebook_works_with_plain_papermill(tmp_path):
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / "train.ipynb"), str(out), "--no-progress-bar"]
-    for name, value in dict(preset="digits-64-rmsprop", global_batch_size=1024, seed=3, epochs=2, warmup_epochs=0.5).items():
+    for name, value in dict(
+        preset="digits-64-rmsprop", global_batch_size=1024, seed=3, epochs=2, warmup_epochs=0.5
+    ).items():
         command += ["-p", name, str(value)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (record,) = [Record.load(path.parent) for path in outputs_folder().glob("runs/*/run.json")]

@@ -37,7 +37,7 @@ def losses(recipe, devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [4, 32])
 def test_twenty_steps_on_one_and_on_eight_devices(group):
-    recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group, drop_path=0.2, lr_per_256=0.004)
+    recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group, drop_path=0.2)
     np.testing.assert_allclose(losses(recipe, 8), losses(recipe, 1), rtol=1e-5)
 
 
@@ -49,6 +49,7 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
     def collectives(groups):
         norm = GroupedBatchNorm(8, num_groups=groups, rngs=nnx.Rngs(0))
         graphdef, state = nnx.split(norm)
+        state = nnx.to_pure_dict(state)
         mesh = make_mesh(groups)
         x = jax.ShapeDtypeStruct((32, 4, 4, 8), "float32", sharding=batch_sharding(mesh))
         forward = jax.jit(lambda x: nnx.merge(graphdef, state)(x, train=True), out_shardings=batch_sharding(mesh))
@@ -56,7 +57,9 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
 
     assert collectives(8) == [] and collectives(16) == []
     lines = collectives(2)
-    assert lines and all("{{0,1,2,3},{4,5,6,7}}" in line or "[2,4]<=[8]" in line for line in lines)
+    # XLA has three ways to write two groups of four.
+    ways = ("{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['axis_0'=2,'axis_1'=4,'axis_2'=1,'axis_3'=1,'axis_4'=1] {'axis_1'}")
+    assert lines and all(any(way in line for way in ways) for line in lines), lines
 
 
 WORKER = """
@@ -83,7 +86,8 @@ def test_two_processes_of_four_devices(tiny, tmp_path):
     command = [sys.executable, "-c", WORKER, str(port)]
     arguments = [str(tmp_path / "recipe.json"), str(tmp_path / "two")]
     processes = [
-        subprocess.Popen([*command, str(i), *arguments], env=environment, stderr=subprocess.PIPE, text=True) for i in (0, 1)
+        subprocess.Popen([*command, str(i), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+        for i in (0, 1)
     ]
     errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors

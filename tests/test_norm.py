@@ -51,6 +51,7 @@ def test_backward_is_the_numerical_gradient(groups):
     x, weight = RNG.normal(size=(8, 2)), RNG.normal(size=(8, 2))
     norm = make(2, groups)
     graphdef, state = nnx.split(norm)
+    state = nnx.to_pure_dict(state)
     grad = jax.grad(lambda x: jnp.sum(nnx.merge(graphdef, state)(x, train=True) * weight))(jnp.array(x, jnp.float32))
     numerical = np.zeros_like(x)
     for at in np.ndindex(*x.shape):

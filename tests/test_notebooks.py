@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from effnetlib import Recipe
-from effnetlib.parameters import TRAIN_OPTIONS, check_parameters, notebook_parameters
 from effnetlib.execute import load_suite
+from effnetlib.parameters import TRAIN_OPTIONS, check_parameters, notebook_parameters
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -96,5 +96,7 @@ def test_ema_decay(step, decay):
 
 
 def test_ema_moves_every_leaf():
-    average = ema_update({"w": jnp.array(1.0), "mean": jnp.array(0.0)}, {"w": jnp.array(3.0), "mean": jnp.array(4.0)}, 8)
+    average = ema_update(
+        {"w": jnp.array(1.0), "mean": jnp.array(0.0)}, {"w": jnp.array(3.0), "mean": jnp.array(4.0)}, 8
+    )
     assert (float(average["w"]), float(average["mean"])) == (2.0, 2.0)

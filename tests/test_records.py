@@ -9,7 +9,16 @@ from effnetlib.records import environment, outputs_folder, write_atomically
 def rows(record):
     record.directory.mkdir(parents=True, exist_ok=True)
     for step, top1 in ((2, 0.5), (4, 0.9), (6, 0.8)):
-        record.log(kind="train", step=step, epoch=step / 2, loss=1 / step, top1=0.1, lr=0.1, images_per_second=10.0, seconds=step)
+        record.log(
+            kind="train",
+            step=step,
+            epoch=step / 2,
+            loss=1 / step,
+            top1=0.1,
+            lr=0.1,
+            images_per_second=10.0,
+            seconds=step,
+        )
         record.log(kind="eval", step=step, epoch=step / 2, nseen=360, top1=top1 - 0.1, top5=1.0, loss=1.0,
                    ema_top1=top1, ema_top5=1.0, ema_loss=1.0, seconds=float(step))  # fmt: skip
 

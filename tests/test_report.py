@@ -6,7 +6,8 @@ import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
 from effnetlib.records import outputs_folder
-from effnetlib.report import conditions, curves, render_html, render_index, results, show, suite_records
+from effnetlib.render import render_html, render_index
+from effnetlib.report import conditions, curves, results, show, suite_records
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 

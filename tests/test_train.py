@@ -124,7 +124,10 @@ def test_a_step_updates_everything_and_donates_its_state(tiny):
     key = jax.random.key(0)
     state = jax.jit(init)(key)
     before = jax.tree.map(np.array, state)
-    batch = {"images": np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), np.uint8), "labels": np.arange(64) % 10}
+    batch = {
+        "images": np.random.default_rng(0).integers(0, 255, (64, 32, 32, 3), np.uint8),
+        "labels": np.arange(64) % 10,
+    }
     after, metrics = jax.jit(step, donate_argnums=0)(state, batch, key, 0.0)
     assert int(after.step) == 1 and float(metrics["loss"]) > 0
     # At a learning rate of zero the parameters stay where they were, and the statistics do not.
