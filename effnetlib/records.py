@@ -104,7 +104,7 @@ class Record:
 
     def log(self, **row) -> None:
         """Appends a row to the metrics, on disk at once."""
-        row = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        row = {name: float(f"{value:.8g}") if isinstance(value, float) else value for name, value in row.items()}
         self.metrics.append(row)
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -29,8 +29,13 @@ def suite_records(suite: str, *names: str) -> list[Record]:
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a run: its name (the index), every recipe field, and every value of timing, environment and result."""
-    rows = [asdict(r.recipe) | {"peak_lr": r.recipe.peak_lr} | r.environment | r.timing | r.result for r in records]
+    """A row a run: its name (the index), every recipe field, its peak learning rate and steps, and every value of
+    timing, environment and result."""
+    derived = ("peak_lr", "total_steps")
+    rows = [
+        asdict(r.recipe) | {name: getattr(r.recipe, name) for name in derived} | r.environment | r.timing | r.result
+        for r in records
+    ]
     return pd.DataFrame(rows, index=pd.Index([record.name for record in records], name="run"))
 
 

@@ -58,7 +58,11 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
     assert collectives(8) == [] and collectives(16) == []
     lines = collectives(2)
     # XLA has three ways to write two groups of four.
-    ways = ("{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]", "mesh['axis_0'=2,'axis_1'=4,'axis_2'=1,'axis_3'=1,'axis_4'=1] {'axis_1'}")
+    ways = (
+        "{{0,1,2,3},{4,5,6,7}}",
+        "[2,4]<=[8]",
+        "mesh['axis_0'=2,'axis_1'=4,'axis_2'=1,'axis_3'=1,'axis_4'=1] {'axis_1'}",
+    )
     assert lines and all(any(way in line for way in ways) for line in lines), lines
 
 
