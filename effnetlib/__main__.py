@@ -52,11 +52,14 @@ def _assignment(text: str) -> tuple[str, object]:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("outputs/laptop"))
+@click.argument("directory", type=click.Path(path_type=Path), required=False)
 def report(directory):
-    """Render the HTML reports and the index of DIRECTORY (a suite's outputs) anew from its executed notebooks."""
+    """Render the HTML reports and the index of DIRECTORY (a suite's outputs; outputs/laptop if none is given) anew from
+    its executed notebooks."""
+    from effnetlib.records import outputs_folder
     from effnetlib.render import render_html, render_index
 
+    directory = directory or outputs_folder() / "laptop"
     executed = sorted(directory.glob("executed/*.ipynb"))
     if not executed:
         raise EffnetlibError(f"{directory} holds no executed notebooks: run a suite first")

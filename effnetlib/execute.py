@@ -6,7 +6,9 @@ A suite is a YAML file::
       - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
         parameters: {preset: digits-64-rmsprop}
     reports:                                # notebooks that read the records of the suite; executed after the runs
-      - 02_large_batch
+      - 00_overview
+      - name: 06_precision                  # a report may have parameters too
+        parameters: {runs: [in-float32, in-bfloat16]}
 
 Every run executes `train.ipynb`. What became of a run is what its record says, never what papermill says: papermill marks
 the cells of a killed kernel as completed.
@@ -15,8 +17,10 @@ the cells of a killed kernel as completed.
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +30,13 @@ from pathlib import Path
 import papermill
 import yaml
 
+from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.parameters import check_parameters, read_yaml
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, write_atomically
-from effnetlib.render import render_html, render_index
+from effnetlib.render import outcomes, render_html, render_index
 
 TRAIN_NOTEBOOK = "train"
 POLL_SECONDS = 0.5
@@ -81,6 +86,8 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     path = Path(path)
     try:
         content = read_yaml(path.read_text())
+    except UnicodeDecodeError:
+        raise EffnetlibError(f"the suite {path} is not a text file") from None
     except OSError as error:
         raise EffnetlibError(f"the suite {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -88,8 +95,8 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     try:
         _require_keys(content, {"runs", "reports"}, set())
         notebooks = path.absolute().parent.parent
-        runs = tuple(_run_entry(path.stem, run, changes or {}) for run in content.get("runs") or [])
-        reports = tuple(Entry(str(name), str(name), {"suite": path.stem}) for name in content.get("reports") or [])
+        runs = tuple(_run_entry(path.stem, run, changes or {}) for run in _items(content, "runs"))
+        reports = tuple(_report_entry(path.stem, report) for report in _items(content, "reports"))
         suite = Suite(path.stem, notebooks, runs, reports)
         names = [entry.name for entry in (*runs, *reports)]
         for name in names:
@@ -102,12 +109,33 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     return suite
 
 
-def _run_entry(suite: str, run, changes: Mapping) -> Entry:
-    _require_keys(run, {"name", "parameters"}, {"name"})
-    name, parameters = str(run["name"]), run.get("parameters") or {}
+def _items(content: Mapping, key: str) -> list:
+    items = content.get(key) or []
+    if not isinstance(items, list):
+        raise EffnetlibError(f"{key} must be a list, and is {items!r}")
+    return items
+
+
+def _named(item) -> tuple[str, dict]:
+    _require_keys(item, {"name", "parameters"}, {"name"})
+    name, parameters = str(item["name"]), item.get("parameters") or {}
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name == "index":
+        raise EffnetlibError(f"{name!r} cannot name a run: letters, digits, - and _ are wanted, and index is taken")
     if not isinstance(parameters, dict):
         raise EffnetlibError(f"the parameters of {name} must be a mapping, and are {parameters!r}")
+    return name, parameters
+
+
+def _run_entry(suite: str, run, changes: Mapping) -> Entry:
+    name, parameters = _named(run)
+    if "directory" in parameters:
+        raise EffnetlibError(f"{name}: leave directory out, a suite's runs lie in outputs/{suite}/runs")
     return Entry(name, TRAIN_NOTEBOOK, {**parameters, **changes, "directory": f"{suite}/runs/{name}"})
+
+
+def _report_entry(suite: str, report) -> Entry:
+    name, parameters = _named(report if isinstance(report, dict) else {"name": report})
+    return Entry(name, name, {**parameters, "suite": suite})
 
 
 def _require_keys(value, allowed: set[str], needed: set[str]) -> None:
@@ -165,6 +193,8 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
     try:
         for folder in ("executed", "runs", "logs"):
             (suite.directory / folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=suite.directory / folder):
+                pass
     except OSError as error:
         raise EffnetlibError(f"the outputs folder {suite.directory} cannot be written: {error.strerror}") from None
     prefixes = {entry: f"[{number}/{len(entries)}] {entry.name}" for number, entry in enumerate(entries, 1)}
@@ -175,35 +205,34 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
         return outcome
 
     # A run has the machine to itself, for its speed is part of the record; reports share it.
-    outcomes = [settle(entry) for entry in entries if entry.is_run]
+    settled = [settle(entry) for entry in entries if entry.is_run]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outcomes += pool.map(settle, [entry for entry in entries if not entry.is_run])
+        settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
     render_index(suite.directory, suite.name)
-    return outcomes
+    return settled
 
 
 def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
     executed = suite.directory / "executed" / f"{entry.name}.ipynb"
     key = _key(suite, entry)
-    stamp = executed.with_suffix(".key")
     html = suite.directory / f"{entry.name}.html"
-    if (
-        executed.exists()
-        and html.exists()
-        and stamp.exists()
-        and stamp.read_text() == key
-        and _error(suite, entry) == ""
-    ):
+    before = outcomes(suite.directory).get(entry.name, {})
+    if before == _outcome(entry, key, "") and executed.exists() and html.exists() and not _error(entry):
         return Outcome(entry, "skipped")
-    stamp.unlink(missing_ok=True)
     start = time.perf_counter()
+    if entry.is_run and (error := _other_recipe(entry)):
+        return Outcome(entry, "failed", error=error)  # the finished run's pages stay as they are
     code = _run_papermill(suite, entry, executed, prefix)
-    error = _error(suite, entry, code)
+    error = _error(entry, code, suite.directory / "logs" / f"{entry.name}.log")
+    write_atomically(executed.with_suffix(".json"), json.dumps(_outcome(entry, key, error)))
     if executed.exists():
-        render_html(suite.directory, entry.name, error)
-    if not error:
-        write_atomically(stamp, key)
+        render_html(suite.directory, entry.name)
     return Outcome(entry, "failed" if error else "completed", time.perf_counter() - start, error)
+
+
+def _outcome(entry: Entry, key: str, error: str) -> dict:
+    """What `render.outcomes` reads."""
+    return {"run": entry.is_run, "key": key, "error": error}
 
 
 def _key(suite: Suite, entry: Entry) -> str:
@@ -218,30 +247,37 @@ def _key(suite: Suite, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _error(suite: Suite, entry: Entry, code: int = 0) -> str:
+def _other_recipe(entry: Entry) -> str:
+    """Why the run's folder cannot take the entry, if it holds another recipe's record; else empty."""
+    directory = outputs_folder() / entry.parameters["directory"]
+    if not (directory / "run.json").exists():
+        return ""
+    try:
+        record = Record.load(directory)
+    except EffnetlibError as error:
+        return str(error)
+    if record.recipe == Recipe.from_parameters(entry.parameters):
+        return ""
+    return f"{directory} holds the record of another recipe: give the run another name, or delete that folder"
+
+
+def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     """Why an entry does not count as completed; empty if it does. For a run its record decides."""
-    log = suite.directory / "logs" / f"{entry.name}.log"
+    said = _last_error(log) if code else ""
+    died = f"papermill ended with {code}: the kernel died, see {log}" if code else ""
     if entry.is_run:
-        directory = outputs_folder() / entry.parameters["directory"]
         try:
-            record = Record.load(directory)
+            record = Record.load(outputs_folder() / entry.parameters["directory"])
         except EffnetlibError as error:
-            return _last_error(log) or str(error)
-        recipe = Recipe.from_parameters(entry.parameters)
-        if record.recipe != recipe:
-            return _last_error(log) or f"{directory} holds the record of another recipe"
+            return said or died or str(error)
         if record.status != "completed":
-            return record.error or f"the record says {record.status}" + (
-                f", papermill ended with {code}" if code else ""
-            )
-    if code:
-        return _last_error(log) or f"papermill ended with {code}: the kernel died, see {log}"
-    return ""
+            return said or record.error or died or f"the record says {record.status}"
+    return said or died
 
 
 def _last_error(log: Path) -> str:
     """The last line of a log that names an exception."""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = log.read_text(errors="replace").splitlines()
     named = [line for line in lines if line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))]
     return named[-1] if named else ""
 
@@ -250,7 +286,7 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> i
     command = [sys.executable, "-m", "papermill", str(suite.notebook_path(entry)), str(executed), "--kernel", "python3"]
     command += ["--no-progress-bar", "--cwd", str(suite.notebooks)]
     command += ["--parameters_yaml", yaml.safe_dump(dict(entry.parameters))]
-    environment = _kernel_environment(suite)
+    environment = _kernel_environment(entry)
     start = time.perf_counter()
     with open(suite.directory / "logs" / f"{entry.name}.log", "w") as log, _StatusLine(prefix) as status:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -267,31 +303,35 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> i
     return process.returncode
 
 
-def _kernel_environment(suite: Suite) -> dict:
-    # The suite may be executed from anywhere: the kernels get the same outputs folder. Programs compiled by one run serve
-    # the next ones, where they are the same.
+def _kernel_environment(entry: Entry) -> dict:
+    # The suite may be executed from anywhere: the kernels get the same folders. Programs compiled by one run serve the
+    # next ones, where they are the same.
     outputs = outputs_folder().absolute()
-    return os.environ | {
+    environment = os.environ | {
         "EFFNETLIB_OUTPUTS": str(outputs),
+        "EFFNETLIB_DATA": str(cache_folder().absolute()),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(outputs / ".compiled")),
     }
+    # Several reports are drawn at once, and an accelerator belongs to one process.
+    return environment if entry.is_run else environment | {"JAX_PLATFORMS": "cpu"}
 
 
 def _live(entry: Entry, start: float) -> str:
     """The state of a run from the last line of its metrics."""
     elapsed = duration(time.perf_counter() - start)
-    metrics = outputs_folder() / entry.parameters["directory"] / "metrics.jsonl"
+    directory = outputs_folder() / entry.parameters["directory"]
     try:
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        run = json.loads((directory / "run.json").read_text())
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         train = [row for row in rows if row["kind"] == "train"][-1]
-    except (OSError, ValueError, IndexError):
+        total, batch = run["data"]["total_steps"], run["recipe"]["global_batch_size"]
+    except (OSError, ValueError, LookupError):
         return f"{elapsed} · starting and compiling"
-    recipe = Recipe.from_parameters(entry.parameters)
-    left = (recipe.total_steps - train["step"]) * recipe.global_batch_size / max(train["images_per_second"], 1e-9)
+    left = (total - train["step"]) * batch / max(train["images_per_second"], 1e-9)
     evals = [row["ema_top1"] for row in rows if row["kind"] == "eval"]
     top1 = f" · top-1 {evals[-1]:.1%}" if evals else ""
     return (
-        f"{elapsed} · step {train['step']:,} of {recipe.total_steps:,} · {train['images_per_second']:,.0f} images/s · "
+        f"{elapsed} · step {train['step']:,} of {total:,} · {train['images_per_second']:,.0f} images/s · "
         f"{duration(left)} left · loss {train['loss']:.3f}{top1}"
     )
 
@@ -334,7 +374,7 @@ def _describe(suite: Suite, outcome: Outcome) -> str:
 
 def table(outcomes: list[Outcome]) -> str:
     """The closing table: a line an entry, and the count."""
-    width = max(len(outcome.entry.name) for outcome in outcomes)
+    width = max((len(outcome.entry.name) for outcome in outcomes), default=0)
     lines = [
         f"{outcome.entry.name:<{width}}  {outcome.status:<9}  {duration(outcome.seconds):>7}  {outcome.error}".rstrip()
         for outcome in outcomes

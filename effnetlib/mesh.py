@@ -70,6 +70,15 @@ def replica_groups(num_replicas: int, group_size: int) -> np.ndarray:
     return np.array(first) + shifts[:, None]
 
 
+def groups_fit(num_groups: int, num_devices: int) -> bool:
+    """Whether each device holds whole groups, or each group spans whole devices.
+
+    >>> groups_fit(16, 8), groups_fit(2, 8), groups_fit(3, 8)
+    (True, True, False)
+    """
+    return num_groups % num_devices == 0 or num_devices % num_groups == 0
+
+
 def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh ``(bn_group, bn_member)`` over `devices` (all of them by default), with axis type Auto.
 
@@ -80,7 +89,7 @@ def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> M
       EffnetlibError: neither number divides the other.
     """
     devices = jax.devices() if devices is None else devices
-    if num_groups % len(devices) and len(devices) % num_groups:
+    if not groups_fit(num_groups, len(devices)):
         raise EffnetlibError(
             f"{num_groups} batch-norm groups do not fit {len(devices)} devices: one number must divide the other"
         )

@@ -6,8 +6,6 @@ figure, and "to check" where it was transcribed from memory and is still to be c
 
 import pandas as pd
 
-TITLE = "Training EfficientNets at Supercomputer Scale: 83% ImageNet Top-1 Accuracy in One Hour (arXiv 2011.00071)"
-
 
 def table1() -> pd.DataFrame:
     """Table 1: throughput in images/ms and all-reduce as a percentage of the step, 32 images a core. All "to check"."""

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -11,8 +12,9 @@ from collections.abc import Mapping
 from effnetlib.data.images import AUGMENTATIONS
 from effnetlib.data.sources import DataInfo, describe
 from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.mesh import groups_fit
 from effnetlib.model import VARIANTS
-from effnetlib.parameters import TRAIN_OPTIONS, check_parameters
+from effnetlib.parameters import check_parameters
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
 
 CHOICES = {
@@ -61,7 +63,8 @@ class Recipe:
       dropout: rate before the classifier; None is the variant's own.
       drop_path: rate of stochastic depth at the last block.
       ema_decay: upper bound of the moving average's decay, over parameters and batch statistics.
-      precision: dtype of the convolutions, "bfloat16" or "float32"; all else is float32.
+      precision: dtype of the convolutions and of the activations between them, "bfloat16" or "float32"; parameters,
+        batch norm, the classifier, the loss and the optimizer are float32.
       seed: of initialisation, order, augmentation, dropout and stochastic depth.
 
     Raises:
@@ -126,7 +129,7 @@ class Recipe:
         A name that train.ipynb does not have is an EffnetlibError.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        check_parameters(parameters, ["preset", *TRAIN_OPTIONS, *names])
+        check_parameters(parameters, TRAIN_PARAMETERS)
         if not parameters.get("preset"):
             raise EffnetlibError("the parameter 'preset' is missing")
         changes = {name: parameters[name] for name in names if parameters.get(name) is not None}
@@ -151,7 +154,8 @@ class Recipe:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Twelve hex digits of the SHA-256 of the fields in sorted order: the same in any process and version."""
+        """Twelve hex digits of the SHA-256 of the fields in sorted order: the same in any process. A field that is
+        added to `Recipe` changes it."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     # Derived values. Those that count examples read the data set's size: constants for the known sets, a listing for a
@@ -212,8 +216,8 @@ class Recipe:
     def validate(self, num_devices: int | None = None) -> None:
         """Raises EffnetlibError, in one sentence, on the first thing that is wrong.
 
-        Construction calls it without `num_devices`, for a recipe belongs to no hardware; `train` and `make_mesh` call
-        it with the devices that there are, before anything is compiled or written.
+        Construction calls it without `num_devices`, for a recipe belongs to no hardware; `train` calls it with the
+        devices that there are, before anything is compiled or written.
         """
 
         def require(condition, sentence):
@@ -255,13 +259,16 @@ class Recipe:
                 batch % num_devices == 0,
                 f"global_batch_size {batch} does not divide over {num_devices} devices: use a multiple of it",
             )
-            fits = self.num_groups % num_devices == 0 or num_devices % self.num_groups == 0
             require(
-                fits,
+                groups_fit(self.num_groups, num_devices),
                 f"{self.num_groups} batch-norm groups do not fit {num_devices} devices (one number must divide the "
                 f"other): try batch_norm_batch_size {_nearest_fitting_group(batch, group, num_devices)}",
             )
 
+
+# What train.ipynb takes: a preset, what is not part of a recipe, and every field of it.
+TRAIN_OPTIONS = ("directory", "simulated_devices", "eval_devices")
+TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
 
 _HINTS = typing.get_type_hints(Recipe)
 
@@ -274,21 +281,25 @@ def _typed(name: str, value):
     if type(value) not in kinds:
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
-    if type(value) is float and value != value:
-        raise EffnetlibError(f"{name} must be a number, and is nan")
+    if type(value) is float and not math.isfinite(value):
+        raise EffnetlibError(f"{name} must be a finite number, and is {value}")
     return value
 
 
 def _nearest_divisor(number: int, target: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - target))
+    return min(_divisors(number), key=lambda d: abs(d - target))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small)]
 
 
 def _nearest_fitting_group(batch: int, target: int, num_devices: int) -> int:
     def fits(group):
-        groups = batch // group
-        return batch % group == 0 and (groups % num_devices == 0 or num_devices % groups == 0)
+        return groups_fit(batch // group, num_devices)
 
-    return min((d for d in range(1, batch + 1) if fits(d)), key=lambda d: abs(d - target))
+    return min(filter(fits, _divisors(batch)), key=lambda d: abs(d - target))
 
 
 # Presets. Table 2 of the paper, as rules: RMSProp at 0.016 per 256 with exponential decay; LARS at a peak of 15.104 up
@@ -308,7 +319,7 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
         # batch_norm_batch_size 128 is the default of the released LARS path; the paper's own setting is unknown.
         largest = batch > 32768
         return shared | dict(
-            batch_norm_batch_size=min(128, batch),
+            batch_norm_batch_size=_nearest_divisor(batch, 128),
             lr_per_256=(0.081 * 65536 if largest else 0.118 * 32768) / batch,
             decay="polynomial",
             warmup_epochs=43.0 if largest else 50.0,

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from effnetlib.errors import EffnetlibError
 from effnetlib.recipe import Recipe
 
 SCHEMA = 1
-STATUSES = ("running", "completed", "failed", "preempted")
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, the one that writes. The others hold the same record in memory."""
+    return jax.process_index() == 0
 
 
 def outputs_folder() -> Path:
@@ -43,6 +48,9 @@ def write_atomically(path: Path, text: str) -> None:
 @dataclass
 class Record:
     """One run. The fields are those of `run.json`; `metrics` are the lines of `metrics.jsonl`.
+
+    `status` is "running", "completed", "failed" or "preempted". With several processes each keeps the record and only
+    process 0 writes it.
 
     A metrics row has ``kind`` "train" (step, epoch, loss, top1, lr, images_per_second, seconds) or "eval"
     (step, epoch, nseen; top1, top5 and loss of the raw weights, ema_top1, ema_top5 and ema_loss of their moving average;
@@ -73,8 +81,8 @@ class Record:
             recipe = Recipe().replace(**run["recipe"])
         except FileNotFoundError:
             raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise EffnetlibError(f"{directory / 'run.json'} is damaged: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EffnetlibError(f"{directory / 'run.json'} is damaged, or of another version: {error}") from None
         metrics = []
         if (directory / "metrics.jsonl").exists():
             for line in (directory / "metrics.jsonl").read_text().splitlines():
@@ -91,6 +99,8 @@ class Record:
 
     def save(self) -> None:
         """Writes `run.json`."""
+        if not is_main_process():
+            return
         run = {
             "schema": SCHEMA,
             "status": self.status,
@@ -106,12 +116,16 @@ class Record:
         """Appends a row to the metrics, on disk at once."""
         row = {name: float(f"{value:.8g}") if isinstance(value, float) else value for name, value in row.items()}
         self.metrics.append(row)
+        if not is_main_process():
+            return
         with open(self.directory / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`: what a resumed run will write again."""
         self.metrics = [row for row in self.metrics if row["step"] <= step]
+        if not is_main_process():
+            return
         write_atomically(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
     def frame(self, kind: str) -> pd.DataFrame:
@@ -139,8 +153,14 @@ class Record:
 
 
 def load_records(folder: Path | str) -> list[Record]:
-    """Every record in the run folders of a folder, by name."""
-    return [Record.load(path.parent) for path in sorted(Path(folder).glob("*/run.json"))]
+    """Every record in the run folders of a folder, by name. One that cannot be read is left out with a warning."""
+    records = []
+    for path in sorted(Path(folder).glob("*/run.json")):
+        try:
+            records.append(Record.load(path.parent))
+        except EffnetlibError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return records
 
 
 def environment() -> dict:
@@ -176,7 +196,10 @@ def _git_commit() -> str | None:
         return None
 
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True).stdout.strip()
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", ".")
-    return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
+        return None

@@ -1,6 +1,7 @@
 """Training: the state, the step, and the loop that records, evaluates, saves and resumes."""
 
 import contextlib
+import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from effnetlib.model import EfficientNet
 from effnetlib.optim import ema_update, l2_penalty, lars, rmsprop
 from effnetlib.progress import Progress
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, environment
+from effnetlib.records import Record, environment, is_main_process
 
 LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
 
@@ -146,12 +147,13 @@ def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = N
     directory = Path(directory).expanduser().absolute()
     devices = jax.devices()
     recipe.validate(len(devices))
-    if eval_devices is not None and not (0 < eval_devices <= len(devices)):
-        raise EffnetlibError(f"eval_devices must be from 1 to {len(devices)}, and is {eval_devices}")
+    if eval_devices is not None:
+        _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
     splits = {name: data.load(recipe.dataset, name) for name in data.SPLITS}
     record = _open_record(recipe, directory)
     if record.status == "completed":
         return record
+    known = record.data
     record.environment = environment() | {"eval_devices": eval_devices or len(devices)}
     record.data = {
         "source": recipe.dataset,
@@ -159,7 +161,12 @@ def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = N
         "eval_examples": len(splits["eval"]),
         "num_classes": len(splits["train"].class_names),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
+        "total_steps": recipe.total_steps,
     }
+    if known and known != record.data:
+        raise EffnetlibError(
+            f"the data set {recipe.dataset} is not the one that {directory} was begun with: choose another folder"
+        )
     record.status, record.error = "running", None
     try:
         _run(recipe, record, splits, devices[:eval_devices])
@@ -171,17 +178,17 @@ def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = N
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         raise
     finally:
-        _save(record)
+        record.save()
     return record
 
 
-def _is_main() -> bool:
-    return jax.process_index() == 0
-
-
-def _save(record: Record) -> None:
-    if _is_main():
-        record.save()
+def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None:
+    if not 0 < eval_devices <= num_devices:
+        raise EffnetlibError(f"eval_devices must be from 1 to {num_devices}, and is {eval_devices}")
+    if batch % eval_devices:
+        raise EffnetlibError(f"global_batch_size {batch} does not divide over {eval_devices} eval_devices")
+    if eval_devices < num_devices and jax.process_count() > 1:
+        raise EffnetlibError("eval_devices needs a single process: each of several must take part in the evaluation")
 
 
 def _open_record(recipe: Recipe, directory: Path) -> Record:
@@ -232,9 +239,8 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
         state, timing = _restore(checkpoints, state, everywhere)
         start = int(state.step)
         record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
-        if _is_main():
-            record.rewind(start)
-        _save(record)
+        record.rewind(start)
+        record.save()
         batches = data.train_batches(
             splits["train"],
             seed=recipe.seed,
@@ -280,6 +286,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     timing = record.timing
     total, first = recipe.total_steps, int(state.step)
     log_every = max(1, total // LOGGED_STEPS)
+    eval_steps = frozenset(recipe.eval_steps)
     learning_rates = np.asarray(jax.jit(recipe.schedule)(np.arange(total)))
     progress = Progress(total, first, recipe.global_batch_size)
     clock = _Clock(timing)
@@ -290,13 +297,14 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
         while len(pending) > keep:
             step, metrics = pending.popleft()
             row = {name: float(value) for name, value in metrics.items()}
-            if not jnp.isfinite(row["loss"]):
+            timing["images"] += recipe.global_batch_size
+            if not math.isfinite(row["loss"]):
                 raise DivergedError(
                     f"the loss is {row['loss']} at step {step}, learning rate {learning_rates[step - 1]:.4g}"
                 )
             seconds = clock.now()
             progress.update(step, loss=row["loss"])
-            if _is_main() and (step % log_every == 0 or step == total):
+            if step % log_every == 0 or step == total:
                 rate = timing["images"] / max(timing["train_seconds"] + clock.lap(), 1e-9)
                 record.log(kind="train", step=step, epoch=step / recipe.steps_per_epoch, **row,
                            lr=float(learning_rates[step - 1]), images_per_second=rate, seconds=seconds)  # fmt: skip
@@ -305,26 +313,24 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
         with clock.measure("input_wait_seconds"):
             batch = next(batches)
         state, metrics = train_step(state, batch, run_key, learning_rates[step - 1])
-        timing["images"] += recipe.global_batch_size
         pending.append((step, metrics))
         # The metrics of a step are read once the next one is under way, so the devices never wait for the host.
         settle(keep=1)
-        if step in recipe.eval_steps:
+        if step in eval_steps:
             settle(keep=0)
             clock.stop_lap("train_seconds")
             with clock.measure("eval_seconds"):
                 raw, ema = evaluator((state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats))
-            if _is_main():
-                record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
-                           top1=raw.top1, top5=raw.top5, loss=raw.loss,
-                           ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
+            record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
+                       top1=raw.top1, top5=raw.top5, loss=raw.loss,
+                       ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
             progress.update(step, top1=ema.top1)
             timing["total_seconds"] = clock.now()
-            if _is_main():
+            if is_main_process():
                 host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
                 items = {"state": ocp.args.StandardSave(host_state), "timing": ocp.args.JsonSave(dict(timing))}
                 checkpoints.save(step, args=ocp.args.Composite(**items))
-            _save(record)
+            record.save()
             clock.start_lap()
     checkpoints.wait_until_finished()
 

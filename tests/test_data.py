@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from effnetlib import EffnetlibError, Recipe, make_mesh
-from effnetlib.data import describe, eval_batches, fetch, load, train_batches
+from effnetlib.data import describe, eval_batches, fetch, load, sources, train_batches
 from effnetlib.data.images import decode, eval_image, normalize, random_crop, train_image
 from effnetlib.data.loader import positions
 from effnetlib.mesh import batch_sharding
@@ -126,6 +126,33 @@ def test_a_folder_of_photographs(tmp_path):
     assert split.image(3).shape == (40, 60, 3) and abs(int(split.image(3)[0, 0, 0]) - 140) <= 2
     recipe = Recipe.preset("b0-2-rmsprop").replace(dataset="bugs", epochs=10)
     assert recipe.total_steps == 30 and recipe.data.num_classes == 2
+
+
+def test_a_class_that_one_split_lacks_is_refused(tmp_path):
+    write_folder(tmp_path / "data" / "bugs")
+    (tmp_path / "data/bugs/val/.ipynb_checkpoints").mkdir()
+    assert load("bugs", "eval").class_names == ("ant", "bee")
+    (tmp_path / "data/bugs/val/ant").rename(tmp_path / "data/bugs/val/cow")
+    with pytest.raises(EffnetlibError, match="only one of its splits knows: ant, cow"):
+        describe("bugs")
+
+
+def test_cifar10_has_its_pixels_and_labels_in_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.KNOWN, "cifar10", sources.DataInfo(10, 2, 10))
+    folder = tmp_path / "data/cifar10"
+    folder.mkdir(parents=True)
+    red_first = np.zeros((2, 3, 32, 32), np.uint8)
+    red_first[:, 0, 5, 7] = 200  # channels come first in the file: a red pixel at row 5, column 7
+    rows = np.concatenate([[[3], [9]], red_first.reshape(2, 3072)], axis=1).astype(np.uint8)
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        rows.tofile(folder / name)
+    train, evaluation = load("cifar10", "train"), load("cifar10", "eval")
+    assert (len(train), len(evaluation)) == (10, 2) and [train.class_names[i] for i in train.labels[:2]] == [
+        "cat",
+        "truck",
+    ]
+    np.testing.assert_array_equal(evaluation.image(1)[5, 7], [200, 0, 0])
+    assert evaluation.image(1).sum() == 200
 
 
 def test_grey_and_png_photographs_become_rgb(tmp_path):

@@ -1,13 +1,12 @@
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -54,6 +53,10 @@ def test_numbers_with_an_exponent_are_numbers(folder):
         ("rnus: []", "there is no key 'rnus': did you mean runs?"),
         ("runs: [{parameters: {}}]", "an entry lacks the key 'name'"),
         ("runs: [{name: a, parameters: [1]}]", "the parameters of a must be a mapping"),
+        ("runs: 5", "runs must be a list, and is 5"),
+        ("runs: [{name: a/b, parameters: {preset: digits-64-lars}}]", "'a/b' cannot name a run"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, directory: x}}]", "a: leave directory out"),
+        ("reports: [{name: 07_throughput, parameters: {suit: x}}]", "no parameter 'suit': did you mean suite?"),
         ("runs: [{name: a, parameters: {}}]", "a: the parameter 'preset' is missing"),
         ("runs: [{name: a, parameters: {preset: digits-64-lras}}]", "a: there is no preset 'digits-64-lras': did you mean digits-64-lars?"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, sed: 1}}]", "a: there is no parameter 'sed': did you mean seed?"),
@@ -69,7 +72,7 @@ def test_a_mistake_in_a_suite_is_found_before_anything_runs(folder, text, senten
         load_suite(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     done = CliRunner().invoke(main, ["run", str(path)])
-    assert done.exit_code == 2 and done.output.startswith("effnetlib: in the suite") or "is not YAML" in done.output
+    assert done.exit_code == 2 and done.output.startswith(f"effnetlib: {caught.value}")
     assert not outputs_folder().exists()
 
 
@@ -115,6 +118,10 @@ def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
     assert again.exit_code == 0, again.output
     assert "1 completed, 2 skipped, 0 failed" in again.output
     assert time.perf_counter() - start < 60
+    page = (outputs_folder() / "small/fast.html").read_bytes()
+    other = CliRunner().invoke(main, ["run", str(path), "--only", "fast", "--set", "seed=9"])
+    assert other.exit_code == 1 and "holds the record of another recipe" in other.output
+    assert (outputs_folder() / "small/fast.html").read_bytes() == page
 
 
 @pytest.mark.slow
@@ -125,11 +132,12 @@ def test_a_killed_kernel_is_a_failure_whatever_papermill_writes(folder):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     metrics = outputs_folder() / "small/runs/long/metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline, "the run did not begin"
         time.sleep(0.5)
-    # The kernel is papermill's child; it alone has the run's outputs in its environment and no papermill in its command.
-    papermill = int(subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()[0])
-    os.kill(int(subprocess.check_output(["pgrep", "-P", str(papermill)], text=True).split()[0]), signal.SIGKILL)
+    (papermill,) = psutil.Process(process.pid).children()
+    (kernel,) = papermill.children()
+    kernel.kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "1 failed" in output
     assert "FAILED" in (outputs_folder() / "small/long.html").read_text()

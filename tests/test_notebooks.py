@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -9,9 +10,11 @@ import yaml
 
 from effnetlib import Recipe
 from effnetlib.execute import load_suite
-from effnetlib.parameters import TRAIN_OPTIONS, check_parameters, notebook_parameters
+from effnetlib.parameters import notebook_parameters
+from effnetlib.recipe import TRAIN_PARAMETERS
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
+PUBLISHED = FOLDER.parent / "outputs/published/laptop"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -38,8 +41,8 @@ def test_every_parameter_is_seen_by_papermill_with_type_and_help(path):
 
 
 def test_the_training_notebook_has_every_field_of_the_recipe():
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    assert set(papermill.inspect_notebook(str(FOLDER / "train.ipynb"))) == {"preset", *TRAIN_OPTIONS, *fields}
+    seen = set(papermill.inspect_notebook(str(FOLDER / "train.ipynb")))
+    assert seen == set(TRAIN_PARAMETERS) and seen > {field.name for field in dataclasses.fields(Recipe)}
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "suites").glob("*.yaml")), ids=lambda path: path.stem)
@@ -47,17 +50,41 @@ def test_suites_are_valid(path):
     assert load_suite(path).runs
 
 
-def test_reports_name_only_runs_of_the_laptop_suite():
+def test_reports_read_runs_of_the_laptop_suite_unless_told_otherwise():
     runs = [run["name"] for run in yaml.safe_load((FOLDER / "suites/laptop.yaml").read_text())["runs"]]
     for path in NOTEBOOKS:
-        for cell in nbformat.read(path, as_version=4).cells:
-            for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "suite_records":
-                    assert {argument.value for argument in node.args[1:]} <= set(runs)
+        for name, parameter in papermill.inspect_notebook(str(path)).items():
+            if name in ("runs", "pair"):
+                assert set(ast.literal_eval(parameter["default"])) <= set(runs)
 
 
 def test_a_mistyped_parameter_is_seen_inside_the_notebook():
-    namespace = {"suite": "laptop", "siute": "x", "In": [], "_hidden": 1, "module": ast}
-    assert notebook_parameters(namespace) == {"suite": "laptop", "siute": "x"}
+    cells = [
+        "print(1); other = 2",
+        "import ast\nsuite: str = 'laptop'",
+        "# Parameters\nsuite = 'mine'",
+        "the caller's own",
+    ]
+    assert notebook_parameters({"suite": "mine", "other": 2, "In": cells}, ["suite", "runs"]) == {"suite": "mine"}
+    cells[2] = "# Parameters\nsiute = 'mine'"
     with pytest.raises(ValueError, match="no parameter 'siute': did you mean suite?"):
-        check_parameters(notebook_parameters(namespace), ["suite"])
+        notebook_parameters({"suite": "laptop", "siute": "mine", "In": cells}, ["suite"])
+
+
+def _execute(notebook, outputs, **parameters):
+    """Runs a report notebook against the published records."""
+    return papermill.execute_notebook(
+        FOLDER / f"{notebook}.ipynb", outputs / f"{notebook}.ipynb", parameters, kernel_name="python3",
+        cwd=FOLDER, progress_bar=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem != "train"])
+def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(PUBLISHED / "runs", outputs / "laptop/runs")
+    notebook = _execute(name, outputs, suite="laptop")
+    images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", ())]
+    assert images and all(o.metadata["image/png"]["alt"] for o in images)
+    assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]

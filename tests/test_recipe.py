@@ -64,7 +64,7 @@ def test_evaluation_steps_end_with_the_last():
         ({"seed": True}, r"seed must be int, and is True \(bool\)"),
         ({"dropout": "x"}, "dropout must be float or None"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
-        ({"epochs": float("nan")}, "epochs must be a number"),
+        ({"epochs": float("nan")}, "epochs must be a finite number"),
         ({"optimizer": "larz"}, "optimizer 'larz' is unknown: did you mean lars?"),
         ({"variant": "b8"}, "variant 'b8' is unknown"),
         ({"batch_norm_batch_size": 24}, "does not divide into batch-norm groups of 24: .* is (16|32)"),

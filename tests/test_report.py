@@ -1,3 +1,4 @@
+import json
 import re
 
 import matplotlib.pyplot as plt
@@ -37,6 +38,13 @@ def notebook(name, *cells):
     return outputs_folder() / "suite"
 
 
+def outcome(name, run=True, error=""):
+    """What the suite runner leaves of an executed notebook."""
+    folder = notebook(name, nbformat.v4.new_markdown_cell(f"# Title of {name}"))
+    (folder / "executed" / f"{name}.json").write_text(json.dumps({"run": run, "error": error, "key": ""}))
+    return folder
+
+
 def test_tables_hold_recipe_environment_and_result():
     records = [made_up("a"), made_up("b", seed=1)]
     table = results(records)
@@ -55,6 +63,9 @@ def test_reports_read_completed_records_only():
         suite_records("suite", "b")
     with pytest.raises(EffnetlibError, match="effnetlib run notebooks/suites/other.yaml"):
         suite_records("other")
+    (outputs_folder() / "suite/runs/b/run.json").write_text("{}")
+    with pytest.warns(UserWarning, match="b/run.json is damaged"):
+        assert [record.name for record in suite_records("suite")] == ["a"]
 
 
 def test_html_is_one_file_that_asks_the_network_for_nothing():
@@ -74,19 +85,22 @@ def test_html_is_one_file_that_asks_the_network_for_nothing():
 
 def test_a_failed_run_says_so_at_the_top():
     made_up("bad", status="failed")
-    html = render_html(notebook("bad"), "bad").read_text()
+    html = render_html(outcome("bad", error="ValueError: <made up>"), "bad").read_text()
     assert "FAILED" in html and "ValueError: &lt;made up&gt;" in html
-    made_up("killed", status="running")
-    assert "SIGKILL" in render_html(notebook("killed"), "killed", "the kernel died of SIGKILL").read_text()
+    assert "FAILED" not in render_html(outcome("good"), "good").read_text()
 
 
 def test_index_lists_runs_reports_and_status():
     made_up("good")
     made_up("bad", status="failed")
-    for name in ("good", "01_report"):
-        render_html(notebook(name, nbformat.v4.new_markdown_cell(f"# Title of {name}")), name)
+    for name in ("good", "never-began"):
+        render_html(outcome(name, error="no data" if name == "never-began" else ""), name)
+    for name, error in (("01_report", ""), ("02_broken", "KeyError: <made up>")):
+        render_html(outcome(name, run=False, error=error), name)
     html = render_index(outputs_folder() / "suite", "suite").read_text()
-    assert "1 of 2 runs completed" in html and "50.00 %" in html
+    assert "1 of 3 runs completed" in html and "50.00 %" in html
+    assert '<a href="02_broken.html">Title of 02_broken</a> <strong class="failed">failed' in html
+    assert 'class="failed" title="no data">failed' in html
     assert '<a href="01_report.html">Title of 01_report</a>' in html and '<a href="good.html">good</a>' in html
     assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
 

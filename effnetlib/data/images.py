@@ -111,7 +111,9 @@ def random_crop(
         crop_width = round(crop_height * ratio)
         pixels = crop_height * crop_width
         fits = 0 < crop_height <= height and 0 < crop_width <= width and smallest <= pixels <= largest
-        if fits and pixels >= min_covered * height * width and (crop_height, crop_width) != (height, width):
+        if fits and pixels >= min_covered * height * width:
+            if (crop_height, crop_width) == (height, width):
+                return None
             top = int(rng.integers(0, max(height - crop_height, 1)))
             left = int(rng.integers(0, max(width - crop_width, 1)))
             return top, left, crop_height, crop_width

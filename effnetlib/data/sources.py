@@ -65,6 +65,9 @@ def describe(name: str) -> DataInfo:
     if name in KNOWN:
         return KNOWN[name]
     train, evaluation = _list_folder(name, "train"), _list_folder(name, "eval")
+    if train[2] != evaluation[2]:
+        odd = ", ".join(sorted(set(train[2]) ^ set(evaluation[2]))[:5])
+        raise EffnetlibError(f"the data set {name} has classes that only one of its splits knows: {odd}")
     return DataInfo(len(train[0]), len(evaluation[0]), len(train[2]))
 
 
@@ -157,7 +160,7 @@ def _list_folder(name: str, split: str):
             f"there is no data set {name!r} ({known}): a folder would be {root}/{{train,val}}/CLASS/*.jpg "
             "(EFFNETLIB_DATA names another place than the cache folder)"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     paths, labels, digest = [], [], hashlib.sha256()
     for label, class_name in enumerate(classes):
         for entry in sorted(os.scandir(folder / class_name), key=lambda entry: entry.name):
