@@ -5,10 +5,13 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import pytest
 import yaml
 
+from effnetlib import Record, load_records
+from effnetlib.model import count_params
+
 ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "outputs/published/laptop"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -50,6 +53,29 @@ def test_an_old_python_is_refused_in_one_sentence(tmp_path):
     assert done.returncode and "effnetlib needs Python 3.11 or newer" in done.stderr
 
 
-@pytest.mark.parametrize("word", ["paper", "laptop", "papermill"])
-def test_the_readme_speaks_of(word):
-    assert word in (ROOT / "README.md").read_text()
+def test_the_readme_states_the_published_records():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", readme.partition("| run |")[2].partition("\n\n")[0], re.M)
+    assert len(rows) == 7
+    for name, cells in rows:
+        record = Record.load(PUBLISHED / "runs" / name)
+        recipe, result = record.recipe, record.result
+        wanted = [f"{recipe.epochs:g}", str(recipe.total_steps), str(record.environment["devices"])]
+        wanted += [f"{100 * result[key]:.1f} %" for key in ("peak_top1", "final_top1")] + [
+            f"{result['images_per_second']:.0f}"
+        ]
+        assert [cell.strip() for cell in cells.split("|")] == wanted, name
+    assert f"{count_params('nano', 10):,} parameters" in readme
+    links = re.findall(r"\]\((outputs/[^)]*)\)", readme)
+    assert len(links) == 3 and all((ROOT / link).is_file() for link in links)
+
+
+def test_what_is_published_is_complete_small_and_good_enough():
+    records = load_records(PUBLISHED / "runs")
+    assert len(records) == 12 and {record.status for record in records} == {"completed"}
+    assert all(record.result["eval_examples"] == 360 for record in records)
+    assert not any((record.environment["git_commit"] or "").endswith("+changes") for record in records)
+    plain = {record.name: record.result["peak_top1"] for record in records}
+    assert plain["rmsprop-64"] >= 0.97 and plain["lars-64"] >= 0.97
+    assert sum(path.stat().st_size for path in PUBLISHED.rglob("*") if path.is_file()) < 5_000_000
+    assert not list(PUBLISHED.rglob("checkpoints")) and not list(PUBLISHED.rglob("*.ipynb"))
