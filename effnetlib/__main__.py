@@ -19,6 +19,9 @@ class _Commands(click.Group):
         except EffnetlibError as error:
             click.echo(f"effnetlib: {error}", err=True)
             context.exit(2)
+        except KeyboardInterrupt:
+            click.echo("effnetlib: interrupted; the same command goes on where this one stopped", err=True)
+            context.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

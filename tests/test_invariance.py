@@ -35,9 +35,9 @@ def losses(recipe, devices):
 
 # A device's share of 64 on eight devices is 8: groups of 4 lie within a device, groups of 32 span four.
 @pytest.mark.slow
-@pytest.mark.parametrize("group", [4, 32])
-def test_twenty_steps_on_one_and_on_eight_devices(group):
-    recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group, drop_path=0.2)
+@pytest.mark.parametrize(("preset", "group"), [("digits-64-rmsprop", 4), ("digits-64-lars", 32)])
+def test_twenty_steps_on_one_and_on_eight_devices(preset, group):
+    recipe = Recipe.preset(preset).replace(batch_norm_batch_size=group, drop_path=0.2)
     np.testing.assert_allclose(losses(recipe, 8), losses(recipe, 1), rtol=1e-5)
 
 
