@@ -74,6 +74,11 @@ def round_repeats(repeats: int, depth: float) -> int:
     return math.ceil(depth * repeats)
 
 
+def stage_repeats(name: str) -> list[int]:
+    """Blocks a stage of a variant."""
+    return [round_repeats(repeats, variant(name).depth) for repeats, *_ in STAGES]
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     """One MBConv block: its filters after rounding, and the rate at which stochastic depth drops it."""

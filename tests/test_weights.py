@@ -1,0 +1,168 @@
+"""Ours against Keras' EfficientNet, an independent implementation, and weights through the files of others."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effnetlib import EfficientNet, EffnetlibError, weights
+from effnetlib.model import VARIANTS
+
+PAPER_VARIANTS = [name for name in VARIANTS if name != "nano"]
+CLASSES = 10
+
+
+def keras_model(variant, size, **options):
+    from keras.src.applications import efficientnet  # takes the rates of dropout, which the public functions fix
+
+    scale = VARIANTS[variant]
+    model = efficientnet.EfficientNet(
+        scale.width, scale.depth, size, input_shape=(size, size, 3), classes=CLASSES, weights=None,
+        classifier_activation=None, name=f"efficientnet{variant}", weights_name="", **options,
+    )  # fmt: skip
+    # Away from the initial ones and zeros, where a slip between gamma, beta, mean and variance would not show.
+    rng = np.random.default_rng(0)
+    for variable in model.variables:
+        name, value = variable.path.split("/")[-1], np.asarray(variable)
+        if variable.path.startswith("normalization"):
+            continue
+        if name in ("gamma", "moving_variance"):
+            variable.assign(rng.uniform(0.5, 1.5, value.shape).astype(np.float32))
+        elif name in ("beta", "moving_mean", "bias"):
+            variable.assign(rng.normal(0, 0.1, value.shape).astype(np.float32))
+    return model
+
+
+def named(model):
+    return {variable.path: np.asarray(variable) for variable in model.variables}
+
+
+def ours(variant, found, **options):
+    model = EfficientNet(variant, CLASSES, dtype=jnp.float32, **options)
+    return weights.into(model, weights.from_keras(found, variant, CLASSES))
+
+
+def images(batch, size):
+    return np.random.default_rng(1).normal(size=(batch, size, size, 3)).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", PAPER_VARIANTS)
+def test_logits_equal_keras(variant):
+    size = 33  # odd, so that an error in padding at stride 2 shows
+    model = keras_model(variant, size)
+    x = images(2, size)
+    # Keras divides by 255 inside.
+    wanted = np.asarray(model(255 * x, training=False))
+    got = jax.jit(lambda m, x: m(x))(ours(variant, named(model)), x)
+    assert np.ptp(wanted) > 0.1
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_training_gradients_and_statistics_equal_keras():
+    model = keras_model("b0", 32, dropout_rate=0.0, drop_connect_rate=0.0)
+    x, weight = images(8, 32), np.random.default_rng(2).normal(size=(8, CLASSES)).astype(np.float32)
+    trainable = [variable.value for variable in model.trainable_variables]
+    fixed = [variable.value for variable in model.non_trainable_variables]
+
+    def keras_loss(trainable):
+        logits, moved = model.stateless_call(trainable, fixed, 255 * x, training=True)
+        return jnp.sum(logits * weight), moved
+
+    grads, moved = jax.jit(jax.grad(keras_loss, has_aux=True))(trainable)
+    paths = [variable.path for variable in model.trainable_variables + model.non_trainable_variables]
+    by_name = {path: np.asarray(value) for path, value in zip(paths, [*grads, *moved], strict=True)}
+    wanted = weights.from_keras(by_name, "b0", CLASSES)
+
+    graphdef, params, stats = nnx.split(ours("b0", named(model), dropout=0.0, drop_path=0.0), nnx.Param, nnx.BatchStat)
+
+    def loss(params):
+        merged = nnx.merge(graphdef, params, nnx.to_pure_dict(stats))
+        logits = merged(x, train=True, key=jax.random.key(0))
+        return jnp.sum(logits * weight), nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
+
+    got_grads, got_stats = jax.jit(jax.grad(loss, has_aux=True))(nnx.to_pure_dict(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got_stats, wanted[1])
+    # Gradients that are zero but for rounding (a shift right before a batch norm) are as noisy as the largest are exact.
+    noise = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max() + noise),
+                 got_grads, wanted[0])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def b0():
+    model = EfficientNet("b0", CLASSES, rngs=nnx.Rngs(3))
+    return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+
+
+def test_safetensors_and_back(b0, tmp_path):
+    weights.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES)
+    jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / "b0.safetensors", "b0", CLASSES), b0)
+
+
+def test_names_and_layouts_are_timms(b0):
+    tensors = weights.to_timm(b0, "b0", CLASSES)
+    shapes = {
+        "conv_stem.weight": (32, 3, 3, 3), "bn1.running_var": (32,), "blocks.0.0.conv_dw.weight": (32, 1, 3, 3),
+        "blocks.0.0.conv_pw.weight": (16, 32, 1, 1), "blocks.0.0.bn2.weight": (16,),
+        "blocks.1.0.conv_pw.weight": (96, 16, 1, 1), "blocks.1.0.conv_pwl.weight": (24, 96, 1, 1),
+        "blocks.1.0.bn3.bias": (24,), "blocks.6.0.se.conv_reduce.weight": (48, 1152, 1, 1),
+        "conv_head.weight": (1280, 320, 1, 1), "classifier.weight": (CLASSES, 1280),
+    }  # fmt: skip
+    assert {name: tensors[name].shape for name in shapes} == shapes
+    # timm's own count of tensors for tf_efficientnet_b0, less its 49 counters.
+    assert len(tensors) == 360 - 49 and "blocks.0.0.bn3.weight" not in tensors
+
+
+def test_keras_files_of_both_kinds(tmp_path, b0):
+    found = {}
+    for layer, path, name, _ in weights._tensors("b0", CLASSES):
+        value = b0[name in ("mean", "var")]
+        for key in path:
+            value = value[key]
+        value = np.asarray(value)
+        if layer.kind == "depthwise":
+            value = value.swapaxes(2, 3)
+        elif layer.kind == "pointwise" and name == "kernel":
+            value = value[None, None]
+        found.setdefault(layer.keras, []).append((weights._keras_name(layer, name).split("/")[1], value))
+    with h5py.File(tmp_path / "new.weights.h5", "w") as file:
+        for i, (layer, values) in enumerate(found.items()):
+            group = file.create_group(f"layers/layer_{i}/vars")
+            group.attrs["name"] = layer
+            for k, (_, value) in enumerate(values):
+                group[str(k)] = value
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in found]
+        for layer, values in found.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [f"{layer}/{name}:0".encode() for name, _ in values]
+            for name, value in values:
+                group[f"{layer}/{name}:0"] = value
+    for name in ("new.weights.h5", "old.h5"):
+        jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / name, "b0", CLASSES), b0)
+
+
+def test_wrong_files_are_refused_by_name(b0, tmp_path):
+    tensors = weights.to_timm(b0, "b0", CLASSES)
+    tensors["extra.weight"] = tensors.pop("bn1.bias")
+    tensors["conv_head.weight"] = np.zeros((1280, 320), np.float32)
+    with pytest.raises(EffnetlibError) as caught:
+        weights.from_timm(tensors, "b0", CLASSES, source="x")
+    for sentence in ("bn1.bias is missing", "extra.weight is not b0's", "conv_head.weight has shape [1280, 320]"):
+        assert sentence in str(caught.value)
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    for name, sentence in (
+        ("x.safetensors", "cannot be read"),
+        ("x.pth", "neither a .safetensors"),
+        ("x.h5", "cannot be read"),
+    ):
+        with pytest.raises(EffnetlibError, match=sentence):
+            weights.read(tmp_path / name, "b0")
