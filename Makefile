@@ -23,7 +23,7 @@ reproduce: $(STAMP)  ## run the laptop suite and render its reports (outputs/lap
 	$(BIN)/effnetlib run notebooks/suites/laptop.yaml
 
 test: $(STAMP)  ## run all tests, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .

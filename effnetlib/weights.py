@@ -239,7 +239,7 @@ def write(path: Path | str, weights: Weights, variant: str, num_classes: int = 1
     save_file(to_timm(weights, variant, num_classes), path)
 
 
-def into(model: EfficientNet, weights: Weights) -> EfficientNet:
-    """A model like the given one, of the same variant, with these weights."""
-    graphdef, _ = nnx.split(model)
+def build(weights: Weights, variant: str, num_classes: int = 1000, **options) -> EfficientNet:
+    """A model with these weights. `options` are those of `EfficientNet`; nothing is initialised first."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: EfficientNet(variant, num_classes, **options)))
     return nnx.merge(graphdef, *jax.tree.map(jax.numpy.asarray, weights))
