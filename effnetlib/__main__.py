@@ -36,8 +36,9 @@ def main():
 def run(suite, only, changes):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
     from effnetlib import execute
+    from effnetlib.suite import load_suite
 
-    loaded = execute.load_suite(suite, dict(_assignment(change) for change in changes))
+    loaded = load_suite(suite, dict(_assignment(change) for change in changes))
     outcomes = execute.execute(loaded, only)
     click.echo(execute.table(outcomes))
     click.echo(loaded.directory / "index.html")

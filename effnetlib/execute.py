@@ -1,164 +1,34 @@
 """Executing a suite: notebooks with parameters, through papermill, one process a run; then the reports.
 
-A suite is a YAML file::
-
-    runs:                                   # each trains; skipped when its record is completed
-      - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
-        parameters: {preset: digits-64-rmsprop}
-    reports:                                # notebooks that read the records of the suite; executed after the runs
-      - 00_overview
-      - name: 06_precision                  # a report may have parameters too
-        parameters: {runs: [in-float32, in-bfloat16]}
-
-Every run executes `train.ipynb`. What became of a run is what its record says, never what papermill says: papermill marks
+What became of a run is what its record says, never what papermill says: papermill marks
 the cells of a killed kernel as completed.
 """
 
+import functools
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import papermill
 import yaml
 
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.parameters import check_parameters, read_yaml
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, write_atomically
-from effnetlib.render import outcomes, render_html, render_index
+from effnetlib.render import outcome, render_html, render_index
+from effnetlib.suite import Entry, Suite
 
-TRAIN_NOTEBOOK = "train"
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ."""
-
-    name: str
-    notebook: str
-    parameters: Mapping
-
-    @property
-    def is_run(self) -> bool:
-        return self.notebook == TRAIN_NOTEBOOK
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A suite file, read and checked: `name` is the file's stem, `notebooks` the folder above `suites/`."""
-
-    name: str
-    notebooks: Path
-    runs: tuple[Entry, ...]
-    reports: tuple[Entry, ...]
-
-    @property
-    def directory(self) -> Path:
-        return outputs_folder() / self.name
-
-    def notebook_path(self, entry: Entry) -> Path:
-        return self.notebooks / f"{entry.notebook}.ipynb"
-
-
-def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
-    """Reads and checks a suite before anything is run: keys, names, notebooks, parameters, recipes.
-
-    Args:
-      path: the YAML file.
-      changes: parameters that every run gets (`--set key=value`).
-
-    Raises:
-      EffnetlibError: what is wrong, in which file and entry.
-    """
-    path = Path(path)
-    try:
-        content = read_yaml(path.read_text())
-    except UnicodeDecodeError:
-        raise EffnetlibError(f"the suite {path} is not a text file") from None
-    except OSError as error:
-        raise EffnetlibError(f"the suite {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise EffnetlibError(f"the suite {path} is not YAML: {' '.join(str(error).split())}") from None
-    try:
-        _require_keys(content, {"runs", "reports"}, set())
-        notebooks = path.absolute().parent.parent
-        runs = tuple(_run_entry(path.stem, run, changes or {}) for run in _items(content, "runs"))
-        reports = tuple(_report_entry(path.stem, report) for report in _items(content, "reports"))
-        suite = Suite(path.stem, notebooks, runs, reports)
-        names = [entry.name for entry in (*runs, *reports)]
-        for name in names:
-            if names.count(name) > 1:
-                raise EffnetlibError(f"two entries are named {name!r}")
-        for entry in (*runs, *reports):
-            _check_entry(suite, entry)
-    except EffnetlibError as error:
-        raise EffnetlibError(f"in the suite {path}: {error}") from None
-    return suite
-
-
-def _items(content: Mapping, key: str) -> list:
-    items = content.get(key) or []
-    if not isinstance(items, list):
-        raise EffnetlibError(f"{key} must be a list, and is {items!r}")
-    return items
-
-
-def _named(item) -> tuple[str, dict]:
-    _require_keys(item, {"name", "parameters"}, {"name"})
-    name, parameters = str(item["name"]), item.get("parameters") or {}
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name == "index":
-        raise EffnetlibError(f"{name!r} cannot name a run: letters, digits, - and _ are wanted, and index is taken")
-    if not isinstance(parameters, dict):
-        raise EffnetlibError(f"the parameters of {name} must be a mapping, and are {parameters!r}")
-    return name, parameters
-
-
-def _run_entry(suite: str, run, changes: Mapping) -> Entry:
-    name, parameters = _named(run)
-    if "directory" in parameters:
-        raise EffnetlibError(f"{name}: leave directory out, a suite's runs lie in outputs/{suite}/runs")
-    return Entry(name, TRAIN_NOTEBOOK, {**parameters, **changes, "directory": f"{suite}/runs/{name}"})
-
-
-def _report_entry(suite: str, report) -> Entry:
-    name, parameters = _named(report if isinstance(report, dict) else {"name": report})
-    return Entry(name, name, {**parameters, "suite": suite})
-
-
-def _require_keys(value, allowed: set[str], needed: set[str]) -> None:
-    if not isinstance(value, dict):
-        raise EffnetlibError(f"a mapping with the keys {', '.join(sorted(allowed))} is wanted, not {value!r}")
-    for key in value:
-        if key not in allowed:
-            raise EffnetlibError(f"there is no key {key!r}: {did_you_mean(key, sorted(allowed))}")
-    for key in needed - set(value):
-        raise EffnetlibError(f"an entry lacks the key {key!r}: {value!r}")
-
-
-def _check_entry(suite: Suite, entry: Entry) -> None:
-    source = suite.notebook_path(entry)
-    if not source.is_file():
-        known = [path.stem for path in suite.notebooks.glob("*.ipynb")]
-        raise EffnetlibError(f"there is no notebook {entry.notebook!r}: {did_you_mean(entry.notebook, known)}")
-    try:
-        check_parameters(entry.parameters, papermill.inspect_notebook(str(source)))
-        if entry.is_run:
-            Recipe.from_parameters(entry.parameters)
-    except EffnetlibError as error:
-        raise EffnetlibError(f"{entry.name}: {error}") from None
 
 
 @dataclass
@@ -200,9 +70,9 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
     prefixes = {entry: f"[{number}/{len(entries)}] {entry.name}" for number, entry in enumerate(entries, 1)}
 
     def settle(entry: Entry) -> Outcome:
-        outcome = _execute_entry(suite, entry, prefixes[entry])
-        print(f"{prefixes[entry]}: {_describe(suite, outcome)}", flush=True)
-        return outcome
+        settled = _execute_entry(suite, entry, prefixes[entry])
+        print(f"{prefixes[entry]}: {_describe(settled)}", flush=True)
+        return settled
 
     # A run has the machine to itself, for its speed is part of the record; reports share it.
     settled = [settle(entry) for entry in entries if entry.is_run]
@@ -216,7 +86,7 @@ def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
     executed = suite.directory / "executed" / f"{entry.name}.ipynb"
     key = _key(suite, entry)
     html = suite.directory / f"{entry.name}.html"
-    before = outcomes(suite.directory).get(entry.name, {})
+    before = outcome(suite.directory, entry.name)
     if before == _outcome(entry, key, "") and executed.exists() and html.exists() and not _error(entry):
         return Outcome(entry, "skipped")
     start = time.perf_counter()
@@ -231,7 +101,7 @@ def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
 
 
 def _outcome(entry: Entry, key: str, error: str) -> dict:
-    """What `render.outcomes` reads."""
+    """What `render.outcome` reads."""
     return {"run": entry.is_run, "key": key, "error": error}
 
 
@@ -249,7 +119,7 @@ def _key(suite: Suite, entry: Entry) -> str:
 
 def _other_recipe(entry: Entry) -> str:
     """Why the run's folder cannot take the entry, if it holds another recipe's record; else empty."""
-    directory = outputs_folder() / entry.parameters["directory"]
+    directory = entry.directory
     if not (directory / "run.json").exists():
         return ""
     try:
@@ -267,7 +137,7 @@ def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     died = f"papermill ended with {code}: the kernel died, see {log}" if code else ""
     if entry.is_run:
         try:
-            record = Record.load(outputs_folder() / entry.parameters["directory"])
+            record = Record.load(entry.directory)
         except EffnetlibError as error:
             return said or died or str(error)
         if record.status != "completed":
@@ -294,7 +164,7 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> i
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 if entry.is_run:
-                    status.show(_live(entry, start))
+                    status.show(functools.partial(_live, entry, start))
         except BaseException:
             # Interrupted: let papermill shut its kernel down, or the kernel would train on alone.
             process.send_signal(2)
@@ -319,7 +189,7 @@ def _kernel_environment(entry: Entry) -> dict:
 def _live(entry: Entry, start: float) -> str:
     """The state of a run from the last line of its metrics."""
     elapsed = duration(time.perf_counter() - start)
-    directory = outputs_folder() / entry.parameters["directory"]
+    directory = entry.directory
     try:
         run = json.loads((directory / "run.json").read_text())
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -347,27 +217,28 @@ class _StatusLine:
     def __enter__(self):
         return self
 
-    def show(self, text: str) -> None:
+    def show(self, text: Callable[[], str]) -> None:
+        """Shows what `text` returns, if it is time to; only then is it called, for it reads files beside the run."""
         now = time.perf_counter()
         if self.terminal:
-            print(f"\r\x1b[K{self.prefix}: {text}", end="", flush=True)
+            print(f"\r\x1b[K{self.prefix}: {text()}", end="", flush=True)
         elif now - self.shown >= LINE_SECONDS:
             self.shown = now
-            print(f"{self.prefix}: {text}", flush=True)
+            print(f"{self.prefix}: {text()}", flush=True)
 
     def __exit__(self, *_):
         if self.terminal:
             print("\r\x1b[K", end="", flush=True)
 
 
-def _describe(suite: Suite, outcome: Outcome) -> str:
+def _describe(outcome: Outcome) -> str:
     if outcome.status == "skipped":
         return "finished before, not executed again"
     text = f"{outcome.status} in {duration(outcome.seconds)}"
     if outcome.error:
         return f"{text}: {outcome.error}"
     if outcome.entry.is_run:
-        result = Record.load(outputs_folder() / outcome.entry.parameters["directory"]).result
+        result = Record.load(outcome.entry.directory).result
         return f"{text} · peak top-1 {result['peak_top1']:.1%} · {result['images_per_second']:,.0f} images/s"
     return text
 

@@ -14,9 +14,10 @@ from effnetlib.records import load_records, write_atomically
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def outcomes(directory: Path) -> dict[str, dict]:
-    """What became of each executed notebook of a suite's folder, by name: ``{"run": bool, "error": str, ...}``."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("executed/*.json"))}
+def outcome(directory: Path, name: str) -> dict:
+    """What became of an executed notebook of a suite's folder: ``{"run": bool, "error": str, ...}``; empty if unknown."""
+    path = directory / "executed" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def render_html(directory: Path, name: str) -> Path:
@@ -32,7 +33,7 @@ def render_html(directory: Path, name: str) -> Path:
     notebook = nbformat.read(executed, as_version=4)
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": _title(notebook, executed), "css": _css(), "source": executed.name}
-    page["error"] = outcomes(directory).get(name, {}).get("error", "")
+    page["error"] = outcome(directory, name).get("error", "")
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
     write_atomically(directory / f"{name}.html", body)
     return directory / f"{name}.html"
@@ -41,13 +42,13 @@ def render_html(directory: Path, name: str) -> Path:
 def render_index(directory: Path, name: str) -> Path:
     """Writes the index page of a suite's folder: status, key figures and links. Returns its path."""
     records = {record.name: record for record in load_records(directory / "runs")}
-    done = outcomes(directory)
+    executed = {path.stem for path in directory.glob("executed/*.json")}
     runs, reports = [], []
-    for entry in sorted({*records, *done}):
-        record, outcome = records.get(entry), done.get(entry, {})
+    for entry in sorted({*records, *executed}):
+        record, became = records.get(entry), outcome(directory, entry)
         page = directory / f"{entry}.html"
-        row = {"name": entry, "link": page.name if page.exists() else None, "error": outcome.get("error", "")}
-        if outcome.get("run", True):
+        row = {"name": entry, "link": page.name if page.exists() else None, "error": became.get("error", "")}
+        if became.get("run", True):
             row["error"] = row["error"] or (record.error if record else "")
             row["status"] = "failed" if row["error"] else record.status if record else "not started"
             runs.append(row | {"record": record})

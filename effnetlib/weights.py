@@ -14,6 +14,7 @@ import h5py
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from effnetlib.errors import EffnetlibError
@@ -94,8 +95,7 @@ def _tensors(variant: str, num_classes: int):
     """(layer, our path to the tensor, its name in the layer, shape) of every tensor."""
     model = nnx.eval_shape(lambda: EfficientNet(variant, num_classes))
     params, stats = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
-    shapes = dict(jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(stats))
-    shapes = {tuple(key.key for key in path): leaf.shape for path, leaf in shapes.items()}
+    shapes = {path: leaf.shape for path, leaf in (flatten_dict(params) | flatten_dict(stats)).items()}
     for layer in layers(variant):
         if layer.kind == "depthwise":
             yield layer, layer.path, "kernel", shapes[layer.path]
@@ -132,15 +132,12 @@ def _collect(found: Mapping[str, np.ndarray], variant: str, num_classes: int, na
         if value.shape != shape:
             wrong.append(f"{theirs} has shape {list(found[theirs].shape)}, which is not {variant}'s")
             continue
-        tree = stats if name in ("mean", "var") else params
-        for key in path[:-1]:
-            tree = tree.setdefault(key, {})
-        tree[path[-1]] = np.ascontiguousarray(value)
+        (stats if name in ("mean", "var") else params)[path] = np.ascontiguousarray(value)
     wrong += [f"{name} is not {variant}'s" for name in sorted(set(found) - known)]
     if wrong:
         listed = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")
         raise EffnetlibError(f"{source} does not hold {variant} with {num_classes} classes: {listed}")
-    return params, stats
+    return unflatten_dict(params), unflatten_dict(stats)
 
 
 def from_timm(tensors: Mapping[str, np.ndarray], variant: str, num_classes: int = 1000, source="the file") -> Weights:
@@ -159,11 +156,10 @@ def from_timm(tensors: Mapping[str, np.ndarray], variant: str, num_classes: int 
 def to_timm(weights: Weights, variant: str, num_classes: int = 1000) -> dict[str, np.ndarray]:
     """The inverse of `from_timm`."""
     out = {}
+    params, stats = weights
+    flat = flatten_dict(params) | flatten_dict(stats)
     for layer, path, name, _ in _tensors(variant, num_classes):
-        value = weights[name in ("mean", "var")]
-        for key in path:
-            value = value[key]
-        value = np.asarray(value)
+        value = np.asarray(flat[path])
         out[_timm_name(layer, name)] = np.ascontiguousarray(
             _kernel_to_timm(layer.kind, value) if name == "kernel" else value
         )

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
-from effnetlib.execute import execute, load_suite
+from effnetlib.execute import execute
 from effnetlib.records import outputs_folder
+from effnetlib.suite import load_suite
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SHORT = "preset: digits-64-rmsprop, epochs: 0.25, eval_every_epochs: 0.25, warmup_epochs: 0.1"

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from effnetlib import Recipe
-from effnetlib.execute import load_suite
 from effnetlib.parameters import notebook_parameters
 from effnetlib.recipe import TRAIN_PARAMETERS
+from effnetlib.suite import load_suite
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from effnetlib import EfficientNet, EffnetlibError, weights
 from effnetlib.model import VARIANTS
@@ -123,11 +124,9 @@ def test_names_and_layouts_are_timms(b0):
 
 def test_keras_files_of_both_kinds(tmp_path, b0):
     found = {}
+    flat = flatten_dict(b0[0]) | flatten_dict(b0[1])
     for layer, path, name, _ in weights._tensors("b0", CLASSES):
-        value = b0[name in ("mean", "var")]
-        for key in path:
-            value = value[key]
-        value = np.asarray(value)
+        value = np.asarray(flat[path])
         if layer.kind == "depthwise":
             value = value.swapaxes(2, 3)
         elif layer.kind == "pointwise" and name == "kernel":

@@ -1,0 +1,152 @@
+"""A suite: which notebooks to execute with which parameters, read from a YAML file and checked before anything runs.
+
+The file::
+
+    runs:                                   # each trains; skipped when its record is completed
+      - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
+        parameters: {preset: digits-64-rmsprop}
+    reports:                                # notebooks that read the records of the suite; executed after the runs
+      - 00_overview
+      - name: 06_precision                  # a report may have parameters too
+        parameters: {runs: [in-float32, in-bfloat16]}
+
+Every run executes `train.ipynb`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import papermill
+import yaml
+
+from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.parameters import check_parameters, read_yaml
+from effnetlib.recipe import Recipe
+from effnetlib.records import outputs_folder
+
+TRAIN_NOTEBOOK = "train"
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ."""
+
+    name: str
+    notebook: str
+    parameters: Mapping
+
+    @property
+    def is_run(self) -> bool:
+        return self.notebook == TRAIN_NOTEBOOK
+
+    @property
+    def directory(self) -> Path:
+        """The folder of a run's record."""
+        return outputs_folder() / self.parameters["directory"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite file, read and checked: `name` is the file's stem, `notebooks` the folder above `suites/`."""
+
+    name: str
+    notebooks: Path
+    runs: tuple[Entry, ...]
+    reports: tuple[Entry, ...]
+
+    @property
+    def directory(self) -> Path:
+        return outputs_folder() / self.name
+
+    def notebook_path(self, entry: Entry) -> Path:
+        return self.notebooks / f"{entry.notebook}.ipynb"
+
+
+def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
+    """Reads and checks a suite before anything is run: keys, names, notebooks, parameters, recipes.
+
+    Args:
+      path: the YAML file.
+      changes: parameters that every run gets (`--set key=value`).
+
+    Raises:
+      EffnetlibError: what is wrong, in which file and entry.
+    """
+    path = Path(path)
+    try:
+        content = read_yaml(path.read_text())
+    except UnicodeDecodeError:
+        raise EffnetlibError(f"the suite {path} is not a text file") from None
+    except OSError as error:
+        raise EffnetlibError(f"the suite {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise EffnetlibError(f"the suite {path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        _require_keys(content, {"runs", "reports"}, set())
+        notebooks = path.absolute().parent.parent
+        runs = tuple(_run_entry(path.stem, run, changes or {}) for run in _items(content, "runs"))
+        reports = tuple(_report_entry(path.stem, report) for report in _items(content, "reports"))
+        suite = Suite(path.stem, notebooks, runs, reports)
+        names = [entry.name for entry in (*runs, *reports)]
+        for name in names:
+            if names.count(name) > 1:
+                raise EffnetlibError(f"two entries are named {name!r}")
+        for entry in (*runs, *reports):
+            _check_entry(suite, entry)
+    except EffnetlibError as error:
+        raise EffnetlibError(f"in the suite {path}: {error}") from None
+    return suite
+
+
+def _items(content: Mapping, key: str) -> list:
+    items = content.get(key) or []
+    if not isinstance(items, list):
+        raise EffnetlibError(f"{key} must be a list, and is {items!r}")
+    return items
+
+
+def _named(item) -> tuple[str, dict]:
+    _require_keys(item, {"name", "parameters"}, {"name"})
+    name, parameters = str(item["name"]), item.get("parameters") or {}
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name == "index":
+        raise EffnetlibError(f"{name!r} cannot name a run: letters, digits, - and _ are wanted, and index is taken")
+    if not isinstance(parameters, dict):
+        raise EffnetlibError(f"the parameters of {name} must be a mapping, and are {parameters!r}")
+    return name, parameters
+
+
+def _run_entry(suite: str, run, changes: Mapping) -> Entry:
+    name, parameters = _named(run)
+    if "directory" in parameters:
+        raise EffnetlibError(f"{name}: leave directory out, a suite's runs lie in outputs/{suite}/runs")
+    return Entry(name, TRAIN_NOTEBOOK, {**parameters, **changes, "directory": f"{suite}/runs/{name}"})
+
+
+def _report_entry(suite: str, report) -> Entry:
+    name, parameters = _named(report if isinstance(report, dict) else {"name": report})
+    return Entry(name, name, {**parameters, "suite": suite})
+
+
+def _require_keys(value, allowed: set[str], needed: set[str]) -> None:
+    if not isinstance(value, dict):
+        raise EffnetlibError(f"a mapping with the keys {', '.join(sorted(allowed))} is wanted, not {value!r}")
+    for key in value:
+        if key not in allowed:
+            raise EffnetlibError(f"there is no key {key!r}: {did_you_mean(key, sorted(allowed))}")
+    for key in needed - set(value):
+        raise EffnetlibError(f"an entry lacks the key {key!r}: {value!r}")
+
+
+def _check_entry(suite: Suite, entry: Entry) -> None:
+    source = suite.notebook_path(entry)
+    if not source.is_file():
+        known = [path.stem for path in suite.notebooks.glob("*.ipynb")]
+        raise EffnetlibError(f"there is no notebook {entry.notebook!r}: {did_you_mean(entry.notebook, known)}")
+    try:
+        check_parameters(entry.parameters, papermill.inspect_notebook(str(source)))
+        if entry.is_run:
+            Recipe.from_parameters(entry.parameters)
+    except EffnetlibError as error:
+        raise EffnetlibError(f"{entry.name}: {error}") from None
