@@ -9,7 +9,7 @@ from PIL import Image
 
 from effnetlib import EffnetlibError, Recipe, make_mesh
 from effnetlib.data import describe, eval_batches, fetch, load, sources, train_batches
-from effnetlib.data.images import decode, eval_image, normalize, random_crop, train_image
+from effnetlib.data.images import AUGMENTATIONS, decode, eval_image, normalize, random_crop, resize, train_image
 from effnetlib.data.loader import positions
 from effnetlib.mesh import batch_sharding
 
@@ -92,9 +92,67 @@ def test_random_crops_stay_inside_and_cover_the_stated_range():
     assert ratio.min() > 0.74 and ratio.max() < 1.35
 
 
+def test_the_distribution_of_crops_is_the_rule_counted_out():
+    """Squares in 8 x 8: the side is uniform over 2 … 8. A side of 2 (area 4 < 0.08 * 64) becomes 3, all of it is no crop."""
+    crops = [random_crop(8, 8, RNG(i), aspect=(1.0, 1.0)) for i in range(14_000)]
+    sides = np.array([crop[2] if crop else 8 for crop in crops])
+    np.testing.assert_allclose(np.bincount(sides, minlength=9), [0, 0, 0, 4000, *[2000] * 5], atol=5 * 2000**0.5)
+    # The reference draws the corner from size - side places: the last one is never taken.
+    tops = np.array([crop[0] for crop in crops if crop and crop[2] == 4])
+    np.testing.assert_allclose(np.bincount(tops, minlength=4), [500] * 4, atol=5 * 500**0.5)
+
+
+def test_the_aspect_ratio_is_uniform_where_the_image_leaves_room():
+    crops = [random_crop(1000, 4000, RNG(i), area=(0.001, 0.01), min_covered=0.0) for i in range(4000)]
+    ratios = np.array([width / height for _, _, height, width in crops])
+    wanted = np.linspace(3 / 4, 4 / 3, 9)
+    np.testing.assert_allclose(np.quantile(ratios, np.linspace(0, 1, 9)), wanted, atol=0.03)
+
+
+class Counting:
+    def __init__(self):
+        self.rng, self.ratios = RNG(0), 0
+
+    def uniform(self, *bounds):
+        self.ratios += 1
+        return self.rng.uniform(*bounds)
+
+    def integers(self, *bounds):
+        return self.rng.integers(*bounds)
+
+
+def test_ten_attempts_and_then_the_centre():
+    counting = Counting()
+    assert random_crop(1, 100, counting) is None and counting.ratios == 10  # one row high, no crop reaches the least area
+    strip = RNG(0).integers(0, 255, (1, 100, 3), np.uint8)
+    centre = eval_image(strip, 8, "inception")
+    for seed in (0, 1, 2, 3):
+        image = train_image(strip, 8, "inception", RNG(seed))
+        assert (image == centre).all() or (image == centre[:, ::-1]).all()
+
+
+def cubic(x, a=-0.75):
+    x = abs(x)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+@pytest.mark.parametrize(("size", "to"), [(40, 16), (16, 40), (33, 32)])
+def test_resizing_is_keys_cubic_without_antialiasing(size, to):
+    image = RNG(3).integers(0, 255, (size, size, 3), np.uint8)
+    weights = np.zeros((to, size))
+    for out in range(to):
+        source = (out + 0.5) * size / to - 0.5
+        for tap in range(int(np.floor(source)) - 1, int(np.floor(source)) + 3):  # four taps, however far one shrinks
+            weights[out, min(max(tap, 0), size - 1)] += cubic(source - tap)
+    wanted = np.einsum("ri,cj,ijk->rck", weights, weights, image.astype(float))
+    np.testing.assert_allclose(resize(image, to), np.clip(wanted, 0, 255), atol=1.0)
+
+
 def test_augmentation_is_a_function_of_the_generator():
     image = RNG(0).integers(0, 255, (40, 50, 3), np.uint8)
-    for augmentation in ("inception", "shift_flip", "shift", "none"):
+    for augmentation in AUGMENTATIONS:
         a, b = (train_image(image, 32, augmentation, RNG(5)) for _ in range(2))
         assert a.shape == (32, 32, 3) and a.dtype == np.uint8
         np.testing.assert_array_equal(a, b)

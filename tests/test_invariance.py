@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -73,6 +74,50 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
     assert lines and all(members(line) == [[0, 1, 2, 3], [4, 5, 6, 7]] for line in lines)
 
 
+def exchanged(line):
+    """Shapes of the arrays that a collective exchanges, of a line of compiled HLO."""
+    result = line.partition(" = ")[2].partition(" all-reduce")[0]
+    return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"\w+\[([\d,]*)\]", result)]
+
+
+# A device's share of 64 is 8: groups of 8 fill a device each, groups of 32 span four.
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "meeting"), [(8, None), (32, [[0, 1, 2, 3], [4, 5, 6, 7]])])
+def test_no_collective_of_the_train_step_spans_more_than_its_group_but_for_the_gradient(group, meeting):
+    recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group)
+    mesh = make_mesh(recipe.num_groups)
+    init, step, _ = make_train_step(recipe)
+
+    def shaped(tree, sharding):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(init, key)
+    batch = {"images": np.zeros((64, 32, 32, 3), np.uint8), "labels": np.zeros(64, np.int32)}
+    lowered = jax.jit(step, out_shardings=replicated(mesh)).lower(
+        shaped(state, replicated(mesh)),
+        shaped(batch, batch_sharding(mesh)),
+        shaped(key, replicated(mesh)),
+        shaped(np.float32(0), replicated(mesh)),
+    )
+    text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
+    lines = [line for line in text.splitlines() if "replica_groups=" in line]
+    assert lines and all(" all-reduce" in line for line in lines)  # no activation is gathered or exchanged
+    within = [line for line in lines if members(line) == meeting]
+    assert bool(within) == bool(meeting)
+
+    def numbers(lines):
+        return sum(int(np.prod(shape)) for line in lines for shape in exchanged(line))
+
+    statistics = sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    # Two sums a channel forward and two backward, and of gamma's and beta's gradients what a group holds.
+    assert numbers(within) <= 3 * statistics
+    # Beyond a group go the gradient, the running statistics (a mean over the groups), the loss and top-1: no activation.
+    beyond = numbers(line for line in lines if line not in within)
+    assert parameters <= beyond <= parameters + statistics + 2
+
+
 WORKER = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
@@ -80,6 +125,10 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 import effnetlib
 assert jax.device_count() == 8
+sys.path.insert(0, sys.argv[5])
+import test_norm
+for groups in test_norm.GROUPS:
+    test_norm.check_against_numpy(groups, test_norm.on_mesh(groups, jax.devices()))
 recipe = effnetlib.Recipe.from_json(open(sys.argv[3]).read())
 effnetlib.train(recipe, sys.argv[4])
 """
@@ -95,7 +144,7 @@ def test_two_processes_of_four_devices(tiny, tmp_path):
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     command = [sys.executable, "-c", WORKER, str(port)]
-    arguments = [str(tmp_path / "recipe.json"), str(tmp_path / "two")]
+    arguments = [str(tmp_path / "recipe.json"), str(tmp_path / "two"), str(Path(__file__).parent)]
     processes = [
         subprocess.Popen([*command, str(i), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
         for i in (0, 1)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, paper
 from effnetlib.depthwise import _convolution, _shifted_products, depthwise_conv
-from effnetlib.model import VARIANTS, block_specs, count_params, round_filters, round_repeats
+from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
 
 
 @pytest.mark.parametrize(("name", "count"), paper.trainable_parameters().items())
@@ -38,6 +38,15 @@ def test_nano_is_below_b0():
 def test_drop_path_grows_linearly_from_zero():
     rates = [spec.drop_path for spec in block_specs("b0")]
     np.testing.assert_allclose(rates, 0.2 * np.arange(16) / 16)
+
+
+def test_stochastic_depth_keeps_whole_examples_at_its_survival_and_divides_by_it():
+    rate = 0.2 * 15 / 16  # of B0's last block: it survives at 1 - 0.2 i / N
+    out = np.asarray(_drop(jnp.ones((20_000, 2, 2, 3)), rate, jax.random.key(0), (20_000, 1, 1, 1)))
+    kept = out[:, 0, 0, 0] > 0
+    np.testing.assert_array_equal(out, np.broadcast_to(kept[:, None, None, None], out.shape) / np.float32(1 - rate))
+    assert kept.mean() == pytest.approx(1 - rate, abs=4 * np.sqrt(rate * (1 - rate) / 20_000))
+    np.testing.assert_array_equal(_drop(jnp.ones((4, 1)), 0.0, None, None), 1)
 
 
 def test_squeeze_is_measured_from_the_block_input():

@@ -83,6 +83,16 @@ def test_a_run_cut_off_after_a_checkpoint_resumes_to_the_same_bits(whole, tiny, 
     assert resumed.timing["images"] == whole.timing["images"]
 
 
+def test_the_losses_do_not_depend_on_logging_evaluation_or_reading_ahead(whole, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(MODULE, "LOGGED_STEPS", 3)
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    other = train(tiny.replace(eval_every_epochs=0.5), tmp_path / "other")
+    assert len(other.frame("eval")) < len(whole.frame("eval"))
+    rows = other.frame("train").set_index("step")[["loss", "top1"]]
+    assert 3 <= len(rows) < len(whole.frame("train"))
+    assert rows.equals(whole.frame("train").set_index("step")[["loss", "top1"]].loc[rows.index])
+
+
 def test_another_recipe_in_the_same_folder_is_refused(whole, tiny):
     with pytest.raises(EffnetlibError, match=r"another recipe \(seed differ\)"):
         train(tiny.replace(seed=1), whole.directory)

@@ -13,9 +13,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from effnetlib.data.augment import autoaugment, randaugment
 from effnetlib.errors import EffnetlibError
 
-AUGMENTATIONS = ("inception", "shift_flip", "shift", "none")
+# Those that crop at random, as the reference does for ImageNet, and what they add to it.
+CROPPING = {"inception": None, "autoaugment": autoaugment, "randaugment": randaugment}
+AUGMENTATIONS = (*CROPPING, "shift_flip", "shift", "none")
 
 MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
@@ -43,16 +46,21 @@ def decode(encoded: bytes, name: str) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic, without antialiasing, to ``[size, size, 3]``."""
+    """Bicubic (Keys, a = -0.75), without antialiasing, to ``[size, size, 3]`` uint8.
+
+    As in the reference but for two things: TensorFlow 1's resize_bicubic samples at ``i * scale``, here the centres of the
+    pixels are mapped, ``(i + 0.5) * scale - 0.5``, which moves the picture by less than a pixel; and the reference keeps
+    fractions and overshoots where it does not augment, here values are rounded to 0 … 255.
+    """
     if image.shape[:2] == (size, size):
         return image
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def eval_image(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
-    """For "inception", the centre square of ``size / (size + 32)`` of the shorter side; else the whole image."""
-    if augmentation == "inception":
-        side = int(size / (size + CROP_PADDING) * min(image.shape[:2]))
+    """For the cropping augmentations the centre square of ``size / (size + 32)`` of the shorter side; else the whole."""
+    if augmentation in CROPPING:
+        side = max(1, int(size / (size + CROP_PADDING) * min(image.shape[:2])))
         top, left = (image.shape[0] - side + 1) // 2, (image.shape[1] - side + 1) // 2
         image = image[top : top + side, left : left + side]
     return resize(image, size)
@@ -60,7 +68,7 @@ def eval_image(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
 
 def train_image(image: np.ndarray, size: int, augmentation: str, rng: np.random.Generator) -> np.ndarray:
     """One augmented training image, ``[size, size, 3]`` uint8, a pure function of its arguments."""
-    if augmentation == "inception":
+    if augmentation in CROPPING:
         crop = random_crop(*image.shape[:2], rng)
         if crop is None:
             image = eval_image(image, size, augmentation)
@@ -74,9 +82,10 @@ def train_image(image: np.ndarray, size: int, augmentation: str, rng: np.random.
         top, left = rng.integers(0, 2 * pad + 1, 2)
         framed = cv2.copyMakeBorder(image, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
         image = framed[top : top + size, left : left + size]
-    if augmentation in ("inception", "shift_flip") and rng.random() < 0.5:
-        image = image[:, ::-1]
-    return image
+    if (augmentation in CROPPING or augmentation == "shift_flip") and rng.random() < 0.5:
+        image = np.ascontiguousarray(image[:, ::-1])
+    further = CROPPING.get(augmentation)
+    return further(image, rng) if further else image
 
 
 def random_crop(

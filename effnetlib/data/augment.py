@@ -1,0 +1,286 @@
+"""AutoAugment v0 and RandAugment on the host: uint8 images ``[height, width, 3]`` in and out.
+
+Source: tensorflow/tpu, models/official/efficientnet/autoaugment.py (sections 6 and 6.1 of the reference semantics), to the
+constant. Empty places are filled with 128; geometric operations take the nearest pixel. What differs:
+
+* Solarize at level 10 (and at RandAugment's 17) has a threshold above 255 and leaves the image as it is, as in Pillow. The
+  reference writes that threshold into an 8-bit constant, which TensorFlow 1 may have wrapped around.
+* Sharpness divides its nine-pixel sum once, exactly; the reference multiplies by nine rounded thirteenths, so a pixel that
+  falls on a whole number may come out one lower there.
+"""
+
+import math
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+FILL = (128, 128, 128)
+
+# Each sub-policy is two operations (name, probability, level), applied in turn. One is drawn uniformly for an image.
+POLICY_V0 = (
+    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
+    (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
+    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
+    (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
+    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
+    (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
+    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
+    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+    (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
+    (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
+    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
+    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
+    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
+    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
+    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
+    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
+    (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
+    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
+    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
+    (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
+    (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
+)
+AUTOAUGMENT_TRANSLATE = 250.0
+RANDAUGMENT_TRANSLATE = 100.0
+CUTOUT = 40.0
+
+
+def _lookup(image, table):
+    """`table` is 256 values, or 256 values for each channel (``[256, 3]``)."""
+    table = np.asarray(table, np.uint8)
+    return cv2.LUT(image, table if table.ndim == 1 else table[None])
+
+
+def _warp(image, x, y):
+    """The pixels nearest to the source coordinates ``x``, ``y`` (float32, broadcast to ``[height, width]``). Halves round
+    away from zero, as in TensorFlow's kernel; what lies outside is `FILL`."""
+
+    def nearest(coordinates):
+        rounded = np.rint(coordinates)
+        half = np.abs(coordinates - rounded) == 0.5
+        if half.any():
+            rounded[half] = coordinates[half] + np.copysign(np.float32(0.5), coordinates[half])
+        return np.ascontiguousarray(np.broadcast_to(rounded, image.shape[:2]))
+
+    return cv2.remap(
+        image, nearest(x), nearest(y), cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL
+    )
+
+
+def _grid(image):
+    height, width = image.shape[:2]
+    return np.arange(width, dtype=np.float32)[None], np.arange(height, dtype=np.float32)[:, None]
+
+
+def _blend(degenerate, image, factor):
+    """``degenerate + factor * (image - degenerate)``, clipped, without its fraction (TensorFlow's cast)."""
+    if factor == 1.0:
+        return image
+    degenerate = degenerate.astype(np.float32)
+    mixed = degenerate + np.float32(factor) * (image.astype(np.float32) - degenerate)
+    return np.clip(mixed, 0, 255).astype(np.uint8)
+
+
+def _gray(image):
+    """TensorFlow's rgb_to_grayscale, ``[height, width, 1]``: float in between, and ``255.5`` on the way back."""
+    luma = (image * np.float32(1 / 255)) @ np.array([0.2989, 0.587, 0.114], np.float32)
+    return (luma * np.float32(255.5)).astype(np.uint8)[..., None]
+
+
+def autocontrast(image: np.ndarray) -> np.ndarray:
+    """Stretches each channel from its least and greatest value to 0 and 255; a constant channel stays."""
+    rows = (cv2.reduce(image, 0, kind).reshape(-1, 3) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
+    low, high = (bound.astype(np.float32) for bound in (next(rows).min(0), next(rows).max(0)))
+    scale = np.float32(255) / np.where(high > low, high - low, np.float32(255))
+    offset = np.where(high > low, -low * scale, np.float32(0))
+    return _lookup(image, np.clip(np.arange(256, dtype=np.float32)[:, None] * scale + offset, 0, 255))
+
+
+def equalize(image: np.ndarray) -> np.ndarray:
+    """Levels the histogram of each channel: ``(sum of the counts below + step // 2) // step`` with
+    ``step = (pixels - count of the greatest value) // 255``; a channel of step 0 stays."""
+    tables = []
+    for channel in range(3):
+        counts = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+        step = (counts.sum() - counts[np.flatnonzero(counts)[-1]]) // 255
+        below = np.cumsum(counts) - counts
+        tables.append(np.clip((below + step // 2) // step, 0, 255) if step else np.arange(256))
+    return _lookup(image, np.stack(tables, 1))
+
+
+def invert(image: np.ndarray) -> np.ndarray:
+    """``255 - image``."""
+    return 255 - image
+
+
+def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
+    """About the centre of the pixels' centres, ``(size - 1) / 2``; positive is counter-clockwise as one sees it."""
+    x, y = _grid(image)
+    right, bottom = np.float32(image.shape[1] - 1), np.float32(image.shape[0] - 1)
+    radians = np.float32(degrees * (math.pi / 180))
+    cos, sin = np.cos(radians), np.sin(radians)
+    x_offset = (right - (cos * right - sin * bottom)) / np.float32(2)
+    y_offset = (bottom - (sin * right + cos * bottom)) / np.float32(2)
+    return _warp(image, cos * x - sin * y + x_offset, sin * x + cos * y + y_offset)
+
+
+def shear_x(image: np.ndarray, level: float) -> np.ndarray:
+    """Row y moves left by ``level * y`` pixels."""
+    x, y = _grid(image)
+    return _warp(image, x + np.float32(level) * y, y)
+
+
+def shear_y(image: np.ndarray, level: float) -> np.ndarray:
+    """Column x moves up by ``level * x`` pixels."""
+    x, y = _grid(image)
+    return _warp(image, x, np.float32(level) * x + y)
+
+
+def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
+    """To the left by `pixels`."""
+    x, y = _grid(image)
+    return _warp(image, x + np.float32(pixels), y)
+
+
+def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
+    """Up by `pixels`."""
+    x, y = _grid(image)
+    return _warp(image, x, y + np.float32(pixels))
+
+
+def color(image: np.ndarray, factor: float) -> np.ndarray:
+    """From grey (0) past the image itself (1) to stronger colours."""
+    return _blend(_gray(image), image, factor)
+
+
+def contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    """From an even grey (0) past the image (1). The grey is the reference's: the *number of pixels* / 256, at most 255,
+    which it calls the mean. AutoAugment v0 does not use it, RandAugment does."""
+    grey = np.uint8(min(image.shape[0] * image.shape[1] / 256, 255))
+    return _lookup(image, _blend(np.full(256, grey), np.arange(256), factor))
+
+
+def brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """From black (0) past the image (1)."""
+    return _lookup(image, _blend(np.zeros(256), np.arange(256), factor))
+
+
+def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
+    """From smooth (0; weights 1 and in the centre 5, of 13; the border stays) past the image (1)."""
+    smooth = image.copy()
+    sums = cv2.filter2D(image, cv2.CV_32F, np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]))[1:-1, 1:-1]
+    # Half a unit more keeps a whole quotient from falling below itself, and reaches no other: 13 n + 12.5 < 13 (n + 1).
+    smooth[1:-1, 1:-1] = (sums + np.float32(0.5)) * np.float32(1 / 13)
+    return _blend(smooth, image, factor)
+
+
+def posterize(image: np.ndarray, bits: int) -> np.ndarray:
+    """Keeps the upper `bits` bits; 0 keeps one, for TensorFlow shifts 8-bit numbers by at most 7."""
+    shift = min(8 - bits, 7)
+    return image >> shift << shift
+
+
+def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
+    """Inverts the values from `threshold` on."""
+    values = np.arange(256)
+    return _lookup(image, np.where(values < threshold, values, 255 - values))
+
+
+def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
+    """Adds `addition` to the values below 128."""
+    values = np.arange(256)
+    return _lookup(image, np.where(values < 128, np.clip(values + addition, 0, 255), values))
+
+
+def cutout(image: np.ndarray, half: int, row: int, column: int) -> np.ndarray:
+    """Fills the square of side ``2 * half`` around (row, column), as far as it lies in the image."""
+    image = image.copy()
+    image[max(row - half, 0) : row + half, max(column - half, 0) : column + half] = FILL
+    return image
+
+
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "AutoContrast": autocontrast,
+    "Equalize": equalize,
+    "Invert": invert,
+    "Rotate": rotate,
+    "Posterize": posterize,
+    "Solarize": solarize,
+    "Color": color,
+    "Contrast": contrast,
+    "Brightness": brightness,
+    "Sharpness": sharpness,
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "Cutout": cutout,
+    "SolarizeAdd": solarize_add,
+}
+
+
+def magnitude(name: str, level: float, translate: float = AUTOAUGMENT_TRANSLATE) -> float | None:
+    """What a level (of ten; RandAugment goes beyond) means to an operation, without its random sign; None where the
+    operation takes nothing.
+
+    Degrees, shear, pixels (`translate` at level 10), blending factor, bits, threshold, addition, or half a side.
+    """
+    share = level / 10.0
+    match name:
+        case "Rotate":
+            return share * 30.0
+        case "ShearX" | "ShearY":
+            return share * 0.3
+        case "TranslateX" | "TranslateY":
+            return share * translate
+        case "Color" | "Contrast" | "Brightness" | "Sharpness":
+            return share * 1.8 + 0.1
+        case "Posterize":
+            return int(share * 4)
+        case "Solarize":
+            return int(share * 256)
+        case "SolarizeAdd":
+            return int(share * 110)
+        case "Cutout":
+            return int(share * CUTOUT)
+    return None
+
+
+def apply(image: np.ndarray, name: str, level: float, rng: np.random.Generator, translate: float) -> np.ndarray:
+    """One operation at a level. Rotations, shears and translations go either way with equal chance; the place of a
+    cut-out is uniform over the image."""
+    value = magnitude(name, level, translate)
+    if value is None:
+        return OPERATIONS[name](image)
+    if name.startswith(("Rotate", "Shear", "Translate")) and rng.random() < 0.5:
+        value = -value
+    if name == "Cutout":
+        return cutout(image, value, int(rng.integers(image.shape[0])), int(rng.integers(image.shape[1])))
+    return OPERATIONS[name](image, value)
+
+
+def autoaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """AutoAugment's policy v0: a sub-policy drawn uniformly, each of its operations with its probability.
+
+    Source: arXiv 1805.09501; `policy_v0` of the reference.
+    """
+    for name, probability, level in POLICY_V0[rng.integers(len(POLICY_V0))]:
+        if rng.random() < probability:
+            image = apply(image, name, level, rng, AUTOAUGMENT_TRANSLATE)
+    return image
+
+
+def randaugment(image: np.ndarray, rng: np.random.Generator, layers: int = 2, level: float = 17.0) -> np.ndarray:
+    """RandAugment: `layers` operations, each drawn uniformly from all sixteen and always applied, at one level.
+
+    Source: arXiv 1909.13719; 2 layers at magnitude 17 is the reference's setting for B5 and B7.
+    """
+    names = list(OPERATIONS)
+    for _ in range(layers):
+        image = apply(image, names[rng.integers(len(names))], level, rng, RANDAUGMENT_TRANSLATE)
+    return image
