@@ -1,4 +1,4 @@
-"""The command line: run a suite, render its reports, fetch data."""
+"""The command line: run a suite, render its reports, fetch data, bring weights in and out."""
 
 import sys
 from pathlib import Path
@@ -85,6 +85,48 @@ def fetch(name, archive):
     from effnetlib.data import fetch
 
     click.echo(fetch(name, archive))
+
+
+@main.group()
+def weights():
+    """Bring published weights in, take ours out."""
+
+
+@weights.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Path(path_type=Path), help="The folder to write; outputs/weights/NAME if not given.")
+def import_(file, to):
+    """Read FILE (timm's tf_efficientnet_b*.safetensors, or Keras' .weights.h5 or .h5) into a checkpoint."""
+    from effnetlib.pretrained import import_weights
+    from effnetlib.records import outputs_folder
+
+    to = to or outputs_folder() / "weights" / file.name.removesuffix(file.suffix).removesuffix(".weights")
+    pretrained = import_weights(file, to)
+    click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    click.echo(to)
+
+
+@weights.command("export")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+def export_(source, file):
+    """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE: .safetensors under timm's names, or
+    .stablehlo, the whole float32 forward pass, which jax and flatbuffers alone can run."""
+    from effnetlib.pretrained import EXPORTS, Pretrained
+
+    if file.suffix not in EXPORTS:
+        raise EffnetlibError(f"{file} ends in neither of {' and '.join(EXPORTS)}")
+    if not file.absolute().parent.is_dir():
+        raise EffnetlibError(f"there is no folder {file.absolute().parent}")
+    pretrained = Pretrained.load(source)
+    pretrained.export(file)
+    size = pretrained.image_size
+    click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    if file.suffix == ".stablehlo":
+        click.echo(
+            f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet"
+        )
+    click.echo(file)
 
 
 if __name__ == "__main__":

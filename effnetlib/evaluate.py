@@ -14,6 +14,7 @@ from effnetlib.data.images import normalize
 from effnetlib.data.loader import eval_batches
 from effnetlib.data.sources import Split
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
+from effnetlib.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,18 @@ class Evaluator:
         )
         self.step = self.step.lower(*replicate, batch).compile()
 
-    def __call__(self, *weights) -> list[EvalResult]:
-        """One result for each (params, batch_stats) pair, in one pass over the split.
+    def __call__(self, *weights, progress: Progress | None = None) -> list[EvalResult]:
+        """One result for each (params, batch_stats) pair, in one pass over the split; `progress` counts its batches.
 
         Raises:
           RuntimeError: the number of examples counted is not the size of the split.
         """
         weights = jax.device_put(weights, self.weights_sharding)
         sums = [self._zeros() for _ in weights]
-        for batch in eval_batches(self.split, **self.batches):
+        for number, batch in enumerate(eval_batches(self.split, **self.batches), 1):
             sums = [self.step(each, total, batch) for each, total in zip(weights, sums, strict=True)]
+            if progress:
+                progress.update(number)
         results = [EvalResult(**{name: value.item() for name, value in total.items()}) for total in sums]
         for result in results:
             if result.nseen != len(self.split):
@@ -115,7 +118,8 @@ class Evaluator:
 def evaluate(
     model: nnx.Module, split: Split, *, batch: int, size: int, augmentation: str = "inception", mesh: Mesh | None = None
 ) -> EvalResult:
-    """Evaluates a model on a split, on all devices unless a mesh says otherwise. See `Evaluator` for the arguments.
+    """Evaluates a model on a split, on all devices unless a mesh says otherwise. See `Evaluator` for the arguments. Shows
+    its progress.
 
     Example (not run here: it needs ImageNet)::
 
@@ -124,4 +128,5 @@ def evaluate(
     mesh = make_mesh(jax.device_count()) if mesh is None else mesh
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     evaluator = Evaluator(graphdef, split, batch=batch, size=size, augmentation=augmentation, mesh=mesh)
-    return evaluator((nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)))[0]
+    progress = Progress(-(-len(split) // batch), 0, batch)
+    return evaluator((nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)), progress=progress)[0]

@@ -79,6 +79,11 @@ def stage_repeats(name: str) -> list[int]:
     return [round_repeats(repeats, variant(name).depth) for repeats, *_ in STAGES]
 
 
+def head_filters(name: str) -> int:
+    """Channels of a variant's last convolution, the features of its classifier."""
+    return round_filters(HEAD_FILTERS, variant(name).width)
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     """One MBConv block: its filters after rounding, and the rate at which stochastic depth drops it."""
@@ -203,7 +208,7 @@ class EfficientNet(nnx.Module):
             return GroupedBatchNorm(filters, num_groups=num_groups, momentum=batch_norm_momentum, rngs=rngs)
 
         specs = block_specs(variant, drop_path)
-        stem, head = round_filters(STEM_FILTERS, scale.width), round_filters(HEAD_FILTERS, scale.width)
+        stem, head = round_filters(STEM_FILTERS, scale.width), head_filters(variant)
         self.dtype = dtype
         self.dropout = scale.dropout if dropout is None else dropout
         self.stem = nnx.Conv(

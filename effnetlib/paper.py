@@ -59,3 +59,9 @@ def trainable_parameters() -> dict[str, int]:
         "b6": 43_040_704,
         "b7": 66_347_960,
     }
+
+
+def published_top1() -> dict[str, float]:
+    """ImageNet top-1 of the weights that the reference's authors trained with AutoAugment, which timm (`aa_in1k`) and Keras
+    pass on. Source: README of tensorflow/tpu, models/official/efficientnet."""
+    return {"b0": 0.771, "b1": 0.791, "b2": 0.801, "b3": 0.816, "b4": 0.829, "b5": 0.836, "b6": 0.840, "b7": 0.843}

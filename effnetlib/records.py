@@ -35,11 +35,11 @@ def outputs_folder() -> Path:
     return checkout / "outputs"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file whole: a reader, or a crash, sees the old text or the new one and never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file whole: a reader, or a crash, sees the old content or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from effnetlib import data
+from effnetlib.checkpoints import open_checkpoints, restore, save
 from effnetlib.data.images import normalize
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluate import Evaluator
@@ -235,8 +235,13 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
     evaluator.compile((state.params, state.batch_stats))
     compile_seconds = time.perf_counter() - compiling
 
-    with _checkpoints(record.directory) as checkpoints:
-        state, timing = _restore(checkpoints, state, everywhere)
+    with open_checkpoints(record.directory) as checkpoints:
+        if checkpoints.latest_step() is None:
+            names = ("compile_seconds", "train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds")
+            timing = dict.fromkeys(names, 0.0) | {"images": 0}
+        else:
+            restored, timing = restore(checkpoints, vars(state))
+            state = jax.device_put(TrainState(**restored), everywhere)
         start = int(state.step)
         record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
         record.rewind(start)
@@ -253,33 +258,6 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
         )
         _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints)
     record.summarize()
-
-
-def _checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The run's checkpoints. The state is replicated, so process 0 alone writes it, and each reads it for itself."""
-    process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
-    )
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
-    )
-    folder = directory / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    return ocp.CheckpointManager(folder, options=options)
-
-
-def _restore(checkpoints: ocp.CheckpointManager, state: TrainState, sharding):
-    """The latest checkpoint's state and timing, or the given state and a clock at zero."""
-    if checkpoints.latest_step() is None:
-        names = ("compile_seconds", "train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds")
-        return state, dict.fromkeys(names, 0.0) | {"images": 0}
-    abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), vars(state))
-    restored = checkpoints.restore(
-        checkpoints.latest_step(),
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore()),
-    )
-    return jax.device_put(TrainState(**restored.state), sharding), restored.timing
 
 
 def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints) -> None:
@@ -327,9 +305,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             progress.update(step, top1=ema.top1)
             timing["total_seconds"] = clock.now()
             if is_main_process():
-                host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
-                items = {"state": ocp.args.StandardSave(host_state), "timing": ocp.args.JsonSave(dict(timing))}
-                checkpoints.save(step, args=ocp.args.Composite(**items))
+                save(checkpoints, step, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state)), timing)
             record.save()
             clock.start_lap()
     checkpoints.wait_until_finished()

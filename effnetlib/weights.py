@@ -1,7 +1,6 @@
 """Published weights in and ours out: the tensors of EfficientNet under the names that timm and Keras give them.
 
-Weights are a pair ``(params, batch_stats)`` of nested dicts of float32 arrays, as in a train state. Source of the names:
-timm's `tf_efficientnet_b*` (conv_stem, blocks.STAGE.REPEAT, …) and `keras.applications.EfficientNetB*` (stem_conv,
+Source of the names: timm's `tf_efficientnet_b*` (conv_stem, blocks.STAGE.REPEAT, …) and `keras.applications.EfficientNetB*` (stem_conv,
 block1a_dwconv, …).
 """
 
@@ -15,12 +14,13 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
 
+from effnetlib.checkpoints import Weights
 from effnetlib.errors import EffnetlibError
-from effnetlib.model import EfficientNet, block_specs, stage_repeats
-
-Weights = tuple[dict, dict]
+from effnetlib.model import VARIANTS, EfficientNet, block_specs, head_filters, stage_repeats
+from effnetlib.records import write_atomically
 
 
 @dataclass(frozen=True)
@@ -211,28 +211,44 @@ def _read_keras(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read(path: Path | str, variant: str, num_classes: int = 1000) -> Weights:
-    """Weights from a file: timm's `.safetensors`, or Keras' `.weights.h5` or `.h5`.
+def read(path: Path | str) -> tuple[str, int, Weights]:
+    """Variant, number of classes and weights of a file: timm's `.safetensors`, or Keras' `.weights.h5` or `.h5`.
+
+    The variant is the one with the file's number of blocks and width.
 
     Raises:
-      EffnetlibError: the file is neither, cannot be read, or does not hold the variant.
+      EffnetlibError: the file is neither, cannot be read, or holds no variant as a whole.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return from_timm(load_file(path), variant, num_classes, source=path)
-        if path.suffix == ".h5":
-            return from_keras(_read_keras(path), variant, num_classes, source=path)
+            tensors, from_theirs = load_file(path), from_timm
+            ends, head, classifier = "conv_dw.weight", ("conv_head.weight", 0), ("classifier.weight", 0)
+        elif path.suffix == ".h5":
+            tensors, from_theirs = _read_keras(path), from_keras
+            ends, head, classifier = "dwconv/kernel", ("top_conv/kernel", -1), ("predictions/kernel", -1)
+        else:
+            raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 file (Keras)")
     except EffnetlibError:
         raise
     except Exception as error:  # h5py and safetensors each raise several kinds for a damaged file
         raise EffnetlibError(f"{path} cannot be read: {error}") from None
-    raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 file (Keras)")
+
+    def size(name, axis):
+        return tensors[name].shape[axis] if name in tensors else 0
+
+    variant = _nearest_variant(sum(name.endswith(ends) for name in tensors), size(*head))
+    num_classes = size(*classifier) or 1000
+    return variant, num_classes, from_theirs(tensors, variant, num_classes, source=path)
+
+
+def _nearest_variant(blocks: int, head: int) -> str:
+    return min(VARIANTS, key=lambda v: (abs(blocks - sum(stage_repeats(v))), abs(head - head_filters(v))))
 
 
 def write(path: Path | str, weights: Weights, variant: str, num_classes: int = 1000) -> None:
     """Writes weights as `.safetensors` under timm's names."""
-    save_file(to_timm(weights, variant, num_classes), path)
+    write_atomically(Path(path), to_bytes(to_timm(weights, variant, num_classes)))
 
 
 def build(weights: Weights, variant: str, num_classes: int = 1000, **options) -> EfficientNet:

@@ -26,6 +26,11 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFNETLIB_DATA", str(tmp_path / "data"))
 
 
+def run_once(function, *arguments):
+    """``jit(function)(*arguments)`` without the compiler's costly passes, for what runs once: the numbers are the same."""
+    return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})(*arguments)
+
+
 @pytest.fixture
 def tiny():
     """A recipe of eleven steps on real digits, most of them warm-up: rounding is not amplified yet."""

@@ -88,7 +88,10 @@ def moved(matrix):
     (a, b, c), (d, e, f) = np.float32(matrix)
     for y in range(PHOTO.shape[0]):
         for x in range(PHOTO.shape[1]):
-            source = [float(a * np.float32(x) + b * np.float32(y) + c), float(d * np.float32(x) + e * np.float32(y) + f)]
+            source = [
+                float(a * np.float32(x) + b * np.float32(y) + c),
+                float(d * np.float32(x) + e * np.float32(y) + f),
+            ]
             column, row = (int(math.copysign(math.floor(abs(value) + 0.5), value)) for value in source)
             if 0 <= row < PHOTO.shape[0] and 0 <= column < PHOTO.shape[1]:
                 out[y, x] = PHOTO[row, column]

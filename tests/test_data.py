@@ -123,7 +123,9 @@ class Counting:
 
 def test_ten_attempts_and_then_the_centre():
     counting = Counting()
-    assert random_crop(1, 100, counting) is None and counting.ratios == 10  # one row high, no crop reaches the least area
+    assert (
+        random_crop(1, 100, counting) is None and counting.ratios == 10
+    )  # one row high, no crop reaches the least area
     strip = RNG(0).integers(0, 255, (1, 100, 3), np.uint8)
     centre = eval_image(strip, 8, "inception")
     for seed in (0, 1, 2, 3):

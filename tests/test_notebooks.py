@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import nbformat
 import papermill
 import pytest
 import yaml
+from flax import nnx
 
-from effnetlib import Recipe
+from effnetlib import EfficientNet, Recipe, weights
 from effnetlib.parameters import notebook_parameters
 from effnetlib.recipe import TRAIN_PARAMETERS
 from effnetlib.suite import load_suite
@@ -72,7 +74,6 @@ def test_a_mistyped_parameter_is_seen_inside_the_notebook():
 
 
 def _execute(notebook, outputs, **parameters):
-    """Runs a report notebook against the published records."""
     return papermill.execute_notebook(
         FOLDER / f"{notebook}.ipynb", outputs / f"{notebook}.ipynb", parameters, kernel_name="python3",
         cwd=FOLDER, progress_bar=False,
@@ -80,7 +81,7 @@ def _execute(notebook, outputs, **parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem != "train"])
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", "10_pretrained")])
 def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
     shutil.copytree(PUBLISHED / "runs", outputs / "laptop/runs")
@@ -88,3 +89,17 @@ def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", ())]
     assert images and all(o.metadata["image/png"]["alt"] for o in images)
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+
+
+@pytest.mark.slow
+def test_pretrained_weights_are_evaluated_and_drawn(tmp_path):
+    model = EfficientNet("nano", 10)
+    found = tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    weights.write(tmp_path / "mine.safetensors", found, "nano", 10)
+    settings = dict(weights=[str(tmp_path / "mine.safetensors")], dataset="digits", batch_size=64, augmentation="shift")
+    notebook = _execute("10_pretrained", tmp_path, **settings)
+    html = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "360" in html and "top1.png" not in html
+    (result,) = (tmp_path / "outputs/pretrained").glob("nano-*.json")
+    assert json.loads(result.read_text())["result"]["nseen"] == 360
+    assert (tmp_path / "outputs/pretrained/top1.png").exists()

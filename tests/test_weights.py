@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import run_once
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from effnetlib import EfficientNet, EffnetlibError, weights
-from effnetlib.model import VARIANTS
+from effnetlib.model import VARIANTS, block_specs, head_filters
 
 PAPER_VARIANTS = [name for name in VARIANTS if name != "nano"]
 CLASSES = 10
@@ -54,16 +55,23 @@ def images(batch, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", PAPER_VARIANTS)
-def test_logits_equal_keras(variant):
+def test_logits_equal_keras(variant, tmp_path):
     size = 33  # odd, so that an error in padding at stride 2 shows
     model = keras_model(variant, size)
     x = images(2, size)
     trainable, fixed = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
-    keras_logits = jax.jit(lambda *arguments: model.stateless_call(*arguments, training=False)[0])
-    wanted = np.asarray(keras_logits(trainable, fixed, 255 * x))  # Keras divides by 255 inside
-    got = jax.jit(lambda m, x: m(x))(ours(variant, named(model)), x)
+    # Keras divides by 255 inside.
+    wanted = np.asarray(
+        run_once(lambda *args: model.stateless_call(*args, training=False)[0], trainable, fixed, 255 * x)
+    )
+    got = run_once(lambda m, x: m(x), ours(variant, named(model)), x)
     assert np.ptp(wanted) > 0.1
     np.testing.assert_allclose(got, wanted, atol=1e-4)
+    if variant == "b0":  # and the files that Keras itself writes
+        found = weights.from_keras(named(model), variant, CLASSES)
+        for save, name in ((model.save_weights, "b0.weights.h5"), (model.save, "b0.h5")):
+            save(tmp_path / name)
+            jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / name)[2], found)
 
 
 @pytest.mark.slow
@@ -77,7 +85,7 @@ def test_training_gradients_and_statistics_equal_keras():
         logits, moved = model.stateless_call(trainable, fixed, 255 * x, training=True)
         return jnp.sum(logits * weight), moved
 
-    grads, moved = jax.jit(jax.grad(keras_loss, has_aux=True))(trainable)
+    grads, moved = run_once(jax.grad(keras_loss, has_aux=True), trainable)
     paths = [variable.path for variable in model.trainable_variables + model.non_trainable_variables]
     by_name = {path: np.asarray(value) for path, value in zip(paths, [*grads, *moved], strict=True)}
     wanted = weights.from_keras(by_name, "b0", CLASSES)
@@ -89,7 +97,7 @@ def test_training_gradients_and_statistics_equal_keras():
         logits = merged(x, train=True, key=jax.random.key(0))
         return jnp.sum(logits * weight), nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
-    got_grads, got_stats = jax.jit(jax.grad(loss, has_aux=True))(nnx.to_pure_dict(params))
+    got_grads, got_stats = run_once(jax.grad(loss, has_aux=True), nnx.to_pure_dict(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got_stats, wanted[1])
     # Gradients that are zero but for rounding (a shift right before a batch norm) are as noisy as the largest are exact.
     noise = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[0]))
@@ -99,13 +107,16 @@ def test_training_gradients_and_statistics_equal_keras():
 
 @pytest.fixture(scope="module")
 def b0():
-    model = EfficientNet("b0", CLASSES, rngs=nnx.Rngs(3))
-    return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+    def init():
+        model = EfficientNet("b0", CLASSES, rngs=nnx.Rngs(3))
+        return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+
+    return jax.device_get(run_once(init))
 
 
 def test_safetensors_and_back(b0, tmp_path):
     weights.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES)
-    jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / "b0.safetensors", "b0", CLASSES), b0)
+    jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / "b0.safetensors")[2], b0)
 
 
 def test_names_and_layouts_are_timms(b0):
@@ -146,7 +157,14 @@ def test_keras_files_of_both_kinds(tmp_path, b0):
             for name, value in values:
                 group[f"{layer}/{name}:0"] = value
     for name in ("new.weights.h5", "old.h5"):
-        jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / name, "b0", CLASSES), b0)
+        variant, num_classes, found = weights.read(tmp_path / name)
+        assert (variant, num_classes) == ("b0", CLASSES)
+        jax.tree.map(np.testing.assert_array_equal, found, b0)
+
+
+def test_the_variant_is_recognised_by_its_blocks_and_width():
+    for name in VARIANTS:
+        assert weights._nearest_variant(len(block_specs(name)), head_filters(name)) == name
 
 
 def test_wrong_files_are_refused_by_name(b0, tmp_path):
@@ -157,6 +175,9 @@ def test_wrong_files_are_refused_by_name(b0, tmp_path):
         weights.from_timm(tensors, "b0", CLASSES, source="x")
     for sentence in ("bn1.bias is missing", "extra.weight is not b0's", "conv_head.weight has shape [1280, 320]"):
         assert sentence in str(caught.value)
+    with pytest.raises(EffnetlibError, match="classifier.weight is missing; classifier.bias is missing"):
+        bare = {name: value for name, value in weights.to_timm(b0, "b0", CLASSES).items() if "classifier" not in name}
+        weights.from_timm(bare, "b0")
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     for name, sentence in (
         ("x.safetensors", "cannot be read"),
@@ -164,4 +185,4 @@ def test_wrong_files_are_refused_by_name(b0, tmp_path):
         ("x.h5", "cannot be read"),
     ):
         with pytest.raises(EffnetlibError, match=sentence):
-            weights.read(tmp_path / name, "b0")
+            weights.read(tmp_path / name)

@@ -67,9 +67,7 @@ def _warp(image, x, y):
             rounded[half] = coordinates[half] + np.copysign(np.float32(0.5), coordinates[half])
         return np.ascontiguousarray(np.broadcast_to(rounded, image.shape[:2]))
 
-    return cv2.remap(
-        image, nearest(x), nearest(y), cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL
-    )
+    return cv2.remap(image, nearest(x), nearest(y), cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
 
 
 def _grid(image):
