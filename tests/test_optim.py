@@ -100,3 +100,14 @@ def test_ema_moves_every_leaf():
         {"w": jnp.array(1.0), "mean": jnp.array(0.0)}, {"w": jnp.array(3.0), "mean": jnp.array(4.0)}, 8
     )
     assert (float(average["w"]), float(average["mean"])) == (2.0, 2.0)
+
+
+def test_ema_is_the_formula_over_fifty_steps():
+    values = RNG.normal(size=(51, 3, 4))
+    average, wanted = {"w": jnp.array(values[0], jnp.float32)}, values[0]
+    update = jax.jit(ema_update)
+    for step in range(1, 51):
+        average = update(average, {"w": jnp.array(values[step], jnp.float32)}, step)
+        decay = min(0.9999, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * values[step]
+    np.testing.assert_allclose(average["w"], wanted, rtol=1e-5, atol=1e-6)
