@@ -141,7 +141,8 @@ def _collect(found: Mapping[str, np.ndarray], variant: str, num_classes: int, na
 
 
 def from_timm(tensors: Mapping[str, np.ndarray], variant: str, num_classes: int = 1000, source="the file") -> Weights:
-    """The weights of timm's `tf_efficientnet_b*`.
+    """The weights of timm's `tf_efficientnet_b*`, whose network is the same: with timm 1.0.31 on PyTorch the float32 logits
+    of all eight variants were equal to 3e-5 of their range. (Not a test: PyTorch is no dependency, not even of the tests.)
 
     Args:
       tensors: timm's state dict; its ``num_batches_tracked`` counters are left out.
