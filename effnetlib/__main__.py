@@ -87,6 +87,37 @@ def fetch(name, archive):
     click.echo(fetch(name, archive))
 
 
+@data.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of PNGs posing as JPEGs.")
+@click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
+def prepare(source, dest, convert, partial):
+    """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
+    folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
+    from effnetlib.data.prepare import prepare
+
+    manifest = prepare(source.expanduser(), dest.expanduser(), convert_odd=convert, partial=partial)
+    for split, about in manifest["splits"].items():
+        click.echo(
+            f"{split}: {about['examples']:,} photographs in {len(about['shards'])} shards, {about['fingerprint']}"
+        )
+    click.echo(dest)
+
+
+@data.command()
+@click.argument("dest", type=click.Path(path_type=Path))
+def check(dest):
+    """Read everything in DEST, which `data prepare` wrote, and compare it with its manifest."""
+    from effnetlib.data.prepare import check
+
+    problems = check(dest.expanduser())
+    for problem in problems:
+        click.echo(problem)
+    click.echo(f"{len(problems)} problems" if problems else "all is as the manifest says")
+    sys.exit(bool(problems))
+
+
 @main.group()
 def weights():
     """Bring published weights in, take ours out."""

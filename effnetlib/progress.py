@@ -21,10 +21,11 @@ class Progress:
       total: steps in all.
       done: steps done before this process (a resumed run).
       images: images a step.
+      unit: what a step is called.
     """
 
-    def __init__(self, total: int, done: int, images: int):
-        self.total, self.first, self.images = total, done, images
+    def __init__(self, total: int, done: int, images: int, unit: str = "step"):
+        self.total, self.first, self.images, self.unit = total, done, images, unit
         self.start = time.perf_counter()
         self.shown = 0.0
         self.values = {}
@@ -44,7 +45,7 @@ class Progress:
         rate = (step - self.first) / elapsed if elapsed else 0.0
         left = duration((self.total - step) / rate) if rate else "?"
         values = "".join(f" · {name} {value:.4g}" for name, value in self.values.items())
-        return f"step {step:,} of {self.total:,} · {rate * self.images:,.0f} images/s · {left} left{values}"
+        return f"{self.unit} {step:,} of {self.total:,} · {rate * self.images:,.0f} images/s · {left} left{values}"
 
     def _show(self, line: str) -> None:
         if not self.in_notebook:

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 
 from effnetlib.data.images import AUGMENTATIONS
-from effnetlib.data.sources import DataInfo, describe
+from effnetlib.data.sources import SUBSETS, DataInfo, describe
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import groups_fit
 from effnetlib.model import VARIANTS
@@ -18,6 +18,7 @@ from effnetlib.parameters import check_parameters
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
 
 CHOICES = {
+    "subset": SUBSETS,
     "variant": tuple(VARIANTS),
     "augmentation": AUGMENTATIONS,
     "optimizer": ("lars", "rmsprop"),
@@ -31,8 +32,10 @@ class Recipe:
     """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
 
     Attributes:
-      dataset: digits, cifar10, fashion_mnist, imagenet, or a folder `split/class/*.jpg` (a path, or a name under the
-        cache folder; see `effnetlib.data`).
+      dataset: digits, cifar10, fashion_mnist, imagenet, or a folder of photographs or of shards (a path, or a name under
+        the cache folder; see `effnetlib.data`).
+      subset: "all", "half" (train on a random half), or "minival" (the reference's hold-out: evaluate on 20/1,024 of the
+        training set, train on the rest).
       variant: b0 to b7, or nano.
       image_size: pixels a side; None is the variant's own resolution.
       augmentation: "inception" (random-resized crop and flip; evaluation on the centre crop), "autoaugment" and
@@ -74,6 +77,7 @@ class Recipe:
     """
 
     dataset: str = "imagenet"
+    subset: str = "all"
     variant: str = "b2"
     image_size: int | None = None
     augmentation: str = "autoaugment"
@@ -166,7 +170,7 @@ class Recipe:
     @functools.cached_property
     def data(self) -> DataInfo:
         """Sizes of the data set: training and evaluation examples, classes."""
-        return describe(self.dataset)
+        return describe(self.dataset, self.subset)
 
     @property
     def resolution(self) -> int:

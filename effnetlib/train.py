@@ -149,7 +149,7 @@ def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = N
     recipe.validate(len(devices))
     if eval_devices is not None:
         _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
-    splits = {name: data.load(recipe.dataset, name) for name in data.SPLITS}
+    splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
     record = _open_record(recipe, directory)
     if record.status == "completed":
         return record

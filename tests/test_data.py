@@ -16,6 +16,10 @@ from effnetlib.mesh import batch_sharding
 RNG = np.random.default_rng
 
 
+def labels_of(split):
+    return [split.example(index)[1] for index in range(len(split))]
+
+
 def digits_batches(split="train", devices=8, groups=8, **options):
     sharding = batch_sharding(make_mesh(groups, jax.devices()[:devices]))
     return train_batches(
@@ -27,9 +31,9 @@ def digits_batches(split="train", devices=8, groups=8, **options):
 def test_digits_split_is_fixed_and_stratified():
     train, evaluation = load("digits", "train"), load("digits", "eval")
     assert (len(train), len(evaluation)) == (1437, 360)
-    assert np.ptp(np.bincount(evaluation.labels)) <= 2
+    assert np.ptp(np.bincount(labels_of(evaluation))) <= 2
     assert (train.fingerprint, evaluation.fingerprint) == ("c87c0fdca1ec4582", "711accb5e9d713fd")
-    assert train.image(0).shape == (8, 8, 3) and train.image(0).max() == 255
+    assert train.example(0)[0].shape == (8, 8, 3) and train.example(0)[0].max() == 255
 
 
 def test_every_epoch_sees_every_example_once_and_none_is_dropped():
@@ -63,7 +67,7 @@ def test_evaluation_batches_hold_each_example_once(batch):
     mask = np.concatenate([np.asarray(b["mask"]) for b in batches])
     labels = np.concatenate([np.asarray(b["labels"]) for b in batches])
     assert mask.sum() == 360
-    np.testing.assert_array_equal(labels[mask], split.labels)
+    np.testing.assert_array_equal(labels[mask], labels_of(split))
     assert not np.asarray(batches[-1]["images"])[~np.asarray(batches[-1]["mask"])].any()
 
 
@@ -181,9 +185,9 @@ def test_a_folder_of_photographs(tmp_path):
     write_folder(tmp_path / "data" / "bugs")
     assert (describe("bugs").train_examples, describe("bugs").num_classes) == (6, 2)
     split = load(str(tmp_path / "data/bugs"), "eval")
-    np.testing.assert_array_equal(split.labels, [0, 0, 0, 1, 1, 1])
+    assert labels_of(split) == [0, 0, 0, 1, 1, 1]
     assert split.class_names == ("ant", "bee")
-    assert split.image(3).shape == (40, 60, 3) and abs(int(split.image(3)[0, 0, 0]) - 140) <= 2
+    assert split.example(3)[0].shape == (40, 60, 3) and abs(int(split.example(3)[0][0, 0, 0]) - 140) <= 2
     recipe = Recipe.preset("b0-2-rmsprop").replace(dataset="bugs", epochs=10)
     assert recipe.total_steps == 30 and recipe.data.num_classes == 2
 
@@ -207,12 +211,12 @@ def test_cifar10_has_its_pixels_and_labels_in_place(tmp_path, monkeypatch):
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
         rows.tofile(folder / name)
     train, evaluation = load("cifar10", "train"), load("cifar10", "eval")
-    assert (len(train), len(evaluation)) == (10, 2) and [train.class_names[i] for i in train.labels[:2]] == [
+    assert (len(train), len(evaluation)) == (10, 2) and [train.class_names[i] for i in labels_of(train)[:2]] == [
         "cat",
         "truck",
     ]
-    np.testing.assert_array_equal(evaluation.image(1)[5, 7], [200, 0, 0])
-    assert evaluation.image(1).sum() == 200
+    np.testing.assert_array_equal(evaluation.example(1)[0][5, 7], [200, 0, 0])
+    assert evaluation.example(1)[0].sum() == 200
 
 
 def test_grey_and_png_photographs_become_rgb(tmp_path):

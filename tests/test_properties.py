@@ -70,7 +70,7 @@ def test_a_mesh_holds_each_device_once_or_is_refused(groups, count):
 @given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1, 2, 4, 8]))
 def test_evaluation_pads_to_exact_counts(examples, share, devices):
     labels = np.arange(examples, dtype=np.int32)
-    split = Split(labels, (), "", lambda i: np.full((2, 2, 3), i, np.uint8))
+    split = Split(len(labels), (), "", lambda i: (np.full((2, 2, 3), i, np.uint8), int(labels[i])))
     sharding = batch_sharding(make_mesh(devices, jax.devices()[:devices]))
     seen = []
     for batch in eval_batches(split, batch=share * devices, size=2, augmentation="none", sharding=sharding):

@@ -3,6 +3,16 @@ function of (seed, step)."""
 
 from effnetlib.data.fetch import fetch
 from effnetlib.data.loader import eval_batches, train_batches
-from effnetlib.data.sources import SPLITS, DataInfo, Split, cache_folder, describe, load
+from effnetlib.data.sources import DataInfo, Split, cache_folder, data_folder, describe, load
 
-__all__ = ["SPLITS", "DataInfo", "Split", "cache_folder", "describe", "eval_batches", "fetch", "load", "train_batches"]
+__all__ = [
+    "DataInfo",
+    "Split",
+    "cache_folder",
+    "data_folder",
+    "describe",
+    "eval_batches",
+    "fetch",
+    "load",
+    "train_batches",
+]

@@ -49,12 +49,13 @@ def train_batches(
     def make(step):
         epochs, indices = positions(len(split), seed, step, batch)
 
-        def image(row):
-            epoch, index = int(epochs[row]), int(indices[row])
-            return train_image(split.image(index), size, augmentation, example_rng(seed, epoch, index))
-
         rows = _local_rows(sharding, batch)
-        return {"images": np.stack([image(row) for row in rows]), "labels": split.labels[indices[rows]]}
+        images, labels = np.empty((len(rows), size, size, 3), np.uint8), np.empty(len(rows), np.int32)
+        for place, row in enumerate(rows):
+            epoch, index = int(epochs[row]), int(indices[row])
+            image, labels[place] = split.example(index)
+            images[place] = train_image(image, size, augmentation, example_rng(seed, epoch, index))
+        return {"images": images, "labels": labels}
 
     return _on_devices(make, start, stop, batch, sharding)
 
@@ -66,11 +67,10 @@ def eval_batches(split: Split, *, batch: int, size: int, augmentation: str, shar
         rows = _local_rows(sharding, batch)
         indices = step * batch + rows
         mask = indices < len(split)
-        images = np.zeros((len(rows), size, size, 3), np.uint8)
-        for place, index in enumerate(indices):
-            if mask[place]:
-                images[place] = eval_image(split.image(int(index)), size, augmentation)
-        labels = np.where(mask, split.labels[np.minimum(indices, len(split) - 1)], 0).astype(np.int32)
+        images, labels = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros(len(rows), np.int32)
+        for place in np.flatnonzero(mask):
+            image, labels[place] = split.example(int(indices[place]))
+            images[place] = eval_image(image, size, augmentation)
         return {"images": images, "labels": labels, "mask": mask}
 
     return _on_devices(make, 0, -(-len(split) // batch), batch, sharding)
@@ -98,5 +98,6 @@ def _on_devices(make, start: int, stop: int, batch: int, sharding) -> Iterator[B
 
         return jax.make_array_from_callback((batch, *array.shape[1:]), sharding, shard)
 
+    # The copy to the devices is asynchronous: while they work on one batch the next one is on its way.
     for arrays in ahead.to_iter_dataset(options):
         yield {name: place(array) for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Sources: digits (embedded), CIFAR-10, Fashion-MNIST, and folders of photographs such as ImageNet's."""
+"""Sources: digits (embedded), CIFAR-10, Fashion-MNIST, and photographs such as ImageNet's, loose or in shards."""
 
 import gzip
 import hashlib
@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from effnetlib.data.images import decode
+from effnetlib.data.photographs import Listing, list_photographs
+from effnetlib.data.shards import open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
 
-SPLITS = ("train", "eval")
-EVAL_FOLDERS = ("val", "validation", "test")
-PHOTOGRAPHS = (".jpg", ".jpeg", ".png")
+SPLITS = ("train", "eval", "test")
+SUBSETS = ("all", "half", "minival")
+MINIVAL_SHARDS, REFERENCE_SHARDS = 20, 1024
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,25 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set, by random access.
+    """One split of a data set, by random access, in an order that is the set's own (class by class for photographs).
 
     Attributes:
-      labels: int32 ``[examples]``.
+      size: examples.
       class_names: the names of the labels.
-      fingerprint: sixteen hex digits of a SHA-256. Over every pixel and label where the set is in memory; over names
-        and sizes of the files where it is a folder.
-      image: ``image(index)`` is uint8 ``[height, width, 3]``.
+      fingerprint: sixteen hex digits of a SHA-256. Over every pixel and label where the set is in memory or in shards of
+        ours; over names and sizes of the files where they are loose.
+      example: ``example(index)`` is an image, uint8 ``[height, width, 3]``, and its label.
+      encoded: ``encoded(index)`` is a photograph's file as bytes, its label and its name; None for sets in memory.
     """
 
-    labels: np.ndarray
+    size: int
     class_names: tuple[str, ...]
     fingerprint: str
-    image: Callable[[int], np.ndarray] = field(repr=False)
+    example: Callable[[int], tuple[np.ndarray, int]] = field(repr=False)
+    encoded: Callable[[int], tuple[bytes, int, str]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self.size
 
 
 def cache_folder() -> Path:
@@ -60,38 +64,67 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EFFNETLIB_DATA") or Path.home() / ".cache" / "effnetlib").expanduser()
 
 
-def describe(name: str) -> DataInfo:
-    """The sizes of a data set: constants for the known ones, a listing for a folder (nothing is decoded)."""
+def describe(name: str, subset: str = "all") -> DataInfo:
+    """The sizes of a data set: constants for the known ones, a listing for photographs (nothing is decoded)."""
     if name in KNOWN:
-        return KNOWN[name]
-    train, evaluation = _list_folder(name, "train"), _list_folder(name, "eval")
-    if train[2] != evaluation[2]:
-        odd = ", ".join(sorted(set(train[2]) ^ set(evaluation[2]))[:5])
-        raise EffnetlibError(f"the data set {name} has classes that only one of its splits knows: {odd}")
-    return DataInfo(len(train[0]), len(evaluation[0]), len(train[2]))
+        info = KNOWN[name]
+    else:
+        train, evaluation = load(name, "train"), load(name, "eval")
+        if train.class_names != evaluation.class_names:
+            odd = ", ".join(sorted(set(train.class_names) ^ set(evaluation.class_names))[:5])
+            raise EffnetlibError(f"the data set {name} has classes that only one of its splits knows: {odd}")
+        info = DataInfo(len(train), len(evaluation), len(train.class_names))
+    held_out = _minival_size(info.train_examples)
+    if subset == "minival":
+        return DataInfo(info.train_examples - held_out, held_out, info.num_classes)
+    return DataInfo(info.train_examples // 2, info.eval_examples, info.num_classes) if subset == "half" else info
 
 
-def load(name: str, split: str) -> Split:
-    """Opens the "train" or "eval" split of a data set.
+def load(name: str, split: str, subset: str = "all") -> Split:
+    """Opens a split of a data set: "train", "eval", or where a folder of photographs has one beside those, "test".
+
+    Args:
+      subset: "all"; "half", training on a random half; or "minival", the reference's hold-out: 20 of 1,024 shards of the
+        training set are taken from it and are what "eval" means. Both are drawn once for ever, the same for loose
+        photographs and for shards.
 
     Raises:
       EffnetlibError: the set is unknown, missing (the sentence says how to get it), or not of the size it should be.
     """
     if split not in SPLITS:
         raise EffnetlibError(f"there is no split {split!r}: {did_you_mean(split, SPLITS)}")
-    if name == "digits":
-        data = _digits(split)
-    elif name == "cifar10":
-        data = _cifar10(split)
-    elif name == "fashion_mnist":
-        data = _fashion_mnist(split)
+    if subset == "minival" and split != "test":
+        whole = load(name, "train")
+        held_out = _minival_size(len(whole))
+        drawn = shard_order(len(whole))
+        return _select(whole, drawn[held_out:] if split == "train" else drawn[:held_out])
+    if name in IN_MEMORY:
+        if split == "test":
+            raise EffnetlibError(f"{name} has no test split beside the one it is evaluated on")
+        data = IN_MEMORY[name](split)
     else:
-        data = _folder(name, split)
-    if name in KNOWN:
+        data = _photographs(name, split)
+    if name in KNOWN and split != "test":
         wanted = KNOWN[name].train_examples if split == "train" else KNOWN[name].eval_examples
         if len(data) != wanted:
             raise EffnetlibError(f"the {split} split of {name} should have {wanted:,} examples, and has {len(data):,}")
+    if subset == "half" and split == "train":
+        return _select(data, shard_order(len(data))[: len(data) // 2])
     return data
+
+
+def _minival_size(examples: int) -> int:
+    return examples * MINIVAL_SHARDS // REFERENCE_SHARDS
+
+
+def _select(split: Split, indices: np.ndarray) -> Split:
+    """Part of a split, in its order."""
+    indices = np.sort(indices)
+    fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
+    encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
+    return Split(
+        len(indices), split.class_names, fingerprint, lambda index: split.example(int(indices[index])), encoded
+    )
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
@@ -99,11 +132,11 @@ def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
     labels = labels.astype(np.int32)
     digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest()[:16]
 
-    def image(index):
+    def example(index):
         pixels = images[index]
-        return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
+        return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels, int(labels[index])
 
-    return Split(labels, tuple(class_names), digest, image)
+    return Split(len(labels), tuple(class_names), digest, example)
 
 
 def _digits(split: str) -> Split:
@@ -140,34 +173,41 @@ def _fashion_mnist(split: str) -> Split:
     return _in_memory(images[16:].reshape(-1, 28, 28), labels[8:], classes.split())
 
 
-def _folder(name: str, split: str) -> Split:
-    paths, labels, classes, digest = _list_folder(name, split)
-
-    def image(index):
-        return decode(paths[index].read_bytes(), str(paths[index]))
-
-    return Split(np.array(labels, np.int32), tuple(classes), digest, image)
+IN_MEMORY = {"digits": _digits, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
 
 
-def _list_folder(name: str, split: str):
-    """Paths, labels, class names and fingerprint of `split/class/*.jpg`, all in sorted order."""
-    root = Path(name).expanduser() if os.sep in name else cache_folder() / name
-    folders = ("train",) if split == "train" else EVAL_FOLDERS
-    folder = next((root / choice for choice in folders if (root / choice).is_dir()), None)
-    if folder is None:
+def data_folder(name: str) -> Path:
+    """Where photographs of this name lie: the path itself, or a folder of the cache."""
+    return Path(name).expanduser() if os.sep in name else cache_folder() / name
+
+
+def _photographs(name: str, split: str) -> Split:
+    root = data_folder(name)
+    if shards := open_shards(root, split):
+        records, class_names, fingerprint = shards.records, shards.class_names, shards.fingerprint
+        return _of_photographs(len(records), class_names, fingerprint, records.__getitem__)
+    listing = list_photographs(root, split) if root.is_dir() else None
+    if listing is None:
         known = did_you_mean(name, KNOWN)
         raise EffnetlibError(
-            f"there is no data set {name!r} ({known}): a folder would be {root}/{{train,val}}/CLASS/*.jpg "
-            "(EFFNETLIB_DATA names another place than the cache folder)"
+            f"there is no data set {name!r} ({known}): a folder would be {root}/{{train,val}}/CLASS/*.jpg, or shards that "
+            "`effnetlib data prepare` wrote (EFFNETLIB_DATA names another place than the cache folder)"
         )
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    paths, labels, digest = [], [], hashlib.sha256()
-    for label, class_name in enumerate(classes):
-        for entry in sorted(os.scandir(folder / class_name), key=lambda entry: entry.name):
-            if entry.name.lower().endswith(PHOTOGRAPHS):
-                paths.append(Path(entry.path))
-                labels.append(label)
-                digest.update(f"{class_name}/{entry.name} {entry.stat().st_size}\n".encode())
-    if not paths:
-        raise EffnetlibError(f"{folder} holds no photographs: CLASS/*.jpg is wanted in it")
-    return paths, labels, classes, digest.hexdigest()[:16]
+    return _of_listing(listing)
+
+
+def _of_listing(listing: Listing) -> Split:
+    photos = listing.photos
+
+    def encoded(index):
+        return photos[index].read(), photos[index].label, photos[index].name
+
+    return _of_photographs(len(photos), listing.class_names, listing.fingerprint, encoded)
+
+
+def _of_photographs(size: int, class_names, fingerprint: str, encoded) -> Split:
+    def example(index):
+        photograph, label, name = encoded(index)
+        return decode(photograph, name), label
+
+    return Split(size, tuple(class_names), fingerprint, example, encoded)

@@ -1,0 +1,199 @@
+"""ArrayRecord shards of photographs: the original JPEG bytes with their labels, read at random.
+
+A record is a `tf.train.Example` with the features "image" (bytes), "label" (int64) and "file_name" (bytes): the form of
+TFDS's `imagenet2012`, so its shards and ours are read by the same code. A folder of ours holds `manifest.json` (see
+`effnetlib.data.prepare`), TFDS's holds `dataset_info.json`.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from effnetlib.errors import EffnetlibError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+TFDS_SPLITS = {"train": ("train",), "eval": ("validation", "val", "test"), "test": ("test",)}
+
+
+def _example_class():
+    """`tf.train.Example` without TensorFlow: the fields that we use, by their numbers in its example.proto."""
+    kind = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="effnetlib_example.proto", package="effnetlib", syntax="proto3")
+
+    def message(name, *fields):
+        kinds = {"string": kind.TYPE_STRING, "bytes": kind.TYPE_BYTES, "int64": kind.TYPE_INT64}
+        added = file.message_type.add(name=name)
+        for field, number, repeated, of in fields:
+            label = kind.LABEL_REPEATED if repeated else kind.LABEL_OPTIONAL
+            added.field.add(name=field, number=number, label=label, type=kinds.get(of, kind.TYPE_MESSAGE),
+                            type_name=None if of in kinds else f".effnetlib.{of}")  # fmt: skip
+
+    message("BytesList", ("value", 1, True, "bytes"))
+    message("Int64List", ("value", 1, True, "int64"))
+    message("Feature", ("bytes_list", 1, False, "BytesList"), ("int64_list", 3, False, "Int64List"))
+    message("Entry", ("key", 1, False, "string"), ("value", 2, False, "Feature"))  # a map, as it is on the wire
+    message("Features", ("feature", 1, True, "Entry"))
+    message("Example", ("features", 1, False, "Features"))
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("effnetlib.Example"))
+
+
+_Example = _example_class()
+
+
+def encode_record(image: bytes, label: int, file_name: str) -> bytes:
+    """A record as bytes."""
+    example = _Example()
+    for key, value in (("image", image), ("label", label), ("file_name", file_name.encode())):
+        entry = example.features.feature.add(key=key)
+        if isinstance(value, bytes):
+            entry.value.bytes_list.value.append(value)
+        else:
+            entry.value.int64_list.value.append(value)
+    return example.SerializeToString(deterministic=True)
+
+
+def decode_record(record: bytes) -> tuple[bytes, int, str]:
+    """(image, label, file name) of a record. A ValueError says that it is none."""
+    try:
+        features = {entry.key: entry.value for entry in _Example.FromString(record).features.feature}
+        (image,), (label,) = features["image"].bytes_list.value, features["label"].int64_list.value
+    except Exception as error:  # protobuf raises its own kinds, and they differ between its implementations
+        raise ValueError(f"not a record of an image and a label: {error!r}") from None
+    return image, label, b"".join(features["file_name"].bytes_list.value).decode() if "file_name" in features else ""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One shard as a whole, in the words of the ArrayRecord data source; knowing the count spares opening it."""
+
+    filename: str
+    examples_in_shard: int
+    skip: int = 0
+
+    @property
+    def take(self) -> int:
+        return self.examples_in_shard
+
+
+class ShardedRecords:
+    """Records by index over several shards. `order[i]` is where example i lies; None means where it is counted.
+
+    Threads may share it. Reading a damaged shard is an EffnetlibError that names it.
+    """
+
+    def __init__(self, shards: list[tuple[Path, int]], order: np.ndarray | None = None):
+        self.shards, self.order = shards, order
+        self.starts = np.cumsum([0, *(count for _, count in shards)])
+
+    @functools.cached_property
+    def _source(self):
+        return ArrayRecordDataSource([Instruction(str(path), count) for path, count in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        place = index if self.order is None else int(self.order[index])
+        try:
+            return decode_record(self._source[place])
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            path = self.shards[int(np.searchsorted(self.starts, place, side="right")) - 1][0]
+            raise EffnetlibError(
+                f"the shard {path} is damaged ({str(error).splitlines()[0][:100]}): `effnetlib data check` lists what is"
+            ) from None
+
+
+def shard_order(num_examples: int) -> np.ndarray:
+    """Which example (in canonical order) lies at each place over all shards: a permutation fixed for ever, so that every
+    shard is a random part of the whole."""
+    return np.random.default_rng(0).permutation(num_examples)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a folder of ours.
+
+    Raises:
+      EffnetlibError: it is damaged, or of another version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["schema"] != SCHEMA:
+            raise ValueError(f"schema {manifest['schema']}")
+        manifest["classes"], manifest["splits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EffnetlibError(f"{folder / MANIFEST} is damaged, or of another version: {error}") from None
+    return manifest
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An opened split: its records, the names of its classes and a fingerprint."""
+
+    records: ShardedRecords
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+def open_shards(root: Path, split: str) -> Shards | None:
+    """Opens a split of a folder of shards, ours or TFDS's; None where it is neither.
+
+    Raises:
+      EffnetlibError: it is one, and what is missing or wrong in it.
+    """
+    if (root / MANIFEST).is_file():
+        manifest = read_manifest(root)
+        if split not in manifest["splits"]:
+            raise EffnetlibError(
+                f"{root} was prepared without the {split} split: it has {', '.join(manifest['splits'])}"
+            )
+        about = manifest["splits"][split]
+        shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]
+        for path, _ in shards:
+            if not path.is_file():
+                raise EffnetlibError(f"the shard {path} is missing")
+        order = np.argsort(shard_order(about["examples"]))
+        return Shards(ShardedRecords(shards, order), tuple(manifest["classes"]), about["fingerprint"])
+    info = next(iter([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json"),
+                      *root.glob("*/*/dataset_info.json")]), None)  # fmt: skip
+    return None if info is None else _open_tfds(info, split)
+
+
+def _open_tfds(info: Path, split: str) -> Shards:
+    folder = info.parent
+    try:
+        about = json.loads(info.read_text())
+        named = {each["name"]: [int(n) for n in each["shardLengths"]] for each in about["splits"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise EffnetlibError(f"{info} is damaged, or of another version: {error!r}") from None
+    name = next((name for name in TFDS_SPLITS[split] if name in named), None)
+    if name is None:
+        raise EffnetlibError(f"{folder} has no {split} split, only {', '.join(named)}")
+    lengths = named[name]
+    pattern = re.compile(rf".+-{name}\.array_record-(\d+)-of-0*{len(lengths)}")
+    files = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+    if len(files) != len(lengths):
+        raise EffnetlibError(
+            f"{folder} should hold {len(lengths)} ArrayRecord shards of {name}, and holds {len(files)} (TFDS writes them "
+            "with file_format='array_record')"
+        )
+    labels = folder / "label.labels.txt"
+    if not labels.is_file():
+        raise EffnetlibError(f"{labels} is missing, which names the classes")
+    names = tuple(labels.read_text().split("\n"))
+    digest = hashlib.sha256(info.read_bytes())
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return Shards(
+        ShardedRecords(list(zip(files, lengths, strict=True))), names[:-1] if not names[-1] else names,
+        digest.hexdigest()[:16],
+    )  # fmt: skip

@@ -1,0 +1,450 @@
+"""ImageNet in each of its usual forms, made up and small; shards, their manifest, and all that can be wrong."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from scipy.io import savemat
+
+from effnetlib import EffnetlibError, Recipe, make_mesh
+from effnetlib.__main__ import main
+from effnetlib.data import describe, load, shards, train_batches
+from effnetlib.data import prepare as module
+from effnetlib.data.photographs import DEVKIT
+from effnetlib.data.prepare import check, prepare
+from effnetlib.data.shards import decode_record, encode_record
+from effnetlib.mesh import batch_sharding
+
+WNIDS = ["n01440764", "n01443537", "n02099601"]
+TRAIN, VAL = 4, 2  # photographs a class
+
+
+def jpeg(seed, size=(20, 16), mode="RGB", **options):
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(out, options.pop("format", "JPEG"), **options)
+    return out.getvalue()
+
+
+def train_files():
+    return [(w, f"{w}_{i}.JPEG", jpeg(100 * k + i)) for k, w in enumerate(WNIDS) for i in range(TRAIN)]
+
+
+def val_files():
+    """Flat names in an order that is not that of the classes."""
+    wnids = [WNIDS[i % len(WNIDS)] for i in range(VAL * len(WNIDS))]
+    return [(w, f"ILSVRC2012_val_{i + 1:08}.JPEG", jpeg(1000 + i)) for i, w in enumerate(wnids)]
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def devkit(root, extracted=False):
+    """IDs run against the order of the synsets, as the official ones do."""
+    ids = {wnid: len(WNIDS) - k for k, wnid in enumerate(WNIDS)}
+    kinds = np.dtype([("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
+    table = np.array([(i, wnid, "a fish") for wnid, i in ids.items()], kinds)
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": table})
+    truth = "".join(f"{ids[wnid]}\n" for wnid, *_ in val_files()).encode()
+    files = {"ILSVRC2012_validation_ground_truth.txt": truth, "meta.mat": meta.getvalue()}
+    if extracted:
+        for name, content in files.items():
+            put(root / DEVKIT / "data" / name, content)
+        return
+    with tarfile.open(root / f"{DEVKIT}.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            add(archive, f"{DEVKIT}/data/{name}", content)
+
+
+def official(root):
+    root.mkdir()
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid in reversed(WNIDS):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as archive:
+                for w, name, content in train_files():
+                    if w == wnid:
+                        add(archive, name, content)
+            add(outer, f"{wnid}.tar", inner.getvalue())
+    with tarfile.open(root / "ILSVRC2012_img_val.tar", "w") as archive:
+        for _, name, content in reversed(val_files()):
+            add(archive, name, content)
+    devkit(root)
+
+
+def kaggle(root):
+    for wnid, name, content in train_files():
+        put(root / f"ILSVRC/Data/CLS-LOC/train/{wnid}/{name}", content)
+    for _, name, content in val_files():
+        put(root / f"ILSVRC/Data/CLS-LOC/val/{name}", content)
+    with open(root / "LOC_val_solution.csv", "w", newline="") as file:
+        rows = [[name.removesuffix(".JPEG"), f"{wnid} 1 2 3 4 {wnid} 5 6 7 8"] for wnid, name, _ in val_files()]
+        csv.writer(file).writerows([["ImageId", "PredictionString"], *reversed(rows)])
+
+
+def by_class(root):
+    for split, files in (("train", train_files()), ("val", val_files())):
+        for wnid, name, content in files:
+            put(root / split / wnid / name, content)
+
+
+def flat_with_kit(root):
+    for wnid, name, content in train_files():
+        put(root / "train" / wnid / name, content)
+    for _, name, content in val_files():
+        put(root / "val" / name, content)
+    devkit(root, extracted=True)
+
+
+def flat_with_list(root):
+    flat_with_kit(root)
+    for file in (root / DEVKIT / "data").iterdir():
+        file.unlink()
+    text = "".join(f"{wnid}\n" for wnid, *_ in val_files())
+    (root / "imagenet_2012_validation_synset_labels.txt").write_text(text)
+
+
+LAYOUTS = [official, kaggle, by_class, flat_with_kit, flat_with_list]
+
+
+def contents(split):
+    return [(split.encoded(i)[0], split.encoded(i)[1]) for i in range(len(split))]
+
+
+def wanted(files):
+    return [(content, WNIDS.index(wnid)) for wnid, _, content in sorted(files, key=lambda file: file[:2])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_photographs_labels_and_fingerprint(layout, tmp_path):
+    layout(tmp_path / "in")
+    by_class(tmp_path / "plain")
+    for split, files in (("train", train_files()), ("eval", val_files())):
+        found = load(str(tmp_path / "in"), split)
+        assert found.class_names == tuple(WNIDS)
+        assert contents(found) == wanted(files)
+        assert found.fingerprint == load(str(tmp_path / "plain"), split).fingerprint
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prepared_shards_hold_the_same_bytes_in_the_same_order(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 5)
+    monkeypatch.setattr(module, "IMAGENET_SHARDS", {"train": 3, "eval": 2})
+    layout(tmp_path / "in")
+    manifest = prepare(tmp_path / "in", tmp_path / "out", partial=True)
+    assert [len(manifest["splits"][s]["shards"]) for s in ("train", "eval")] == [3, 2]
+    assert manifest["splits"]["train"]["examples_a_class"] == [TRAIN] * 3
+    for split, files in (("train", train_files()), ("eval", val_files())):
+        assert contents(load(str(tmp_path / "out"), split)) == wanted(files)
+    assert check(tmp_path / "out") == []
+    assert not (tmp_path / "out/.prepare").exists()
+    assert prepare(tmp_path / "in", tmp_path / "out", partial=True) == manifest
+
+
+def test_loose_and_prepared_photographs_train_on_the_same_batches(tmp_path):
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+
+    def batches(place, devices, start=0):
+        sharding = batch_sharding(make_mesh(devices, jax.devices()[:devices]))
+        read = train_batches(load(str(tmp_path / place), "train"), seed=3, batch=8, size=12, augmentation="autoaugment",
+                             sharding=sharding, start=start, stop=4)  # fmt: skip
+        return [(np.asarray(b["images"]), np.asarray(b["labels"])) for b in read]
+
+    whole = batches("in", 1)
+    for other in (batches("out", 1), batches("out", 8), batches("out", 2, start=2)):
+        for (a, b), (c, d) in zip(other, whole[-len(other) :], strict=True):
+            np.testing.assert_array_equal(a, c)
+            np.testing.assert_array_equal(b, d)
+
+
+def tfds(root):
+    """As TFDS's imagenet2012 lies: shards in any order, counts in its dataset_info.json."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder = root / "imagenet2012/5.1.0"
+    folder.mkdir(parents=True)
+    splits = []
+    for name, files in (("train", train_files()), ("validation", val_files())):
+        parts = [files[:3], files[3:]]
+        for number, part in enumerate(parts):
+            path = folder / f"imagenet2012-{name}.array_record-{number:05}-of-00002"
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for wnid, file_name, content in part:
+                writer.write(encode_record(content, WNIDS.index(wnid), file_name))
+            writer.close()
+        splits.append({"name": name, "shardLengths": [str(len(part)) for part in parts]})
+    (folder / "dataset_info.json").write_text(json.dumps({"name": "imagenet2012", "splits": splits}))
+    (folder / "label.labels.txt").write_text("".join(f"{wnid}\n" for wnid in WNIDS))
+
+
+def test_tfds_shards(tmp_path):
+    tfds(tmp_path / "in")
+    train, evaluation = load(str(tmp_path / "in"), "train"), load(str(tmp_path / "in"), "eval")
+    assert train.class_names == tuple(WNIDS)
+    assert contents(train) == [(content, WNIDS.index(wnid)) for wnid, _, content in train_files()]
+    assert len(evaluation) == 6 and evaluation.example(0)[0].shape == (16, 20, 3)
+    (tmp_path / "in/imagenet2012/5.1.0/imagenet2012-train.array_record-00001-of-00002").unlink()
+    with pytest.raises(EffnetlibError, match="should hold 2 ArrayRecord shards of train, and holds 1"):
+        load(str(tmp_path / "in"), "train")
+
+
+def test_a_record_is_a_tensorflow_example():
+    # Typed by hand from example.proto: Features(1) { feature(1) { key(1) "label"  value(2) { int64_list(3) { 1: [7] } } } … }
+    feature = b"\x0a\x05label\x12\x05\x1a\x03\x0a\x01\x07"
+    image = b"\x0a\x05image\x12\x06\x0a\x04\x0a\x02ab"
+    features = b"".join(b"\x0a" + bytes([len(f)]) + f for f in (feature, image))
+    record = b"\x0a" + bytes([len(features)]) + features
+    assert decode_record(record) == (b"ab", 7, "")
+    assert decode_record(encode_record(b"ab", 7, "x.JPEG")) == (b"ab", 7, "x.JPEG")
+    for broken in (b"", b"\xff\xff", record[:-1]):
+        with pytest.raises(ValueError, match="not a record"):
+            decode_record(broken)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda root: (root / "ILSVRC2012_img_train.tar").unlink(), "lacks ILSVRC2012_img_train.tar"),
+        (lambda root: (root / f"{DEVKIT}.tar.gz").unlink(), "put LOC_val_solution.csv .* or ILSVRC2012_devkit"),
+        (lambda root: (root / f"{DEVKIT}.tar.gz").write_bytes(b"no"), "development kit .* cannot be read"),
+        (lambda root: os.truncate(root / "ILSVRC2012_img_train.tar", 4096), "is damaged, or not whole"),
+        (lambda root: None, "should hold the 1,281,167 photographs of ImageNet's train split, and holds 12"),
+    ],
+)
+def test_official_archives_that_lack_something(spoil, sentence, tmp_path):
+    official(tmp_path / "in")
+    spoil(tmp_path / "in")
+    with pytest.raises(EffnetlibError, match=sentence):
+        prepare(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_label_files(tmp_path):
+    kaggle(tmp_path / "in")
+    solution = tmp_path / "in/LOC_val_solution.csv"
+    text = solution.read_text()
+    solution.write_text(text.replace(WNIDS[2], "n99999999"))
+    with pytest.raises(EffnetlibError, match=r"name classes that the training split does not have: \['n99999999'\]"):
+        load(str(tmp_path / "in"), "eval")
+    solution.write_text("\n".join(text.splitlines()[:3]))
+    with pytest.raises(EffnetlibError, match="has no label for 4 of 6 photographs"):
+        load(str(tmp_path / "in"), "eval")
+
+
+def test_folders_that_lack_something(tmp_path):
+    by_class(tmp_path / "in")
+    (tmp_path / "in/train/n03000000").mkdir()
+    with pytest.raises(EffnetlibError, match="class folder .*n03000000 holds no photographs"):
+        load(str(tmp_path / "in"), "train")
+    (tmp_path / "in/train/n03000000").rmdir()
+    with pytest.raises(EffnetlibError, match="has no test folder"):
+        load(str(tmp_path / "in"), "test")
+    with pytest.raises(EffnetlibError, match="is no layout of photographs"):
+        prepare(tmp_path / "in/train", tmp_path / "out")
+    with pytest.raises(EffnetlibError, match="there is no folder"):
+        prepare(tmp_path / "nothing", tmp_path / "out")
+
+
+ODD = {
+    "cmyk.JPEG": (lambda: jpeg(1, mode="CMYK"), "a CMYK photograph"),
+    "png.JPEG": (lambda: jpeg(2, format="PNG"), "a PNG posing as a JPEG"),
+}
+BROKEN = {
+    "cut.JPEG": (lambda: jpeg(3, size=(200, 160))[:2000], "unreadable, or cut off"),
+    "empty.JPEG": (lambda: b"", "an empty file"),
+    "text.JPEG": (lambda: b"no picture", "unreadable, or cut off"),
+}
+
+
+def test_odd_photographs_are_refused_by_name_or_converted_as_asked(tmp_path):
+    by_class(tmp_path / "in")
+    for name, (content, _) in ODD.items():
+        put(tmp_path / "in/train" / WNIDS[0] / name, content())
+    run = CliRunner().invoke(main, ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert run.exit_code == 2 and "2 photographs are refused" in run.output and "--convert" in run.output
+    listed = (tmp_path / "out/refused.txt").read_text()
+    assert all(f"{name}\t{reason}" in listed and name in run.output for name, (_, reason) in ODD.items())
+    again = ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--convert"]
+    assert CliRunner().invoke(main, again).exit_code == 0
+    manifest = shards.read_manifest(tmp_path / "out")
+    assert len(manifest["converted"]) == 2 and not (tmp_path / "out/refused.txt").exists()
+    train = load(str(tmp_path / "out"), "train")
+    assert len(train) == 14 and {train.encoded(i)[0][:2] for i in range(14)} == {b"\xff\xd8"}
+    assert all(train.example(i)[0].shape == (16, 20, 3) for i in range(14))
+    assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "out")]).exit_code == 0
+
+
+def test_broken_photographs_are_refused_even_with_conversion(tmp_path):
+    by_class(tmp_path / "in")
+    for name, (content, _) in BROKEN.items():
+        put(tmp_path / "in/val" / WNIDS[1] / name, content())
+    with pytest.raises(EffnetlibError, match="3 photographs are refused") as caught:
+        prepare(tmp_path / "in", tmp_path / "out", convert_odd=True)
+    assert all(f"{name}: {reason}" in str(caught.value) for name, (_, reason) in BROKEN.items())
+    assert len(list((tmp_path / "out").glob("train-*"))) == 1  # what was whole stays
+
+
+def test_grey_tiny_wide_and_turned_photographs_are_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: not applied, as in the reference
+    for name, content in {
+        "grey.jpg": jpeg(0, mode="L"), "one.jpg": jpeg(1, size=(1, 1)), "wide.jpg": jpeg(2, size=(10_000, 3)),
+        "turned.jpg": jpeg(3, size=(20, 10), exif=exif), "real.png": jpeg(4, format="PNG"),
+    }.items():  # fmt: skip
+        put(tmp_path / "in/train/a" / name, content)
+        put(tmp_path / "in/val/a" / name, content)
+    prepare(tmp_path / "in", tmp_path / "out")
+    split = load(str(tmp_path / "out"), "train")
+    assert [split.example(i)[0].shape for i in range(5)] == [
+        (16, 20, 3), (1, 1, 3), (16, 20, 3), (10, 20, 3), (3, 10_000, 3)]  # fmt: skip
+    from effnetlib.data.images import eval_image, train_image
+
+    for i in range(5):
+        for augmentation in ("inception", "autoaugment", "none"):
+            assert eval_image(split.example(i)[0], 24, augmentation).shape == (24, 24, 3)
+            assert train_image(split.example(i)[0], 24, augmentation, np.random.default_rng(i)).shape == (24, 24, 3)
+
+
+def test_a_damaged_or_missing_shard_is_named(tmp_path):
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+    path = next((tmp_path / "out").glob("train-*"))
+    content = bytearray(path.read_bytes())
+    content[content.find(b"\xff\xd8\xff") + 50] ^= 0xFF  # within a photograph
+    path.write_bytes(content)
+    run = CliRunner().invoke(main, ["data", "check", str(tmp_path / "out")])
+    assert run.exit_code == 1 and f"{path} is damaged" in run.output and "1 problems" in run.output
+    with pytest.raises(EffnetlibError, match=f"{path.name} is damaged"):
+        split = load(str(tmp_path / "out"), "train")
+        for index in range(len(split)):
+            split.encoded(index)
+    path.unlink()
+    assert check(tmp_path / "out") == [f"{path} is missing"]
+    with pytest.raises(EffnetlibError, match=f"{path.name} is missing"):
+        load(str(tmp_path / "out"), "train")
+
+
+def test_other_photographs_are_not_mixed_into_a_folder(tmp_path):
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+    put(tmp_path / "in/train" / WNIDS[0] / "more.JPEG", jpeg(9))
+    with pytest.raises(EffnetlibError, match="holds another data set"):
+        prepare(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 4)
+    by_class(tmp_path / "in")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(EffnetlibError, match=r"the shards need .* GiB free"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 4)
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from effnetlib.data import prepare as m\n"
+        "m.PHOTOGRAPHS_A_SHARD = 4; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "try: m.prepare(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except m.EffnetlibError as error: sys.exit(str(error))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "in", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*.array_record"))
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert check(tmp_path / "out") == []
+
+
+def hold(source, dest, started):
+    original = module._write_shard
+
+    def slow(*arguments):
+        started.set()
+        time.sleep(60)
+        return original(*arguments)
+
+    module._write_shard = slow
+    prepare(source, dest)
+
+
+def test_two_at_once_and_a_kill_in_between(tmp_path, monkeypatch):
+    by_class(tmp_path / "in")
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    first = context.Process(target=hold, args=(tmp_path / "in", tmp_path / "out", started))
+    first.start()
+    assert started.wait(60)
+    with pytest.raises(EffnetlibError, match=f"process {first.pid} is preparing"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    with pytest.raises(EffnetlibError, match="its preparation did not end: run it again"):
+        check(tmp_path / "out")
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert check(tmp_path / "out") == []
+
+
+def test_what_was_written_before_a_stop_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)
+    by_class(tmp_path / "in")
+    original, written = module._write_shard, []
+
+    def stopping(dest, notes, shard, convert_odd):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard.file)
+        return original(dest, notes, shard, convert_odd)
+
+    monkeypatch.setattr(module, "_write_shard", stopping)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out/.train-00003-of-00004.array_record").write_bytes(b"half a shard")
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
+    monkeypatch.setattr(module, "_write_shard", original)
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == before
+    assert check(tmp_path / "out") == [] and not list((tmp_path / "out").glob(".*array_record"))
+
+
+def test_half_and_minival(tmp_path, monkeypatch):
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+    loose, packed = str(tmp_path / "in"), str(tmp_path / "out")
+    half = load(loose, "train", "half")
+    assert len(half) == 6 and contents(half) == contents(load(packed, "train", "half"))
+    monkeypatch.setattr("effnetlib.data.sources.MINIVAL_SHARDS", 256)
+    train, held_out = (load(packed, split, "minival") for split in ("train", "eval"))
+    assert (len(train), len(held_out)) == (9, 3)
+    assert sorted(contents(train) + contents(held_out)) == sorted(contents(load(loose, "train")))
+    info = describe(packed, "minival")
+    assert (info.train_examples, info.eval_examples) == (9, 3)
+    assert Recipe.preset("b0-3-rmsprop").replace(dataset=packed, subset="half", epochs=10).total_steps == 20
+
+
+def test_imagenets_minival_has_the_references_size():
+    info = describe("imagenet", "minival")
+    assert (info.train_examples, info.eval_examples) == (1_281_167 - 25_022, 25_022)
