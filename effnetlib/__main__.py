@@ -118,6 +118,25 @@ def check(dest):
     sys.exit(bool(problems))
 
 
+@data.command()
+@click.argument("source")
+@click.option("--images", default=300, show_default=True, help="Photographs in the sample.")
+@click.option("--size", default=224, show_default=True, help="Pixels a side.")
+@click.option(
+    "--tensorflow", type=click.Path(path_type=Path), help="A Python with TensorFlow: measures tf.data beside."
+)
+@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the figures to a file.")
+def bench(source, images, size, tensorflow, file):
+    """Measure how fast the photographs of SOURCE come in, step by step, on one core and on all."""
+    from effnetlib.data import bench
+    from effnetlib.records import environment, write_atomically
+
+    rates = bench.bench(source, images=images, size=size, tensorflow=tensorflow)
+    click.echo(bench.table(rates))
+    if file:
+        write_atomically(file, bench.to_json(rates, source, environment()) + "\n")
+
+
 @main.group()
 def weights():
     """Bring published weights in, take ours out."""

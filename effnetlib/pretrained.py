@@ -8,12 +8,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax import export as jax_export
 
 from effnetlib import checkpoints, data, weights
 from effnetlib.checkpoints import Weights
+from effnetlib.data import Split
+from effnetlib.data.images import normalize
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluate import EvalResult, evaluate
+from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
 from effnetlib.records import SCHEMA, Record, environment, write_atomically
 
@@ -109,6 +114,31 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
         write_atomically(whole / "weights.json", json.dumps({"schema": SCHEMA, **about}, indent=2) + "\n")
         whole.rename(directory)
     return pretrained
+
+
+def predict(
+    pretrained: Pretrained,
+    split: Split,
+    *,
+    batch: int = 64,
+    augmentation: str = "inception",
+    precision: str = "float32",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, int32 ``[examples]``, and probabilities, float32 ``[examples, classes]``, of a split, on the devices of this
+    process. `augmentation` decides the crop, as in a recipe."""
+    model = weights.build(pretrained.weights, pretrained.variant, pretrained.num_classes, dtype=jnp.dtype(precision))
+    graphdef, state = nnx.split(model)
+    probabilities = jax.jit(lambda state, images: jax.nn.softmax(nnx.merge(graphdef, state)(normalize(images))))
+    sharding = batch_sharding(make_mesh(1, jax.local_devices()[:1]))
+    batches = data.eval_batches(
+        split, batch=batch, size=pretrained.image_size, augmentation=augmentation, sharding=sharding
+    )
+    labels, found = [], []
+    for each in batches:
+        mask = np.asarray(each["mask"])
+        labels.append(np.asarray(each["labels"])[mask])
+        found.append(np.asarray(probabilities(state, each["images"]))[mask])
+    return np.concatenate(labels), np.concatenate(found)
 
 
 def evaluate_pretrained(

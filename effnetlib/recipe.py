@@ -118,9 +118,11 @@ class Recipe:
         """A recipe by name.
 
         `b0…b7-BATCH-rmsprop|lars` is the paper's Table 2 where it has that row, and else follows the same rules;
-        `digits-`, `cifar10-` and `fashion_mnist-BATCH-rmsprop|lars` are small ones.
+        `digits-`, `cifar10-`, `fashion_mnist-` and `photos-BATCH-rmsprop|lars` are small ones, and their names alone mean
+        `-64-rmsprop`. `photos` is any set of photographs under that name, at 128 pixels.
         """
-        match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars)", str(name))
+        text = f"{name}-64-rmsprop" if name in _SMALL_SETS else str(name)
+        match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars)", text)
         if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
             known = [*PAPER_PRESETS, *(f"{base}-{64}-{opt}" for base in _SMALL_SETS for opt in CHOICES["optimizer"])]
             raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, known)}")
@@ -339,15 +341,21 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
     )
 
 
-# Epochs of the small sets, and their augmentation. A digit that is flipped is another sign.
-_SMALL_SETS = {"digits": (10.0, "shift"), "cifar10": (30.0, "shift_flip"), "fashion_mnist": (20.0, "shift_flip")}
+# Epochs of the small sets, their augmentation and size. A digit that is flipped is another sign.
+_SMALL_SETS = {
+    "digits": (10.0, "shift", None),
+    "cifar10": (30.0, "shift_flip", None),
+    "fashion_mnist": (20.0, "shift_flip", None),
+    "photos": (16.0, "inception", 128),
+}
 
 
 def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
-    epochs, augmentation = _SMALL_SETS[dataset]
+    epochs, augmentation, image_size = _SMALL_SETS[dataset]
     shared = dict(
         dataset=dataset,
         variant="nano",
+        image_size=image_size,
         augmentation=augmentation,
         global_batch_size=batch,
         batch_norm_batch_size=_nearest_divisor(batch, 32),

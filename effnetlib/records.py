@@ -149,7 +149,13 @@ class Record:
             "eval_examples": last["nseen"],
             "seconds_to_peak": peak["seconds"],
             "images_per_second": self.timing["images"] / self.timing["train_seconds"],
+            "input_wait_share": self.input_wait_share,
         }
+
+    @property
+    def input_wait_share(self) -> float:
+        """Share of the training time in which the devices had nothing to do, for the next batch was not there yet."""
+        return self.timing["input_wait_seconds"] / self.timing["train_seconds"]
 
 
 def load_records(folder: Path | str) -> list[Record]:

@@ -5,8 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import Image
+from matplotlib.figure import Figure
 
 from effnetlib.errors import EffnetlibError
 from effnetlib.records import Record, load_records, outputs_folder
@@ -61,6 +63,37 @@ def conditions(records: Sequence[Record]) -> str:
         f"{len(records)} runs on {parts[0]} (devices: {parts[1]}), Python {parts[2]}, jax {parts[3]}, flax {parts[4]}; "
         f"seeds {', '.join(map(str, seeds))}."
     )
+
+
+MUCH_WAITING = 0.05
+
+
+def input_advice(records: Sequence[Record]) -> str:
+    """Whether the devices waited for images, and if they did for more than 5 % of a run what to do about it."""
+    waiting = sorted(((r.input_wait_share, r.name) for r in records), reverse=True)
+    worst, name = waiting[0]
+    slow = sum(share > MUCH_WAITING for share, _ in waiting)
+    if not slow:
+        return f"The devices waited for images at most {worst:.1%} of the training time ({name})."
+    return (
+        f"In {slow} of {len(waiting)} runs the devices waited for images more than {MUCH_WAITING:.0%} of the training time, "
+        f"worst in {name}: {worst:.0%}. `effnetlib data bench SOURCE` says which step is slow. Shards on a local disk or in "
+        "memory (`effnetlib data prepare SOURCE /dev/shm/NAME`), more processor cores a host, or a lighter augmentation help."
+    )
+
+
+def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int) -> Figure:
+    """Images, uint8 ``[height, width, 3]``, in rows, each under its title."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.5 * columns, 1.75 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images, titles, strict=False):
+        axis.imshow(image)
+        axis.set_title(title, fontsize=8)
+    return figure
 
 
 def show(figure, path: Path | str, alt: str) -> Image:
