@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
+from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.train import make_train_step
 
@@ -120,6 +121,67 @@ def test_no_collective_of_the_train_step_spans_more_than_its_group_but_for_the_g
     assert parameters <= beyond <= parameters + statistics + 2
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run_together(commands):
+    """Runs processes side by side until all have ended well. They compile for themselves: jax's cache is not shared."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    processes = [
+        subprocess.Popen([str(word) for word in command], env=environment, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    errors = [process.communicate(timeout=400)[1] for process in processes]
+    assert not any(process.returncode for process in processes), errors
+
+
+READER = """
+import sys, jax, numpy
+port, processes, process, folder, out = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4 // int(processes))
+if int(processes) > 1:
+    jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
+from effnetlib import data, make_mesh
+from effnetlib.mesh import batch_sharding
+stream = data.train_batches(data.load(folder, "train"), seed=1, batch=8, size=24, augmentation="autoaugment",
+                            sharding=batch_sharding(make_mesh(2)), start=0, stop=5)
+parts = {}
+for step, batch in enumerate(stream):
+    for name, array in batch.items():
+        for shard in array.addressable_shards:
+            parts[f"{name}/{step}/{shard.index[0].start or 0}"] = numpy.asarray(shard.data)
+numpy.savez(f"{out}/{processes}-{process}.npz", **parts)
+"""
+
+
+@pytest.mark.slow
+def test_the_stream_is_the_same_for_one_two_and_four_processes(tmp_path):
+    from test_prepare import by_class
+
+    by_class(tmp_path / "loose")
+    prepare(tmp_path / "loose", tmp_path / "shards")
+    streams = {}
+    for processes in (1, 2, 4):
+        port = free_port()
+        run_together(
+            [sys.executable, "-c", READER, port, processes, i, tmp_path / ("shards" if i % 2 else "loose"), tmp_path]
+            for i in range(processes)
+        )
+        parts = {}
+        for i in range(processes):
+            parts |= np.load(tmp_path / f"{processes}-{i}.npz")
+        streams[processes] = parts
+    assert len(streams[1]) == 2 * 5 * 4
+    for other in (streams[2], streams[4]):
+        assert other.keys() == streams[1].keys()
+        for name, array in streams[1].items():
+            np.testing.assert_array_equal(other[name], array)
+
+
 WORKER = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
@@ -141,18 +203,8 @@ def test_two_processes_of_four_devices(tiny, tmp_path):
     from effnetlib import train
 
     (tmp_path / "recipe.json").write_text(tiny.to_json())
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    command = [sys.executable, "-c", WORKER, str(port)]
-    arguments = [str(tmp_path / "recipe.json"), str(tmp_path / "two"), str(Path(__file__).parent)]
-    processes = [
-        subprocess.Popen([*command, str(i), *arguments], env=environment, stderr=subprocess.PIPE, text=True)
-        for i in (0, 1)
-    ]
-    errors = [process.communicate(timeout=400)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    port, arguments = free_port(), [tmp_path / "recipe.json", tmp_path / "two", Path(__file__).parent]
+    run_together([sys.executable, "-c", WORKER, port, i, *arguments] for i in (0, 1))
     two, one = Record.load(tmp_path / "two"), train(tiny, tmp_path / "one")
     assert two.status == "completed" and two.environment["processes"] == 2
     assert two.result["eval_examples"] == 360

@@ -4,20 +4,26 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import nbformat
 import papermill
 import pytest
 import yaml
+from conftest import run_once
 from flax import nnx
+from test_prepare import by_class
 
-from effnetlib import EfficientNet, Recipe, weights
+from effnetlib import EfficientNet, Recipe, Record, checkpoints, weights
+from effnetlib.data.prepare import prepare
 from effnetlib.parameters import notebook_parameters
 from effnetlib.recipe import TRAIN_PARAMETERS
+from effnetlib.records import environment
 from effnetlib.suite import load_suite
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NEED_WEIGHTS = ("10_pretrained", "11_photographs")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -81,7 +87,7 @@ def _execute(notebook, outputs, **parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", "10_pretrained")])
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *NEED_WEIGHTS)])
 def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
     shutil.copytree(PUBLISHED / "runs", outputs / "laptop/runs")
@@ -91,11 +97,17 @@ def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
 
 
+def _random_weights(num_classes):
+    def init():
+        model = EfficientNet("nano", num_classes)
+        return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
+
+    return jax.device_get(run_once(init))
+
+
 @pytest.mark.slow
 def test_pretrained_weights_are_evaluated_and_drawn(tmp_path):
-    model = EfficientNet("nano", 10)
-    found = tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
-    weights.write(tmp_path / "mine.safetensors", found, "nano", 10)
+    weights.write(tmp_path / "mine.safetensors", _random_weights(10), "nano", 10)
     settings = dict(weights=[str(tmp_path / "mine.safetensors")], dataset="digits", batch_size=64, augmentation="shift")
     notebook = _execute("10_pretrained", tmp_path, **settings)
     html = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
@@ -103,3 +115,33 @@ def test_pretrained_weights_are_evaluated_and_drawn(tmp_path):
     (result,) = (tmp_path / "outputs/pretrained").glob("nano-*.json")
     assert json.loads(result.read_text())["result"]["nseen"] == 360
     assert (tmp_path / "outputs/pretrained/top1.png").exists()
+
+
+@pytest.mark.slow
+def test_photographs_are_augmented_predicted_and_counted(tmp_path):
+    by_class(tmp_path / "in")
+    (tmp_path / "in/val").rename(tmp_path / "in/test")
+    shutil.copytree(tmp_path / "in/test", tmp_path / "in/validation")
+    prepare(tmp_path / "in", tmp_path / "data/photos")
+    # A made-up run, with weights that nobody trained: the notebook reads records and checkpoints, and must draw any.
+    directory = tmp_path / "outputs/photos/runs/photos"
+    directory.mkdir(parents=True)
+    record = Record(directory, Recipe.preset("photos").replace(global_batch_size=4, batch_norm_batch_size=4))
+    record.environment = environment() | {"eval_devices": 1}
+    record.data = {"num_classes": 3}
+    record.timing = {"images": 8, "train_seconds": 2.0, "input_wait_seconds": 1.0}
+    for step in (1, 2):
+        row = dict(step=step, epoch=step / 3, loss=1.0 / step, seconds=float(step))
+        record.log(kind="train", **row, top1=0.5, lr=0.1, images_per_second=4.0)
+        record.log(kind="eval", **row, nseen=6, top1=0.5, top5=1.0, ema_top1=0.5, ema_top5=1.0, ema_loss=1.0)
+    record.summarize()
+    record.status = "completed"
+    record.save()
+    params, batch_stats = _random_weights(3)
+    with checkpoints.open_checkpoints(directory) as manager:
+        checkpoints.save(manager, 2, {"ema_params": params, "ema_batch_stats": batch_stats})
+    notebook = _execute("11_photographs", tmp_path, suite="photos", run="photos", split="test")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "of 6 right" in text and "waited for images more than 5%" in text and "worst in photos: 50%" in text
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 4

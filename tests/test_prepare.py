@@ -403,6 +403,8 @@ def test_two_at_once_and_a_kill_in_between(tmp_path, monkeypatch):
     first.join()
     with pytest.raises(EffnetlibError, match="its preparation did not end: run it again"):
         check(tmp_path / "out")
+    with pytest.raises(EffnetlibError, match="the preparation of .* did not end"):
+        load(str(tmp_path / "out"), "train")
     prepare(tmp_path / "in", tmp_path / "out")
     assert check(tmp_path / "out") == []
 

@@ -22,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from effnetlib.data.photographs import Listing, MissingSplit, Photo, list_photographs
-from effnetlib.data.shards import MANIFEST, SCHEMA, decode_record, encode_record, read_manifest, shard_order
+from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError
 from effnetlib.progress import Progress
 
@@ -30,7 +30,6 @@ SPLITS = ("train", "eval", "test")
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_SHARDS = {"train": 1024, "eval": 128}  # the reference's
 PHOTOGRAPHS_A_SHARD = 1250
-NOTES = ".prepare"
 
 
 class Odd(Exception):

@@ -19,6 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from effnetlib.errors import EffnetlibError
 
 MANIFEST = "manifest.json"
+NOTES = ".prepare"  # a folder that is there while shards are being written
 SCHEMA = 1
 TFDS_SPLITS = {"train": ("train",), "eval": ("validation", "val", "test"), "test": ("test",)}
 

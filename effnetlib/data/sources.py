@@ -11,7 +11,7 @@ import numpy as np
 
 from effnetlib.data.images import decode
 from effnetlib.data.photographs import Listing, list_photographs
-from effnetlib.data.shards import open_shards, shard_order
+from effnetlib.data.shards import NOTES, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
 
 SPLITS = ("train", "eval", "test")
@@ -187,6 +187,10 @@ def _photographs(name: str, split: str) -> Split:
         records, class_names, fingerprint = shards.records, shards.class_names, shards.fingerprint
         return _of_photographs(len(records), class_names, fingerprint, records.__getitem__)
     listing = list_photographs(root, split) if root.is_dir() else None
+    if (root / NOTES).is_dir():
+        raise EffnetlibError(
+            f"the preparation of {root} did not end: the same `effnetlib data prepare` goes on with it"
+        )
     if listing is None:
         known = did_you_mean(name, KNOWN)
         raise EffnetlibError(
