@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
 from effnetlib.errors import EffnetlibError
 
@@ -15,34 +16,77 @@ FOLDER = "checkpoints"
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run's folder. The state is replicated, so process 0 alone writes it, and each reads it for
-    itself."""
+    """The checkpoints of a run's folder, of which the last two and the best one are kept. The state is replicated, so
+    process 0 alone writes it, and each reads it for itself."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
     )
+    policies = ocp.checkpoint_managers
+    kept = policies.AnyPreservationPolicy(
+        [
+            policies.LatestN(2),
+            policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False),
+        ]
+    )
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
+        preservation_policy=kept, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
     )
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None) -> None:
-    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `wait_until_finished` ends it."""
+def save(
+    checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
+) -> None:
+    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `wait_until_finished` ends it. `top1` is
+    what the best one is chosen by, None where the state was not evaluated."""
     items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave(dict(timing or {}))}
-    checkpoints.save(step, args=ocp.args.Composite(**items))
+    metrics = None if top1 is None else {"top1": top1}
+    checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
-def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, dict]:
-    """State and clock of the latest checkpoint, the state as host arrays with the structure of `template`."""
+def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict) -> tuple[dict, dict] | None:
+    """State and clock of the latest checkpoint that can be read, the state as host arrays with the structure of
+    `template`; None where there is none. One that is damaged is moved aside, with a line that says so.
+
+    With several processes, process 0 decides which it is, and the others read the same.
+    """
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
-    restored = checkpoints.restore(
-        checkpoints.latest_step(),
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore()),
-    )
-    return restored.state, restored.timing
+
+    def read(step):
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore())
+        restored = checkpoints.restore(step, args=items)
+        return restored.state, restored.timing
+
+    found, step = None, -1
+    if jax.process_index() == 0:
+        for candidate in sorted(checkpoints.all_steps(), reverse=True):
+            try:
+                found, step = read(candidate), candidate
+                break
+            except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                print(
+                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {reason}",
+                    flush=True,
+                )
+                _set_aside(directory / FOLDER / str(candidate))
+        checkpoints.reload()
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if jax.process_index() != 0:
+            checkpoints.reload()
+            found = read(step) if step >= 0 else None
+    return found
+
+
+def _set_aside(checkpoint: Path) -> None:
+    number = 0
+    while (target := checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")).exists():
+        number += 1
+    checkpoint.rename(target)
 
 
 def latest_weights(directory: Path) -> tuple[int, Weights]:

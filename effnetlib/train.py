@@ -1,7 +1,6 @@
 """Training: the state, the step, and the loop that records, evaluates, saves and resumes."""
 
 import contextlib
-import math
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -18,18 +17,24 @@ from effnetlib.checkpoints import open_checkpoints, restore, save
 from effnetlib.data.images import normalize
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluate import Evaluator
+from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
 from effnetlib.model import EfficientNet
 from effnetlib.optim import ema_update, l2_penalty, lars, rmsprop
 from effnetlib.progress import Progress
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, environment, is_main_process
+from effnetlib.stopping import PreemptedError, Stop
 
 LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
 
 
+CHECKPOINT_SECONDS = 600.0  # between checkpoints where evaluations, each of which makes one, are further apart
+EXPLODED_LOSS = 1000.0  # nats: no cross-entropy comes near it unless the weights have blown up
+
+
 class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss is no longer finite, or has exploded."""
 
 
 @jax.tree_util.register_dataclass
@@ -118,31 +123,42 @@ def make_train_step(recipe: Recipe):
         ema_params, ema_batch_stats = ema_update(
             (state.ema_params, state.ema_batch_stats), (params, batch_stats), done, recipe.ema_decay
         )
-        metrics = {"loss": loss, "top1": jnp.mean(logits.argmax(-1) == batch["labels"])}
+        metrics = {
+            "loss": loss,
+            "top1": jnp.mean(logits.argmax(-1) == batch["labels"]),
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
         return TrainState(done, params, batch_stats, opt_state, ema_params, ema_batch_stats), metrics
 
     return init, step, graphdef
 
 
-def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = None) -> Record:
+def train(
+    recipe: Recipe, directory: Path | str, *, eval_devices: int | None = None, max_minutes: float | None = None
+) -> Record:
     """Trains a recipe into a folder, on all devices of all processes.
 
-    Running it again resumes: from the latest checkpoint, at the step it was saved, with the same data. A finished run
-    is returned as it is.
+    Running it again resumes: from the latest checkpoint that can be read, at the step it was saved, with the same data, to
+    the same bits. A finished run is returned as it is. A checkpoint is written at every evaluation, every ten minutes, and
+    when the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
 
     Args:
       recipe: what to train.
       directory: the run's folder; made if need be.
       eval_devices: evaluate on the first so many devices only, to measure what distributing evaluation saves. Changes
         no result beyond rounding.
+      max_minutes: stop after so many minutes from now, for sessions that end without warning; None is never.
 
     Returns:
       The record, `completed`.
 
     Raises:
       EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be written or holds
-        another recipe's run. Nothing has been compiled or written then.
-      DivergedError: the loss became infinite or nan; the record is `failed` and says at which step.
+        another recipe's run, or another process is training in it. Nothing has been compiled or written then.
+      PreemptedError: asked to stop; all is saved, the record is `preempted`, and the same call goes on.
+      DivergedError: the loss became infinite, nan or huge; the record is `failed` and says at which step, with which
+        learning rate and norms.
     """
     directory = Path(directory).expanduser().absolute()
     devices = jax.devices()
@@ -150,11 +166,17 @@ def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = N
     if eval_devices is not None:
         _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
     splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
+    _make_writable(directory)
+    with held(directory, "training in") if is_main_process() else contextlib.nullcontext(), Stop(max_minutes) as stop:
+        return _train(recipe, directory, splits, devices[:eval_devices], stop)
+
+
+def _train(recipe: Recipe, directory: Path, splits, eval_devices, stop: Stop) -> Record:
     record = _open_record(recipe, directory)
     if record.status == "completed":
         return record
     known = record.data
-    record.environment = environment() | {"eval_devices": eval_devices or len(devices)}
+    record.environment = environment() | {"eval_devices": len(eval_devices)}
     record.data = {
         "source": recipe.dataset,
         "train_examples": len(splits["train"]),
@@ -169,16 +191,23 @@ def train(recipe: Recipe, directory: Path | str, *, eval_devices: int | None = N
         )
     record.status, record.error = "running", None
     try:
-        _run(recipe, record, splits, devices[:eval_devices])
+        _run(recipe, record, splits, eval_devices, stop)
         record.status = "completed"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, PreemptedError):
         record.status = "preempted"
         raise
+    except OSError as error:
+        record.status, record.error = "failed", str(error)
+        reason = f"{error.strerror or error} ({error.filename or 'no file named'})"
+        raise EffnetlibError(
+            f"the run in {directory} could not write: {reason}; make room, and the same call goes on"
+        ) from error
     except Exception as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         raise
     finally:
-        record.save()
+        with contextlib.suppress(OSError):  # where the disk is the trouble, the error above says so
+            record.save()
     return record
 
 
@@ -191,7 +220,7 @@ def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None
         raise EffnetlibError("eval_devices needs a single process: each of several must take part in the evaluation")
 
 
-def _open_record(recipe: Recipe, directory: Path) -> Record:
+def _make_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable.{jax.process_index()}"
@@ -199,6 +228,9 @@ def _open_record(recipe: Recipe, directory: Path) -> Record:
         probe.unlink()
     except OSError as error:
         raise EffnetlibError(f"the run's folder {directory} cannot be written: {error.strerror}") from None
+
+
+def _open_record(recipe: Recipe, directory: Path) -> Record:
     if not (directory / "run.json").exists():
         return Record(directory, recipe)
     record = Record.load(directory)
@@ -211,7 +243,7 @@ def _open_record(recipe: Recipe, directory: Path) -> Record:
     return record
 
 
-def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
+def _run(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> None:
     mesh = make_mesh(recipe.num_groups)
     everywhere, sharded = replicated(mesh), batch_sharding(mesh)
     split_key = jax.jit(lambda: tuple(jax.random.split(jax.random.key(recipe.seed))), out_shardings=everywhere)
@@ -236,12 +268,12 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
     compile_seconds = time.perf_counter() - compiling
 
     with open_checkpoints(record.directory) as checkpoints:
-        if checkpoints.latest_step() is None:
+        if found := restore(checkpoints, record.directory, vars(state)):
+            restored, timing = found
+            state = jax.device_put(TrainState(**restored), everywhere)
+        else:
             names = ("compile_seconds", "train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds")
             timing = dict.fromkeys(names, 0.0) | {"images": 0}
-        else:
-            restored, timing = restore(checkpoints, vars(state))
-            state = jax.device_put(TrainState(**restored), everywhere)
         start = int(state.step)
         record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
         record.rewind(start)
@@ -256,11 +288,11 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices) -> None:
             start=start,
             stop=recipe.total_steps,
         )
-        _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints)
+        _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints, stop)
     record.summarize()
 
 
-def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints) -> None:
+def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkpoints, stop) -> None:
     timing = record.timing
     total, first = recipe.total_steps, int(state.step)
     log_every = max(1, total // LOGGED_STEPS)
@@ -269,6 +301,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     progress = Progress(total, first, recipe.global_batch_size)
     clock = _Clock(timing)
     pending = deque()
+    saved = first
 
     def settle(keep: int) -> None:
         """Waits for, checks and logs the metrics of all steps but the latest `keep`."""
@@ -276,9 +309,11 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             step, metrics = pending.popleft()
             row = {name: float(value) for name, value in metrics.items()}
             timing["images"] += recipe.global_batch_size
-            if not math.isfinite(row["loss"]):
+            if not row["loss"] < EXPLODED_LOSS:
                 raise DivergedError(
-                    f"the loss is {row['loss']} at step {step}, learning rate {learning_rates[step - 1]:.4g}"
+                    f"the loss is {row['loss']:.4g} at step {step} of {total}, learning rate {learning_rates[step - 1]:.4g}, "
+                    f"norm of the gradient {row['grad_norm']:.4g}, of the parameters {row['param_norm']:.4g}; "
+                    + (f"the last good checkpoint is that of step {saved}" if saved else "there is no checkpoint yet")
                 )
             seconds = clock.now()
             progress.update(step, loss=row["loss"])
@@ -287,7 +322,41 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
                 record.log(kind="train", step=step, epoch=step / recipe.steps_per_epoch, **row,
                            lr=float(learning_rates[step - 1]), images_per_second=rate, seconds=seconds)  # fmt: skip
 
+    def checkpoint(step: int, top1: float | None = None) -> None:
+        nonlocal saved
+        timing["total_seconds"] = clock.now()
+        if is_main_process():
+            host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
+            save(checkpoints, step, host_state, timing, top1)
+        saved = step
+        record.save()
+
+    def evaluate(step: int) -> None:
+        with clock.measure("eval_seconds"):
+            raw, ema = evaluator((state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats))
+        record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
+                   top1=raw.top1, top5=raw.top5, loss=raw.loss,
+                   ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
+        progress.update(step, top1=ema.top1)
+        checkpoint(step, ema.top1)
+
+    def stop_if_asked(step: int) -> None:
+        if reason := stop.agreed():
+            settle(keep=0)
+            clock.stop_lap("train_seconds")
+            if saved != step:
+                checkpoint(step)
+            checkpoints.wait_until_finished()
+            raise PreemptedError(f"stopped at step {step} of {total} ({reason}); saved, and the same command goes on")
+
+    if first in eval_steps and not any(row["kind"] == "eval" and row["step"] == first for row in record.metrics):
+        evaluate(first)  # the run was stopped between this step and its evaluation
+    last_saved = time.monotonic()
+    clock.start_lap()
     for step in range(first + 1, total + 1):
+        # With several processes asking is a collective, so not at every step.
+        if jax.process_count() == 1 or step % log_every == 0:
+            stop_if_asked(step - 1)
         with clock.measure("input_wait_seconds"):
             batch = next(batches)
         state, metrics = train_step(state, batch, run_key, learning_rates[step - 1])
@@ -295,19 +364,18 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
         # The metrics of a step are read once the next one is under way, so the devices never wait for the host.
         settle(keep=1)
         if step in eval_steps:
+            stop_if_asked(step)
             settle(keep=0)
             clock.stop_lap("train_seconds")
-            with clock.measure("eval_seconds"):
-                raw, ema = evaluator((state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats))
-            record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
-                       top1=raw.top1, top5=raw.top5, loss=raw.loss,
-                       ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
-            progress.update(step, top1=ema.top1)
-            timing["total_seconds"] = clock.now()
-            if is_main_process():
-                save(checkpoints, step, jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state)), timing)
-            record.save()
-            clock.start_lap()
+            evaluate(step)
+        elif time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+            settle(keep=0)
+            clock.stop_lap("train_seconds")
+            checkpoint(step)
+        else:
+            continue
+        last_saved = time.monotonic()
+        clock.start_lap()
     checkpoints.wait_until_finished()
 
 

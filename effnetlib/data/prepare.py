@@ -4,8 +4,6 @@ A shard is written beside its final name and renamed when it is whole, with a no
 killed goes on where it stood, and nothing that is there is ever damaged. The manifest comes last.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -24,6 +22,7 @@ from PIL import Image
 from effnetlib.data.photographs import Listing, MissingSplit, Photo, list_photographs
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError
+from effnetlib.lock import held
 from effnetlib.progress import Progress
 
 SPLITS = ("train", "eval", "test")
@@ -109,7 +108,12 @@ def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: boo
             raise EffnetlibError(f"{dest} holds another data set: name another folder, or delete that one")
         return manifest
     shards = [shard for split, listing in listings.items() for shard in _divide(split, listing)]
-    with _alone(dest) as notes:
+    notes = dest / NOTES
+    try:
+        notes.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EffnetlibError(f"the folder {dest} cannot be written: {error.strerror}") from None
+    with held(notes, "preparing"):
         plan = json.dumps(_fingerprints(listings))
         if (notes / "plan.json").is_file() and (notes / "plan.json").read_text() != plan:
             raise EffnetlibError(f"{dest} was begun with other photographs: name another folder, or delete that one")
@@ -169,27 +173,6 @@ def _divide(split: str, listing: Listing) -> Iterator[_Shard]:
     for number in range(of):
         places = order[count * number // of : count * (number + 1) // of]
         yield _Shard(split, number, of, [photos[place] for place in places])
-
-
-@contextlib.contextmanager
-def _alone(dest: Path):
-    """The folder for notes, held by this process alone."""
-    notes = dest / NOTES
-    try:
-        notes.mkdir(parents=True, exist_ok=True)
-        lock = open(notes / "lock", "a+")
-    except OSError as error:
-        raise EffnetlibError(f"the folder {dest} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise EffnetlibError(f"process {lock.read().strip()} is preparing {dest} at this moment") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield notes
 
 
 def _require_space(dest: Path, shards: list[_Shard]) -> None:

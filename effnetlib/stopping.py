@@ -1,0 +1,58 @@
+"""Asking a run to stop: a signal, or its time is up. It saves and says that the same command goes on."""
+
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+REASONS = ("", "SIGTERM", "SIGINT", "max_minutes")
+
+
+class PreemptedError(RuntimeError):
+    """The run stopped before its end because it was asked to; it is saved, and running it again goes on."""
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT while the block runs, in place of what they do otherwise; a second SIGINT interrupts at once.
+
+    Args:
+      max_minutes: minutes from now after which to stop; None is never.
+    """
+
+    def __init__(self, max_minutes: float | None):
+        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.signal = ""
+        self.before = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
+            for each in (signal.SIGTERM, signal.SIGINT):
+                self.before[each] = signal.signal(each, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number).name
+        print(f"{self.signal}: stopping after this step", flush=True)
+
+    def asked(self) -> str:
+        """Why to stop, in this process's own view: one of `REASONS`, empty to go on."""
+        if self.signal:
+            return self.signal
+        return "max_minutes" if self.deadline is not None and time.monotonic() >= self.deadline else ""
+
+    def agreed(self) -> str:
+        """`asked`, the same in every process: if one is to stop, all are. With several processes it is a collective, which all
+        must call at the same step."""
+        reason = self.asked()
+        if jax.process_count() == 1:
+            return reason
+        return REASONS[int(multihost_utils.process_allgather(np.int32(REASONS.index(reason))).max())]
