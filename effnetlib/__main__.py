@@ -36,13 +36,18 @@ def main():
 def run(suite, only, changes):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
     from effnetlib import execute
+    from effnetlib.engine import TRY_AGAIN
     from effnetlib.suite import load_suite
 
     loaded = load_suite(suite, dict(_assignment(change) for change in changes))
     outcomes = execute.execute(loaded, only)
     click.echo(execute.table(outcomes))
     click.echo(loaded.directory / "index.html")
-    sys.exit(any(outcome.status == "failed" for outcome in outcomes))
+    statuses = {outcome.status for outcome in outcomes}
+    if "preempted" in statuses:
+        click.echo("effnetlib: stopped as asked; the same command goes on where this one stopped", err=True)
+        sys.exit(TRY_AGAIN)
+    sys.exit("failed" in statuses)
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from effnetlib.data.sources import cache_folder
+from effnetlib.engine import TRY_AGAIN, signals_to
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
@@ -33,7 +34,8 @@ LINE_SECONDS = 15.0
 
 @dataclass
 class Outcome:
-    """What became of an entry: `status` is "completed", "failed" or "skipped" (finished earlier)."""
+    """What became of an entry: `status` is "completed", "failed", "preempted" (stopped because it was asked to; the same
+    command goes on with it) or "skipped" (finished earlier)."""
 
     entry: Entry
     status: str
@@ -42,14 +44,15 @@ class Outcome:
 
 
 def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
-    """Executes a suite and renders its reports; goes on after a failure.
+    """Executes a suite and renders its reports; goes on after a failure. SIGTERM and SIGINT are passed on to the run that is
+    under way, and end the suite after it.
 
     Args:
       suite: what to execute.
       only: the name of the one run or report to execute.
 
     Returns:
-      What became of each entry.
+      What became of each entry, up to one that was preempted.
 
     Raises:
       EffnetlibError: `only` names nothing, or the outputs folder cannot be written.
@@ -75,7 +78,13 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
         return settled
 
     # A run has the machine to itself, for its speed is part of the record; reports share it.
-    settled = [settle(entry) for entry in entries if entry.is_run]
+    settled = []
+    for entry in entries:
+        if entry.is_run:
+            settled.append(settle(entry))
+            if settled[-1].status == "preempted":
+                render_index(suite.directory, suite.name)
+                return settled
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
     render_index(suite.directory, suite.name)
@@ -97,7 +106,8 @@ def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
     write_atomically(executed.with_suffix(".json"), json.dumps(_outcome(entry, key, error)))
     if executed.exists():
         render_html(suite.directory, entry.name)
-    return Outcome(entry, "failed" if error else "completed", time.perf_counter() - start, error)
+    status = "preempted" if code == TRY_AGAIN else "failed" if error else "completed"
+    return Outcome(entry, status, time.perf_counter() - start, error)
 
 
 def _outcome(entry: Entry, key: str, error: str) -> dict:
@@ -154,22 +164,20 @@ def _last_error(log: Path) -> str:
 
 def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> int:
     command = [sys.executable, "-m", "papermill", str(suite.notebook_path(entry)), str(executed), "--kernel", "python3"]
-    command += ["--no-progress-bar", "--cwd", str(suite.notebooks)]
+    command += ["--engine", "effnetlib", "--no-progress-bar", "--cwd", str(suite.notebooks)]
     command += ["--parameters_yaml", yaml.safe_dump(dict(entry.parameters))]
     environment = _kernel_environment(entry)
     start = time.perf_counter()
     with open(suite.directory / "logs" / f"{entry.name}.log", "w") as log, _StatusLine(prefix) as status:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
+        # In a session of its own a terminal's Ctrl-C reaches it once, through us.
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        with signals_to(process, entry.is_run):
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 if entry.is_run:
                     status.show(functools.partial(_live, entry, start))
-        except BaseException:
-            # Interrupted: let papermill shut its kernel down, or the kernel would train on alone.
-            process.send_signal(2)
-            process.wait()
-            raise
     return process.returncode
 
 
@@ -250,5 +258,8 @@ def table(outcomes: list[Outcome]) -> str:
         f"{outcome.entry.name:<{width}}  {outcome.status:<9}  {duration(outcome.seconds):>7}  {outcome.error}".rstrip()
         for outcome in outcomes
     ]
-    counts = {status: sum(o.status == status for o in outcomes) for status in ("completed", "skipped", "failed")}
-    return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
+    counts = {
+        status: sum(o.status == status for o in outcomes) for status in ("completed", "skipped", "preempted", "failed")
+    }
+    shown = [f"{count} {status}" for status, count in counts.items() if count or status != "preempted"]
+    return "\n".join([*lines, ", ".join(shown)])

@@ -173,7 +173,10 @@ def chaos(faults: int, minutes: float, seed: int, folder: Path, say=print) -> di
         if code == 0:
             completed += 1
             lost += [f"{place.name}: {name}" for name in differences(outcome(place), wanted)]
-            say(f"{place.name} completed after {sum(struck.values())} strikes in all, lost so far: {len(lost)}", flush=True)
+            say(
+                f"{place.name} completed after {sum(struck.values())} strikes in all, lost so far: {len(lost)}",
+                flush=True,
+            )
             continue
         struck[strike] += 1
         if (kind := rng.choice(DAMAGES)) and damage(place, kind, rng):

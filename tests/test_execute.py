@@ -126,7 +126,7 @@ def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_kernel_is_a_failure_whatever_papermill_writes(folder):
+def test_a_run_whose_kernel_is_killed_has_failed(folder):
     long = SHORT.replace("epochs: 0.25", "epochs: 200", 1)
     path = write(folder, f"runs: [{{name: long, parameters: {{{long}}}}}]")
     command = [sys.executable, "-m", "effnetlib", "run", str(path)]
@@ -143,7 +143,7 @@ def test_a_killed_kernel_is_a_failure_whatever_papermill_writes(folder):
     assert process.returncode == 1 and "1 failed" in output
     assert "FAILED" in (outputs_folder() / "small/long.html").read_text()
     executed = json.loads((outputs_folder() / "small/executed/long.ipynb").read_text())
-    assert {cell["metadata"]["papermill"]["status"] for cell in executed["cells"]} == {"completed"}  # papermill's word
+    assert "failed" in {cell["metadata"].get("papermill", {}).get("status") for cell in executed["cells"]}
 
 
 @pytest.mark.slow

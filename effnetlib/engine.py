@@ -1,0 +1,130 @@
+"""The papermill engine `effnetlib`: what papermill's own does, and in addition it
+
+* passes SIGTERM and SIGINT on to the kernel and waits for it, so that a run can save (papermill's own leaves it alone);
+* writes a kernel that died, or a cell that took too long, down as failed, with papermill's banner on top of the notebook
+  (papermill's own marks every cell "completed");
+* logs now and then what a long cell last said, progress lines that are shown in place included;
+* ends with exit code 75, "try again", where the notebook stopped with a PreemptedError.
+
+Papermill finds it by name, through the entry point in pyproject.toml: ``papermill --engine effnetlib IN.ipynb OUT.ipynb``.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import nbformat
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from papermill.clientwrap import PapermillNotebookClient
+from papermill.engines import NBClientEngine
+from papermill.log import logger
+from papermill.utils import merge_kwargs, remove_args
+
+TRY_AGAIN = 75  # EX_TEMPFAIL
+LINE_SECONDS = 15.0
+
+
+@contextlib.contextmanager
+def signals_to(process: subprocess.Popen, wanted: bool = True):
+    """Passes SIGTERM and SIGINT on to another process while the block runs, in place of what they do otherwise (where Python
+    allows it: in the main thread)."""
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number, frame):
+        print(f"{signal.Signals(number).name}: passed on, waiting for it to save", file=sys.stderr, flush=True)
+        process.send_signal(number)  # does nothing where it has ended
+
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+class _Client(PapermillNotebookClient):
+    """Runs the cells. Its methods are called by nbclient."""
+
+    kernel_lost = False
+    preempted = False
+    shown = 0.0
+
+    def execute(self, **kwargs):
+        self.reset_execution_trackers()
+        with self.setup_kernel(**kwargs), signals_to(self._process):
+            self.papermill_execute_cells()
+            if not self.kernel_lost:
+                info = self.wait_for_reply(self.kc.kernel_info())
+                self.nb.metadata["language_info"] = info["content"]["language_info"]
+                self.set_widgets_metadata()
+        return self.nb
+
+    @property
+    def _process(self) -> subprocess.Popen:
+        return self.km.provisioner.process
+
+    def papermill_execute_cells(self):
+        for index, cell in enumerate(self.nb.cells):
+            self.shown = time.monotonic()
+            try:
+                self.nb_man.cell_start(cell, index)
+                self.execute_cell(cell, index)
+            except CellExecutionError as error:
+                self.preempted = error.ename == "PreemptedError"
+                self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
+                break
+            except (DeadKernelError, CellTimeoutError) as error:
+                self.kernel_lost = True
+                self._write_down(self.nb.cells[index], error)
+                self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
+                break
+            finally:
+                self.nb_man.cell_complete(self.nb.cells[index], cell_index=index)
+
+    def _write_down(self, cell, error):
+        """An error output is what papermill looks for when it decides whether a notebook failed."""
+        code = self._process.poll()
+        how = f", killed by {signal.Signals(-code).name}" if code is not None and code < 0 else ""
+        what = f"the kernel died while this cell ran{how}" if isinstance(error, DeadKernelError) else str(error)
+        name = type(error).__name__
+        cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"]))
+
+    def process_message(self, msg, cell, cell_index):
+        content = msg["content"]
+        text = content.get("text") or content.get("data", {}).get("text/plain", "")
+        if text and time.monotonic() - self.shown >= LINE_SECONDS:
+            self.shown = time.monotonic()
+            logger.info(f"cell {cell_index + 1} of {len(self.nb.cells)}: {text.strip().splitlines()[-1][:300]}")
+        return super().process_message(msg, cell, cell_index)
+
+
+class Engine(NBClientEngine):
+    """See the module."""
+
+    @classmethod
+    def execute_managed_notebook(
+        cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None, start_timeout=60,
+        execution_timeout=None, **kwargs,
+    ):  # fmt: skip
+        kwargs = remove_args(["input_path", "timeout", "startup_timeout"], **kwargs)
+        client = _Client(
+            nb_man,
+            **merge_kwargs(
+                kwargs,
+                timeout=execution_timeout,
+                startup_timeout=start_timeout,
+                kernel_name=kernel_name,
+                log=logger,
+                log_output=log_output,
+                stdout_file=stdout_file,
+                stderr_file=stderr_file,
+            ),
+        )
+        client.execute()
+        if client.preempted:
+            raise SystemExit(TRY_AGAIN)
