@@ -3,31 +3,36 @@
 Recipe -> train -> Record -> report.
 """
 
-from effnetlib.errors import EffnetlibError
-from effnetlib.evaluate import EvalResult, evaluate
-from effnetlib.mesh import make_mesh, simulate_devices
-from effnetlib.model import EfficientNet
-from effnetlib.norm import GroupedBatchNorm
-from effnetlib.optim import lars, rmsprop
-from effnetlib.recipe import Recipe
-from effnetlib.records import Record, load_records
-from effnetlib.schedules import warmup_exponential_decay, warmup_polynomial_decay
-from effnetlib.train import train
+import importlib
 
-__all__ = [
-    "EfficientNet",
-    "EffnetlibError",
-    "EvalResult",
-    "GroupedBatchNorm",
-    "Recipe",
-    "Record",
-    "evaluate",
-    "lars",
-    "load_records",
-    "make_mesh",
-    "rmsprop",
-    "simulate_devices",
-    "train",
-    "warmup_exponential_decay",
-    "warmup_polynomial_decay",
-]
+from effnetlib.errors import EffnetlibError
+
+# Imported when first used: papermill loads our engine in every process that it runs, and must not wait for jax there.
+_MODULES = {
+    "EfficientNet": "model",
+    "EvalResult": "evaluation",
+    "GroupedBatchNorm": "norm",
+    "Recipe": "recipe",
+    "Record": "records",
+    "evaluate": "evaluation",
+    "lars": "optim",
+    "load_records": "records",
+    "make_mesh": "mesh",
+    "rmsprop": "optim",
+    "simulate_devices": "mesh",
+    "train": "training",
+    "warmup_exponential_decay": "schedules",
+    "warmup_polynomial_decay": "schedules",
+}
+
+__all__ = ["EffnetlibError", *_MODULES]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,7 +36,7 @@ def main():
 def run(suite, only, changes):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
     from effnetlib import execute
-    from effnetlib.engine import TRY_AGAIN
+    from effnetlib.stopping import TRY_AGAIN
     from effnetlib.suite import load_suite
 
     loaded = load_suite(suite, dict(_assignment(change) for change in changes))

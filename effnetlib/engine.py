@@ -9,42 +9,37 @@
 Papermill finds it by name, through the entry point in pyproject.toml: ``papermill --engine effnetlib IN.ipynb OUT.ipynb``.
 """
 
-import contextlib
 import signal
 import subprocess
-import sys
-import threading
 import time
 
-import nbformat
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NBClientEngine
-from papermill.log import logger
-from papermill.utils import merge_kwargs, remove_args
 
-TRY_AGAIN = 75  # EX_TEMPFAIL
+class Engine:
+    """What the entry point names. Papermill looks for it while it is being imported itself, so it is defined before that."""
+
+    @staticmethod
+    def execute_notebook(nb, kernel_name, **options):
+        return _Engine.execute_notebook(nb, kernel_name, **options)
+
+    @staticmethod
+    def nb_kernel_name(nb, name=None):
+        return _Engine.nb_kernel_name(nb, name)
+
+    @staticmethod
+    def nb_language(nb, language=None):
+        return _Engine.nb_language(nb, language)
+
+
+import nbformat  # noqa: E402
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError  # noqa: E402
+from papermill.clientwrap import PapermillNotebookClient  # noqa: E402
+from papermill.engines import NBClientEngine  # noqa: E402
+from papermill.log import logger  # noqa: E402
+from papermill.utils import merge_kwargs, remove_args  # noqa: E402
+
+from effnetlib.stopping import TRY_AGAIN, signals_to  # noqa: E402
+
 LINE_SECONDS = 15.0
-
-
-@contextlib.contextmanager
-def signals_to(process: subprocess.Popen, wanted: bool = True):
-    """Passes SIGTERM and SIGINT on to another process while the block runs, in place of what they do otherwise (where Python
-    allows it: in the main thread)."""
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def pass_on(number, frame):
-        print(f"{signal.Signals(number).name}: passed on, waiting for it to save", file=sys.stderr, flush=True)
-        process.send_signal(number)  # does nothing where it has ended
-
-    before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 class _Client(PapermillNotebookClient):
@@ -103,9 +98,7 @@ class _Client(PapermillNotebookClient):
         return super().process_message(msg, cell, cell_index)
 
 
-class Engine(NBClientEngine):
-    """See the module."""
-
+class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(
         cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None, start_timeout=60,

@@ -20,12 +20,12 @@ from pathlib import Path
 import yaml
 
 from effnetlib.data.sources import cache_folder
-from effnetlib.engine import TRY_AGAIN, signals_to
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, write_atomically
 from effnetlib.render import outcome, render_html, render_index
+from effnetlib.stopping import TRY_AGAIN, signals_to
 from effnetlib.suite import Entry, Suite
 
 POLL_SECONDS = 0.5
@@ -173,7 +173,7 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> i
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        with signals_to(process, entry.is_run):
+        with signals_to(process):
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 if entry.is_run:

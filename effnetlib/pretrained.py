@@ -17,7 +17,7 @@ from effnetlib.checkpoints import Weights
 from effnetlib.data import Split
 from effnetlib.data.images import normalize
 from effnetlib.errors import EffnetlibError
-from effnetlib.evaluate import EvalResult, evaluate
+from effnetlib.evaluation import EvalResult, evaluate
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
 from effnetlib.records import SCHEMA, Record, environment, write_atomically

@@ -1,13 +1,14 @@
 """Asking a run to stop: a signal, or its time is up. It saves and says that the same command goes on."""
 
+import contextlib
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped and may be started again
 REASONS = ("", "SIGTERM", "SIGINT", "max_minutes")
 
 
@@ -52,7 +53,31 @@ class Stop:
     def agreed(self) -> str:
         """`asked`, the same in every process: if one is to stop, all are. With several processes it is a collective, which all
         must call at the same step."""
+        import jax
+        import numpy as np
+        from jax.experimental import multihost_utils
+
         reason = self.asked()
         if jax.process_count() == 1:
             return reason
         return REASONS[int(multihost_utils.process_allgather(np.int32(REASONS.index(reason))).max())]
+
+
+@contextlib.contextmanager
+def signals_to(process: subprocess.Popen) -> Iterator[None]:
+    """Passes SIGTERM and SIGINT on to another process while the block runs, in place of what they do otherwise (where Python
+    allows it: in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number, frame):
+        print(f"{signal.Signals(number).name}: passed on, waiting for it to save", file=sys.stderr, flush=True)
+        process.send_signal(number)  # does nothing where it has ended
+
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -45,8 +45,8 @@ def worker(folder: str, strike: str, at: int) -> None:
 
     import effnetlib
 
-    train = importlib.import_module("effnetlib.train")
-    evaluate = importlib.import_module("effnetlib.evaluate")
+    train = importlib.import_module("effnetlib.training")
+    evaluate = importlib.import_module("effnetlib.evaluation")
     chances = iter(range(1, 10**6))
 
     def now(number=signal.SIGKILL):

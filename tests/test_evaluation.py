@@ -10,7 +10,7 @@ from effnetlib import evaluate, make_mesh
 from effnetlib.data import load
 from effnetlib.data.images import eval_image, normalize
 from effnetlib.data.sources import Split
-from effnetlib.evaluate import masked_sums
+from effnetlib.evaluation import masked_sums
 
 
 def first(split, count):
@@ -61,6 +61,6 @@ def test_masked_rows_count_for_nothing():
 
 def test_a_wrong_count_is_not_reported(monkeypatch):
     split = first(load("digits", "eval"), 8)
-    monkeypatch.setattr(sys.modules["effnetlib.evaluate"], "eval_batches", lambda split, **_: iter(()))
+    monkeypatch.setattr(sys.modules["effnetlib.evaluation"], "eval_batches", lambda split, **_: iter(()))
     with pytest.raises(RuntimeError, match="counted 0 examples, not the 8"):
         evaluate(Linear(), split, batch=8, size=8, augmentation="none")

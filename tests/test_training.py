@@ -7,9 +7,9 @@ import pytest
 
 import effnetlib
 from effnetlib import EffnetlibError, Recipe, Record, train
-from effnetlib.train import DivergedError, make_train_step, smoothed_cross_entropy
+from effnetlib.training import DivergedError, make_train_step, smoothed_cross_entropy
 
-MODULE = sys.modules["effnetlib.train"]
+MODULE = sys.modules["effnetlib.training"]
 
 
 def weights(directory):

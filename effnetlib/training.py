@@ -16,7 +16,7 @@ from effnetlib import data
 from effnetlib.checkpoints import open_checkpoints, restore, save
 from effnetlib.data.images import normalize
 from effnetlib.errors import EffnetlibError
-from effnetlib.evaluate import Evaluator
+from effnetlib.evaluation import Evaluator
 from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
 from effnetlib.model import EfficientNet
