@@ -6,21 +6,21 @@ from pathlib import Path
 import click
 import yaml
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.parameters import read_yaml
 
 
 class _Commands(click.Group):
-    """Bad input ends in one sentence and exit code 2, never in a traceback."""
+    """Bad input ends in one sentence and exit code 2, what did not succeed in one and 1, never in a traceback."""
 
     def invoke(self, context):
         try:
             return super().invoke(context)
         except EffnetlibError as error:
             click.echo(f"effnetlib: {error}", err=True)
-            context.exit(2)
+            context.exit(1 if isinstance(error, FailedError) else 2)
         except KeyboardInterrupt:
-            click.echo("effnetlib: interrupted; the same command goes on where this one stopped", err=True)
+            click.echo("effnetlib: interrupted; what was finished is kept", err=True)
             context.exit(130)
 
 
@@ -125,10 +125,12 @@ def check(dest):
 
 @data.command()
 @click.argument("source")
-@click.option("--images", default=300, show_default=True, help="Photographs in the sample.")
-@click.option("--size", default=224, show_default=True, help="Pixels a side.")
+@click.option("--images", type=click.IntRange(1), default=300, show_default=True, help="Photographs in the sample.")
+@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="Pixels a side.")
 @click.option(
-    "--tensorflow", type=click.Path(path_type=Path), help="A Python with TensorFlow: measures tf.data beside."
+    "--tensorflow",
+    type=click.Path(path_type=Path, exists=True),
+    help="A Python with TensorFlow: measures tf.data beside.",
 )
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the figures to a file.")
 def bench(source, images, size, tensorflow, file):
@@ -136,6 +138,9 @@ def bench(source, images, size, tensorflow, file):
     from effnetlib.data import bench
     from effnetlib.records import environment, write_atomically
 
+    if file and not file.absolute().parent.is_dir():
+        raise EffnetlibError(f"there is no folder {file.absolute().parent}")
+    source = str(Path(source).absolute()) if Path(source).is_dir() else source
     rates = bench.bench(source, images=images, size=size, tensorflow=tensorflow)
     click.echo(bench.table(rates))
     if file:

@@ -93,7 +93,7 @@ def latest_weights(directory: Path) -> tuple[int, Weights]:
     """Step and moving average of the latest checkpoint in a folder: the weights that evaluation means.
 
     Raises:
-      EffnetlibError: the folder holds no checkpoint.
+      EffnetlibError: the folder holds no checkpoint, or it is damaged.
     """
     if not (directory / FOLDER).is_dir():
         raise EffnetlibError(f"{directory} holds no checkpoint")
@@ -102,8 +102,12 @@ def latest_weights(directory: Path) -> tuple[int, Weights]:
         if step is None:
             raise EffnetlibError(f"{directory} holds no checkpoint")
         # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.
-        state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
-    return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
+        try:
+            state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+            return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
+        except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise EffnetlibError(f"the checkpoint of step {step} in {directory} is damaged: {reason}") from None
 
 
 def _with_numbered_blocks(tree: dict) -> dict:

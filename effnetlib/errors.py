@@ -5,7 +5,11 @@ from collections.abc import Iterable
 
 
 class EffnetlibError(ValueError):
-    """Bad input. The command line prints its sentence without a traceback."""
+    """Bad input. The command line prints its sentence without a traceback and exits with 2."""
+
+
+class FailedError(EffnetlibError):
+    """What was asked for rightly did not succeed: the disk is full, a file is damaged. The command line exits with 1."""
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ class Pretrained:
             try:
                 about = json.loads((path / "weights.json").read_text())
                 known = {name: about[name] for name in ("variant", "num_classes", "image_size", "origin")}
-            except (ValueError, KeyError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise EffnetlibError(f"{path / 'weights.json'} is damaged, or of another version: {error}") from None
             return cls(weights=checkpoints.latest_weights(path)[1], **known)
         if (path / "run.json").is_file():
@@ -82,6 +82,12 @@ class Pretrained:
           EffnetlibError: the suffix is neither.
         """
         file = Path(file)
+        try:
+            self._export(file)
+        except OSError as error:
+            raise EffnetlibError(f"{file} cannot be written: {error.strerror}") from None
+
+    def _export(self, file: Path) -> None:
         if file.suffix == ".safetensors":
             weights.write(file, self.weights, self.variant, self.num_classes)
         elif file.suffix == ".stablehlo":
@@ -101,9 +107,17 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
       EffnetlibError: the file does not hold a variant, or the folder holds something already.
     """
     pretrained, directory = Pretrained.load(file), Path(directory).expanduser()
-    if directory.exists() and any(directory.iterdir()):
-        raise EffnetlibError(f"{directory} is not empty: name another folder, or delete that one")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if directory.exists() and any(directory.iterdir()):
+            raise EffnetlibError(f"{directory} is not empty: name another folder, or delete that one")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _write_import(pretrained, directory)
+    except OSError as error:
+        raise EffnetlibError(f"the folder {directory} cannot be written: {error.strerror}") from None
+    return pretrained
+
+
+def _write_import(pretrained: Pretrained, directory: Path) -> None:
     params, batch_stats = pretrained.weights
     about = {name: value for name, value in vars(pretrained).items() if name != "weights"}
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".import-") as temporary:
@@ -113,7 +127,6 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
             checkpoints.save(manager, 0, {"ema_params": params, "ema_batch_stats": batch_stats})
         write_atomically(whole / "weights.json", json.dumps({"schema": SCHEMA, **about}, indent=2) + "\n")
         whole.rename(directory)
-    return pretrained
 
 
 def predict(

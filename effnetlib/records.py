@@ -38,11 +38,15 @@ def outputs_folder() -> Path:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file whole: a reader, or a crash, sees the old content or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @dataclass
@@ -154,7 +158,8 @@ class Record:
 
     @property
     def input_wait_share(self) -> float:
-        """Share of the training time in which the devices had nothing to do, for the next batch was not there yet."""
+        """Share of the training time in which the next batch was waited for. On an accelerator a step may be under way
+        meanwhile, so the devices were idle for at most that share."""
         return self.timing["input_wait_seconds"] / self.timing["train_seconds"]
 
 

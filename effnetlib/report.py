@@ -69,14 +69,14 @@ MUCH_WAITING = 0.05
 
 
 def input_advice(records: Sequence[Record]) -> str:
-    """Whether the devices waited for images, and if they did for more than 5 % of a run what to do about it."""
+    """Whether runs waited for images, and if they did for more than 5 % of a run what to do about it."""
     waiting = sorted(((r.input_wait_share, r.name) for r in records), reverse=True)
     worst, name = waiting[0]
     slow = sum(share > MUCH_WAITING for share, _ in waiting)
     if not slow:
-        return f"The devices waited for images at most {worst:.1%} of the training time ({name})."
+        return f"Runs waited for images at most {worst:.1%} of the training time ({name})."
     return (
-        f"In {slow} of {len(waiting)} runs the devices waited for images more than {MUCH_WAITING:.0%} of the training time, "
+        f"{slow} of {len(waiting)} runs waited for images more than {MUCH_WAITING:.0%} of the training time, "
         f"worst in {name}: {worst:.0%}. `effnetlib data bench SOURCE` says which step is slow. Shards on a local disk or in "
         "memory (`effnetlib data prepare SOURCE /dev/shm/NAME`), more processor cores a host, or a lighter augmentation help."
     )

@@ -236,7 +236,7 @@ def read(path: Path | str) -> tuple[str, int, Weights]:
         raise EffnetlibError(f"{path} cannot be read: {error}") from None
 
     def size(name, axis):
-        return tensors[name].shape[axis] if name in tensors else 0
+        return tensors[name].shape[axis] if name in tensors and tensors[name].ndim else 0
 
     variant = _nearest_variant(sum(name.endswith(ends) for name in tensors), size(*head))
     num_classes = size(*classifier) or 1000

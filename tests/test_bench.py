@@ -46,3 +46,9 @@ def test_a_python_that_pretends_to_have_tensorflow(quick, tmp_path):
 def test_sets_in_memory_are_refused():
     with pytest.raises(EffnetlibError, match="digits is in memory already"):
         bench.bench("digits")
+
+
+def test_bad_usage_is_found_before_anything_is_measured(quick, tmp_path):
+    for arguments in (["--images", "0"], ["--size", "-1"], ["--tensorflow", "/nope"], ["--json", "/nope/x.json"]):
+        done = CliRunner().invoke(main, ["data", "bench", quick, *arguments])
+        assert done.exit_code == 2 and "Traceback" not in done.output

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from effnetlib.data import prepare as module
 from effnetlib.data.photographs import DEVKIT
 from effnetlib.data.prepare import check, prepare
 from effnetlib.data.shards import decode_record, encode_record
+from effnetlib.errors import FailedError
 from effnetlib.mesh import batch_sharding
 
 WNIDS = ["n01440764", "n01443537", "n02099601"]
@@ -98,6 +100,7 @@ def kaggle(root):
         put(root / f"ILSVRC/Data/CLS-LOC/train/{wnid}/{name}", content)
     for _, name, content in val_files():
         put(root / f"ILSVRC/Data/CLS-LOC/val/{name}", content)
+    put(root / "ILSVRC/Data/CLS-LOC/test/ILSVRC2012_test_00000001.JPEG", jpeg(5))
     with open(root / "LOC_val_solution.csv", "w", newline="") as file:
         rows = [[name.removesuffix(".JPEG"), f"{wnid} 1 2 3 4 {wnid} 5 6 7 8"] for wnid, name, _ in val_files()]
         csv.writer(file).writerows([["ImageId", "PredictionString"], *reversed(rows)])
@@ -114,6 +117,7 @@ def flat_with_kit(root):
         put(root / "train" / wnid / name, content)
     for _, name, content in val_files():
         put(root / "val" / name, content)
+    put(root / "test/ILSVRC2012_test_00000001.JPEG", jpeg(5))
     devkit(root, extracted=True)
 
 
@@ -228,7 +232,7 @@ def test_a_record_is_a_tensorflow_example():
     [
         (lambda root: (root / "ILSVRC2012_img_train.tar").unlink(), "lacks ILSVRC2012_img_train.tar"),
         (lambda root: (root / f"{DEVKIT}.tar.gz").unlink(), "put LOC_val_solution.csv .* or ILSVRC2012_devkit"),
-        (lambda root: (root / f"{DEVKIT}.tar.gz").write_bytes(b"no"), "development kit .* cannot be read"),
+        (lambda root: (root / f"{DEVKIT}.tar.gz").write_bytes(b"no"), "validation labels beside .* cannot be read"),
         (lambda root: os.truncate(root / "ILSVRC2012_img_train.tar", 4096), "is damaged, or not whole"),
         (lambda root: None, "should hold the 1,281,167 photographs of ImageNet's train split, and holds 12"),
     ],
@@ -251,6 +255,114 @@ def test_wrong_label_files(tmp_path):
     solution.write_text("\n".join(text.splitlines()[:3]))
     with pytest.raises(EffnetlibError, match="has no label for 4 of 6 photographs"):
         load(str(tmp_path / "in"), "eval")
+    solution.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(EffnetlibError, match="validation labels beside .* cannot be read"):
+        load(str(tmp_path / "in"), "eval")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_validation_ground_truth.txt", "meta.mat"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"99\n99\n99\n99\n99\n99\n", None])
+def test_a_damaged_development_kit(name, content, tmp_path):
+    flat_with_kit(tmp_path / "in")
+    file = tmp_path / "in" / DEVKIT / "data" / name
+    file.write_bytes(file.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(EffnetlibError) as caught:
+        load(str(tmp_path / "in"), "eval")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_what_lies_between_the_photographs_does_not_matter(tmp_path):
+    flat_with_kit(tmp_path / "in")
+    (tmp_path / "in/val/@eaDir").mkdir()
+    assert len(load(str(tmp_path / "in"), "eval")) == 6
+    (tmp_path / "in/train" / WNIDS[0] / "gone.JPEG").symlink_to(tmp_path / "nothing")
+    with pytest.raises(EffnetlibError, match="gone.JPEG cannot be read"):
+        load(str(tmp_path / "in"), "train")
+
+
+def test_an_imagenet_by_class_with_a_test_split(tmp_path, monkeypatch):
+    by_class(tmp_path / "in")
+    shutil.copytree(tmp_path / "in/val", tmp_path / "in/test")
+    monkeypatch.setattr("effnetlib.data.photographs.WHOLE", 3)
+    with pytest.raises(EffnetlibError, match="should hold the 1,281,167 photographs"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setattr(module, "IMAGENET_SHARDS", {"train": 2, "eval": 2})
+    manifest = prepare(tmp_path / "in", tmp_path / "out", partial=True)
+    assert {name: len(split["shards"]) for name, split in manifest["splits"].items()} == {
+        "train": 2,
+        "eval": 2,
+        "test": 1,
+    }
+    (tmp_path / "in/val").rename(tmp_path / "in/elsewhere")
+    shutil.rmtree(tmp_path / "in/test")
+    monkeypatch.setattr(module, "IMAGENET", {"train": 12, "eval": 6})
+    with pytest.raises(EffnetlibError, match="has no val or validation or test folder.*--partial"):
+        prepare(tmp_path / "in", tmp_path / "other")
+
+
+def test_the_destination_is_not_among_the_photographs(tmp_path):
+    by_class(tmp_path / "in")
+    with pytest.raises(EffnetlibError, match="lies among the photographs"):
+        prepare(tmp_path / "in", tmp_path / "in/train/out")
+    assert not (tmp_path / "in/train/out").exists()
+    prepare(tmp_path / "in", tmp_path / "in/shards")
+    assert check(tmp_path / "in/shards") == []
+
+
+def test_preparing_again_mends_adds_and_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)
+    by_class(tmp_path / "in")
+    (tmp_path / "in/val").rename(tmp_path / "later")
+    prepare(tmp_path / "in", tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.array_record")}
+    (tmp_path / "out/train-00001-of-00004.array_record").unlink()
+    os.truncate(tmp_path / "out/train-00002-of-00004.array_record", 0)
+    (tmp_path / "later").rename(tmp_path / "in/val")
+    manifest = prepare(tmp_path / "in", tmp_path / "out")
+    assert manifest["splits"].keys() == {"train", "eval"} and check(tmp_path / "out") == []
+    kept = {name for name, time in times.items() if (tmp_path / "out" / name).stat().st_mtime_ns == time}
+    assert kept == {"train-00000-of-00004.array_record", "train-00003-of-00004.array_record"}
+
+
+def test_replacing_a_refused_photograph_keeps_the_other_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)
+    by_class(tmp_path / "in")
+    bad = tmp_path / "in/train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:100])
+    with pytest.raises(FailedError, match="1 photographs are refused"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.array_record")}
+    assert len(times) == 5  # of four and two
+    bad.write_bytes(good)
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in times} == times
+    assert check(tmp_path / "out") == []
+
+
+def test_a_picture_of_absurd_size_is_refused_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    by_class(tmp_path / "in")
+    put(tmp_path / "in/train" / WNIDS[0] / "bomb.png", jpeg(1, size=(100, 100), format="PNG"))
+    with pytest.raises(FailedError, match="bomb.png: unreadable"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(FailedError, match="bomb.png is not a readable image"):
+        split = load(str(tmp_path / "in"), "train")
+        [split.example(i) for i in range(len(split))]
+
+
+def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 1)
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+    code = (
+        "import resource, sys; from effnetlib.data import load\n"
+        "used = len(__import__('os').listdir('/proc/self/fd'))\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (used + 6, 4096))\n"
+        "split = load(sys.argv[1], 'train'); print(len({split.encoded(i)[0] for i in range(len(split))}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.stdout == "12\n", done.stderr
 
 
 def test_folders_that_lack_something(tmp_path):
@@ -283,7 +395,7 @@ def test_odd_photographs_are_refused_by_name_or_converted_as_asked(tmp_path):
     for name, (content, _) in ODD.items():
         put(tmp_path / "in/train" / WNIDS[0] / name, content())
     run = CliRunner().invoke(main, ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out")])
-    assert run.exit_code == 2 and "2 photographs are refused" in run.output and "--convert" in run.output
+    assert run.exit_code == 1 and "2 photographs are refused" in run.output and "--convert" in run.output
     listed = (tmp_path / "out/refused.txt").read_text()
     assert all(f"{name}\t{reason}" in listed and name in run.output for name, (_, reason) in ODD.items())
     again = ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--convert"]
@@ -352,6 +464,9 @@ def test_other_photographs_are_not_mixed_into_a_folder(tmp_path):
     put(tmp_path / "in/train" / WNIDS[0] / "more.JPEG", jpeg(9))
     with pytest.raises(EffnetlibError, match="holds another data set"):
         prepare(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out/manifest.json").write_text('{"schema": 1, "classes": [], "splits": {"train": {}}}')
+    with pytest.raises(EffnetlibError, match="manifest.json is damaged"):
+        check(tmp_path / "out")
 
 
 def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):
@@ -414,11 +529,11 @@ def test_what_was_written_before_a_stop_is_kept(tmp_path, monkeypatch):
     by_class(tmp_path / "in")
     original, written = module._write_shard, []
 
-    def stopping(dest, notes, shard, convert_odd):
+    def stopping(dest, shard, convert_odd):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(shard.file)
-        return original(dest, notes, shard, convert_odd)
+        return original(dest, shard, convert_odd)
 
     monkeypatch.setattr(module, "_write_shard", stopping)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -436,12 +551,16 @@ def test_half_and_minival(tmp_path, monkeypatch):
     by_class(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out")
     loose, packed = str(tmp_path / "in"), str(tmp_path / "out")
+    with pytest.raises(EffnetlibError, match="has 12 training examples, too few to hold out"):
+        describe(loose, "minival")
     half = load(loose, "train", "half")
     assert len(half) == 6 and contents(half) == contents(load(packed, "train", "half"))
     monkeypatch.setattr("effnetlib.data.sources.MINIVAL_SHARDS", 256)
     train, held_out = (load(packed, split, "minival") for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (9, 3)
     assert sorted(contents(train) + contents(held_out)) == sorted(contents(load(loose, "train")))
+    shutil.rmtree(tmp_path / "in/val")  # which minival does without
+    assert describe(loose, "minival").eval_examples == 3
     info = describe(packed, "minival")
     assert (info.train_examples, info.eval_examples) == (9, 3)
     assert Recipe.preset("b0-3-rmsprop").replace(dataset=packed, subset="half", epochs=10).total_steps == 20

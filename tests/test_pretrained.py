@@ -65,6 +65,9 @@ def test_what_is_there_is_not_overwritten_and_nothing_half_written_stays(file, t
         (["export", "{file}", "nowhere/out.safetensors"], "there is no folder"),
         (["export", "nothing", "out.safetensors"], "neither a file of weights nor the folder"),
         (["import", "nothing.h5"], "neither a file of weights nor the folder"),
+        (["import", "{file}", "--to", "{file}"], "cannot be written: Not a directory"),
+        (["import", "{file}", "--to", "{file}/x"], "cannot be written: "),
+        (["export", "{file}", "/proc/x.safetensors"], "cannot be written: "),
     ],
 )
 def test_mistakes_are_one_sentence(file, arguments, sentence):

@@ -14,7 +14,7 @@ import simplejpeg
 from PIL import Image
 
 from effnetlib.data.augment import autoaugment, randaugment
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import FailedError
 
 # Those that crop at random, as the reference does for ImageNet, and what they add to it.
 CROPPING = {"inception": None, "autoaugment": autoaugment, "randaugment": randaugment}
@@ -26,6 +26,10 @@ CROP_PADDING = 32
 
 # Parallelism is over images; a pool inside each of them only makes the threads wait for one another.
 cv2.setNumThreads(1)
+
+
+# Pillow raises each of these for damaged files, the last one for sizes that nobody means.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -41,8 +45,8 @@ def decode(encoded: bytes, name: str) -> np.ndarray:
         pass  # not a JPEG, or one of the few (CMYK, damaged tail) that the strict decoder refuses
     try:
         return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except OSError as error:
-        raise EffnetlibError(f"{name} is not a readable image ({error})") from None
+    except UNREADABLE as error:
+        raise FailedError(f"{name} is not a readable image ({error})") from None
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

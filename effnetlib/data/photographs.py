@@ -26,6 +26,7 @@ from effnetlib.errors import EffnetlibError
 SUFFIXES = (".jpg", ".jpeg", ".png")
 FOLDERS = {"train": ("train",), "eval": ("val", "validation", "test"), "test": ("test",)}
 WNID = re.compile(r"n\d{8}")
+WHOLE = 1000  # synsets
 TARS = {"train": "ILSVRC2012_img_train.tar", "eval": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12"
 
@@ -43,6 +44,14 @@ class Photo:
     path: str
     offset: int = 0
     length: int | None = None
+
+    @property
+    def file_name(self) -> str:
+        return self.name.rpartition("/")[2]
+
+    def size(self) -> int:
+        """Bytes, without reading it."""
+        return os.stat(self.path).st_size if self.length is None else self.length
 
     def read(self) -> bytes:
         try:
@@ -72,8 +81,18 @@ def list_photographs(root: Path, split: str) -> Listing | None:
     """Lists a split ("train", "eval" or "test") of the data set at `root`; None where no layout is recognised.
 
     Raises:
-      EffnetlibError: a layout is recognised, and what is missing or wrong in it.
+      MissingSplit: a layout is recognised, and has no such split.
+      EffnetlibError: what is missing or wrong in it.
     """
+    try:
+        return _list(root, split)
+    except UnicodeError as error:
+        raise EffnetlibError(f"a file in {root} has a name or a text that is not UTF-8: {error}") from None
+    except OSError as error:
+        raise EffnetlibError(f"{error.filename or root} cannot be read: {error.strerror}") from None
+
+
+def _list(root: Path, split: str) -> Listing | None:
     if any((root / name).is_file() for name in TARS.values()):
         return _official(root, split)
     for base in (root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC"):
@@ -87,8 +106,8 @@ def list_photographs(root: Path, split: str) -> Listing | None:
 def _listing(class_names, photos: Iterable[Photo], sizes: Iterable[int], layout: str, is_imagenet: bool) -> Listing:
     photos, digest = list(photos), hashlib.sha256()
     for photo, size in zip(photos, sizes, strict=True):
-        digest.update(f"{class_names[photo.label]}/{photo.name.rpartition('/')[2]} {size}\n".encode())
-    whole = is_imagenet or (len(class_names) == 1000 and all(map(WNID.fullmatch, class_names)))
+        digest.update(f"{class_names[photo.label]}/{photo.file_name} {size}\n".encode())
+    whole = is_imagenet or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names)))
     return Listing(tuple(class_names), photos, digest.hexdigest()[:16], layout, whole)
 
 
@@ -103,7 +122,9 @@ def _folders(base: Path, root: Path, split: str, layout: str, is_imagenet: bool)
         raise MissingSplit(f"{folder} is what {root} evaluates on: it has no test split beside it")
     classes = _class_folders(folder)
     files = list(_images(folder))
-    if not classes and files:
+    if files and split != "train" and not any(next(_images(folder / name), None) for name in classes):
+        if split == "test":
+            raise MissingSplit(f"the photographs in {folder} lie in no class folders: nothing says what they show")
         return _flat(folder, files, _train_classes(base), root, layout, is_imagenet)
     photos, sizes = [], []
     for label, name in enumerate(classes):
@@ -112,7 +133,7 @@ def _folders(base: Path, root: Path, split: str, layout: str, is_imagenet: bool)
             photos.append(Photo(entry.path, label, entry.path))
             sizes.append(entry.stat().st_size)
         if len(photos) == before and split == "train":
-            raise EffnetlibError(f"the class folder {folder / name} holds no photographs: fill it, or delete it")
+            raise EffnetlibError(f"the class folder {folder / name} holds no photographs: fill it, or take it away")
     if not photos:
         raise EffnetlibError(f"{folder} holds no photographs: CLASS/*.jpg is wanted in it")
     return _listing(classes, photos, sizes, layout, is_imagenet)
@@ -164,7 +185,8 @@ def _official(root: Path, split: str) -> Listing:
             numbers = {name: label for label, name in enumerate(classes)}
             found.sort(key=lambda item: item[:2])
         else:
-            members = [(m.name.rpartition("/")[2], m.offset_data, m.size) for m in _members(path)]
+            images = (m for m in _members(path) if m.name.lower().endswith(SUFFIXES))
+            members = [(m.name.rpartition("/")[2], m.offset_data, m.size) for m in images]
             by_name = _validation_labels(root, [name for name, *_ in members])
             classes = sorted(set(by_name.values()))
             if (root / TARS["train"]).is_file():
@@ -209,8 +231,18 @@ def _validation_labels(root: Path, names: list[str]) -> dict[str, str]:
     """The synset of each file name.
 
     Raises:
-      EffnetlibError: no file of labels was found, or it does not fit the photographs.
+      EffnetlibError: no file of labels was found, or it cannot be read, or does not fit the photographs.
     """
+    try:
+        return _read_validation_labels(root, names)
+    except EffnetlibError:
+        raise
+    except Exception as error:  # text that is none, a damaged archive or matrix: each library raises its own kinds
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise EffnetlibError(f"the validation labels beside {root} cannot be read: {reason[:200]}") from None
+
+
+def _read_validation_labels(root: Path, names: list[str]) -> dict[str, str]:
     for place in (root, root / "ILSVRC", root / DEVKIT / "data", root / DEVKIT):
         if (place / "LOC_val_solution.csv").is_file():
             return _from_csv(place / "LOC_val_solution.csv", names)
@@ -222,14 +254,11 @@ def _validation_labels(root: Path, names: list[str]) -> dict[str, str]:
             return _by_position(path.read_text().split(), names, path)
     kit = root / f"{DEVKIT}.tar.gz"
     if kit.is_file():
-        try:
-            with tarfile.open(kit) as archive:
-                truth, meta = (
-                    archive.extractfile(f"{DEVKIT}/data/{name}").read()
-                    for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
-                )
-        except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-            raise EffnetlibError(f"the development kit {kit} cannot be read: {error}") from None
+        with tarfile.open(kit) as archive:
+            truth, meta = (
+                archive.extractfile(f"{DEVKIT}/data/{name}").read()
+                for name in ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
+            )
         return _from_kit(truth.decode(), meta, names, kit)
     raise EffnetlibError(
         f"the validation photographs in {root} lie in no class folders, and nothing says what they show: put "
@@ -256,12 +285,12 @@ def _read_meta(path: Path) -> bytes:
 def _from_kit(truth: str, meta: bytes, names: list[str], path: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
-    try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        return _by_position([wnids[int(number)] for number in truth.split()], names, path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise EffnetlibError(f"the labels in {path} cannot be read: {error!r}") from None
+    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+    wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+    numbers = [int(number) for number in truth.split()]
+    if unknown := sorted(set(numbers) - set(wnids)):
+        raise EffnetlibError(f"{path} numbers classes that its meta.mat does not name: {unknown[:5]}")
+    return _by_position([wnids[number] for number in numbers], names, path)
 
 
 def _by_position(synsets: list[str], names: list[str], path: Path) -> dict[str, str]:

@@ -19,11 +19,13 @@ import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
-from effnetlib.data.photographs import Listing, MissingSplit, Photo, list_photographs
+from effnetlib.data.images import UNREADABLE
+from effnetlib.data.photographs import FOLDERS, Listing, MissingSplit, Photo, list_photographs
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.lock import held
 from effnetlib.progress import Progress
+from effnetlib.records import write_atomically
 
 SPLITS = ("train", "eval", "test")
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
@@ -63,7 +65,7 @@ def _opens(encoded: bytes) -> bool:
     try:
         Image.open(io.BytesIO(encoded)).convert("RGB")
         return True
-    except (OSError, ValueError, SyntaxError):  # Pillow raises each of them for damaged files
+    except UNREADABLE:
         return False
 
 
@@ -80,6 +82,7 @@ class _Shard:
     number: int
     of: int
     photos: list[Photo]
+    members: str  # a hash of the names and sizes of its photographs
 
     @property
     def file(self) -> str:
@@ -89,7 +92,7 @@ class _Shard:
 def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: bool = False) -> dict:
     """Writes the photographs of every split of `source` into ArrayRecord shards in `dest`; returns the manifest.
 
-    Running it again goes on where it stopped; where the manifest is there already it does nothing.
+    Running it again goes on where it stopped, writes what is missing, and adds splits that are new in the source.
 
     Args:
       source: a folder in any layout of `effnetlib.data.photographs`.
@@ -98,47 +101,62 @@ def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: boo
       partial: take an ImageNet that is not whole.
 
     Raises:
-      EffnetlibError: the source is none, lacks something, holds photographs that are refused (all are named), or does not
-        fit the disk; `dest` holds something else, or another process is writing to it.
+      EffnetlibError: the source is none, or lacks something; `dest` holds something else, or lies where the source's
+        photographs are, or another process is writing to it.
+      FailedError: photographs are refused (all are named), or there is no room.
     """
     listings = _list(source, partial)
-    if (dest / MANIFEST).is_file():
-        manifest = read_manifest(dest)
-        if {name: split["listing"] for name, split in manifest["splits"].items()} != _fingerprints(listings):
-            raise EffnetlibError(f"{dest} holds another data set: name another folder, or delete that one")
-        return manifest
+    inside = (
+        dest.resolve().relative_to(source.resolve()).parts if dest.resolve().is_relative_to(source.resolve()) else ()
+    )
+    if inside and inside[0] in {"ILSVRC", "Data", *(name for names in FOLDERS.values() for name in names)}:
+        raise EffnetlibError(f"{dest} lies among the photographs of {source}: name a folder beside them")
     shards = [shard for split, listing in listings.items() for shard in _divide(split, listing)]
-    notes = dest / NOTES
     try:
-        notes.mkdir(parents=True, exist_ok=True)
+        dest.mkdir(parents=True, exist_ok=True)
+        with held(dest, "preparing"):
+            return _prepare(dest, listings, shards, convert_odd)
     except OSError as error:
-        raise EffnetlibError(f"the folder {dest} cannot be written: {error.strerror}") from None
-    with held(notes, "preparing"):
-        plan = json.dumps(_fingerprints(listings))
-        if (notes / "plan.json").is_file() and (notes / "plan.json").read_text() != plan:
-            raise EffnetlibError(f"{dest} was begun with other photographs: name another folder, or delete that one")
-        _write(notes / "plan.json", plan)
-        for leftover in dest.glob(".*.array_record*"):
-            leftover.unlink()
-        todo = [shard for shard in shards if not _done(dest, notes, shard)]
-        _require_space(dest, todo)
-        _write_shards(dest, notes, todo, listings, convert_odd)
-        manifest = _manifest(dest, notes, shards, listings)
-        _write(dest / MANIFEST, json.dumps(manifest) + "\n")
-        shutil.rmtree(notes)
+        raise FailedError(
+            f"{error.filename or dest} could not be written ({error.strerror}): once that is mended, the same command goes on"
+        ) from None
+
+
+def _prepare(dest: Path, listings: dict[str, Listing], shards: list[_Shard], convert_odd: bool) -> dict:
+    before = _manifest_before(dest, listings)
+    known = {shard["file"]: shard for about in before["splits"].values() for shard in about["shards"]}
+    notes = dest / NOTES
+    notes.mkdir(exist_ok=True)
+    for leftover in dest.glob(".*.array_record*"):
+        leftover.unlink()
+    for note in notes.glob("*.json"):
+        about = json.loads(note.read_text())
+        known[about["file"]] = about
+    done = {shard.file for shard in shards if _is_whole(dest, shard, known.get(shard.file))}
+    todo = [shard for shard in shards if shard.file not in done]
+    _require_space(dest, todo)
+    _write_shards(dest, todo, convert_odd)
+    for shard in todo:
+        known[shard.file] = json.loads((notes / f"{shard.file}.json").read_text())
+    manifest = _manifest(before, listings, shards, known)
+    write_atomically(dest / MANIFEST, json.dumps(manifest) + "\n")
+    shutil.rmtree(notes)
+    listed = {shard["file"] for about in manifest["splits"].values() for shard in about["shards"]}
+    for stale in dest.glob("*.array_record"):  # of an earlier, unfinished preparation of fewer or more photographs
+        if stale.name not in listed:
+            stale.unlink()
     return manifest
 
 
 def _list(source: Path, partial: bool) -> dict[str, Listing]:
     if not source.is_dir():
         raise EffnetlibError(f"there is no folder {source}")
-    listings = {}
+    listings, missing = {}, {}
     for split in SPLITS:
         try:
             listing = list_photographs(source, split)
-        except MissingSplit:
-            if split == "train" and not partial:
-                raise
+        except MissingSplit as error:
+            missing[split] = error
             continue
         if listing is None:
             raise EffnetlibError(
@@ -146,66 +164,67 @@ def _list(source: Path, partial: bool) -> dict[str, Listing]:
                 "train/CLASS/*.jpg in it"
             )
         listings[split] = listing
-    if not listings:
-        raise EffnetlibError(f"{source} holds no split of photographs")
+    if "train" in missing and not (partial and listings):
+        raise missing["train"]
     first = next(iter(listings.values()))
+    if first.is_imagenet and not partial:
+        if "eval" in missing:
+            raise EffnetlibError(f"{missing['eval']}: complete it, or take what is there with --partial")
+        for split, wanted in IMAGENET.items():
+            if len(listings[split].photos) != wanted:
+                raise EffnetlibError(
+                    f"{source} ({first.layout}) should hold the {wanted:,} photographs of ImageNet's {split} split, and "
+                    f"holds {len(listings[split].photos):,}: complete it, or take what is there with --partial"
+                )
     for split, listing in listings.items():
-        wanted = IMAGENET.get(split)
-        if listing.is_imagenet and len(listing.photos) != wanted and not partial:
-            raise EffnetlibError(
-                f"{source} ({listing.layout}) should hold the {wanted:,} photographs of ImageNet's {split} split, and "
-                f"holds {len(listing.photos):,}: complete it, or take what is there with --partial"
-            )
         if listing.class_names != first.class_names:
             odd = ", ".join(sorted(set(listing.class_names) ^ set(first.class_names))[:5])
             raise EffnetlibError(f"in {source} the {split} split has other classes than the first one: {odd}")
     return listings
 
 
-def _fingerprints(listings: dict[str, Listing]) -> dict[str, str]:
-    return {split: listing.fingerprint for split, listing in listings.items()}
-
-
 def _divide(split: str, listing: Listing) -> Iterator[_Shard]:
     photos, count = listing.photos, len(listing.photos)
-    of = IMAGENET_SHARDS[split] if listing.is_imagenet else max(1, -(-count // PHOTOGRAPHS_A_SHARD))
+    of = IMAGENET_SHARDS.get(split) if listing.is_imagenet else None
+    of = of or max(1, -(-count // PHOTOGRAPHS_A_SHARD))
     order = shard_order(count)
     for number in range(of):
-        places = order[count * number // of : count * (number + 1) // of]
-        yield _Shard(split, number, of, [photos[place] for place in places])
+        members = [photos[place] for place in order[count * number // of : count * (number + 1) // of]]
+        text = "\n".join(f"{photo.label}/{photo.file_name} {photo.size()}" for photo in members)
+        yield _Shard(split, number, of, members, hashlib.sha256(text.encode()).hexdigest()[:32])
+
+
+def _manifest_before(dest: Path, listings: dict[str, Listing]) -> dict:
+    """The manifest that is there already, or an empty one."""
+    if not (dest / MANIFEST).is_file():
+        return {"splits": {}, "converted": []}
+    before = read_manifest(dest)
+    for split, about in before["splits"].items():
+        if split not in listings or listings[split].fingerprint != about["listing"]:
+            raise EffnetlibError(f"{dest} holds another data set: name another folder, or delete that one")
+    return before
+
+
+def _is_whole(dest: Path, shard: _Shard, about: dict | None) -> bool:
+    path = dest / shard.file
+    return (
+        bool(about) and about["members"] == shard.members and path.is_file() and path.stat().st_size == about["bytes"]
+    )
 
 
 def _require_space(dest: Path, shards: list[_Shard]) -> None:
-    needed = sum(_size(photo) for shard in shards for photo in shard.photos)
+    needed = sum(photo.size() for shard in shards for photo in shard.photos)
     free = shutil.disk_usage(dest).free
     if needed > free:
-        raise EffnetlibError(f"the shards need {needed / 2**30:.1f} GiB, and {dest} has {free / 2**30:.1f} GiB free")
+        raise FailedError(f"the shards need {needed / 2**30:.1f} GiB, and {dest} has {free / 2**30:.1f} GiB free")
 
 
-def _size(photo: Photo) -> int:
-    return os.stat(photo.path).st_size if photo.length is None else photo.length
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _done(dest: Path, notes: Path, shard: _Shard) -> bool:
-    return (dest / shard.file).is_file() and (notes / f"{shard.file}.json").is_file()
-
-
-def _write_shards(dest: Path, notes: Path, shards: list[_Shard], listings, convert_odd: bool) -> None:
+def _write_shards(dest: Path, shards: list[_Shard], convert_odd: bool) -> None:
     progress = Progress(sum(len(shard.photos) for shard in shards), 0, 1, unit="photograph")
     seen, refused = 0, []
-
-    def one(shard):
-        return _write_shard(dest, notes, shard, convert_odd)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for shard, odd in zip(shards, pool.map(one, shards), strict=True):
+            for shard, odd in zip(shards, pool.map(lambda s: _write_shard(dest, s, convert_odd), shards), strict=True):
                 refused += odd
                 seen += len(shard.photos)
                 progress.update(seen)
@@ -213,34 +232,35 @@ def _write_shards(dest: Path, notes: Path, shards: list[_Shard], listings, conve
             pool.shutdown(cancel_futures=True)
             raise
     if refused:
-        _write(dest / "refused.txt", "".join(f"{name}\t{reason}\n" for name, reason, _ in refused))
+        write_atomically(dest / "refused.txt", "".join(f"{name}\t{reason}\n" for name, reason, _ in refused))
         named = "; ".join(f"{name}: {reason}" for name, reason, _ in refused[:10])
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
-        hint = "--convert makes JPEGs of them" if all(able for *_, able in refused) else "replace or remove them"
-        raise EffnetlibError(
-            f"{len(refused)} photographs are refused, all listed in {dest / 'refused.txt'} ({hint}): {named}{more}"
+        hint = "--convert makes JPEGs of them" if all(able for *_, able in refused) else "replace them and run it again"
+        raise FailedError(
+            f"{len(refused)} photographs are refused, all listed in {dest / 'refused.txt'} ({hint}; taking some away instead "
+            f"changes every shard): {named}{more}"
         )
     (dest / "refused.txt").unlink(missing_ok=True)
 
 
-def _write_shard(dest: Path, notes: Path, shard: _Shard, convert_odd: bool) -> list[tuple[str, str, bool]]:
-    """Writes one shard; if any photograph in it is refused it leaves none, and returns them all."""
+def _write_shard(dest: Path, shard: _Shard, convert_odd: bool) -> list[tuple[str, str, bool]]:
+    """Writes one shard and a note on it; if any photograph in it is refused it leaves none, and returns them all."""
     temporary, path = dest / f".{shard.file}", dest / shard.file
-    refused, converted, digests = [], [], []
+    refused, converted, records = [], [], hashlib.sha256()
     try:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for photo in shard.photos:
-            encoded, file_name = photo.read(), photo.name.rpartition("/")[2]
+            encoded = photo.read()
             try:
-                inspect(encoded, file_name)
+                inspect(encoded, photo.file_name)
             except Odd as odd:
                 if not (convert_odd and odd.convertible):
                     refused.append((photo.name, str(odd), odd.convertible))
                     continue
                 encoded = convert(encoded)
                 converted.append(photo.name)
-            record = encode_record(encoded, photo.label, file_name)
-            digests.append(hashlib.sha256(record).hexdigest()[:32])
+            record = encode_record(encoded, photo.label, photo.file_name)
+            records.update(hashlib.sha256(record).digest())
             writer.write(record)
         writer.close()
         if refused:
@@ -250,20 +270,25 @@ def _write_shard(dest: Path, notes: Path, shard: _Shard, convert_odd: bool) -> l
         if written.num_records() != len(shard.photos):
             raise OSError(f"{written.num_records()} of {len(shard.photos)} records arrived")
         written.close()
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise EffnetlibError(
-            f"the shard {path} could not be written ({reason}): make room, and the same command goes on"
+        raise FailedError(
+            f"the shard {path} could not be written ({reason}): once that is mended, the same command goes on"
         ) from None
     about = {
         "file": shard.file,
-        "examples": len(digests),
+        "examples": len(shard.photos),
         "bytes": temporary.stat().st_size,
         "sha256": _sha256(temporary),
+        "records": records.hexdigest()[:32],
+        "members": shard.members,
+        "converted": converted,
     }
     os.replace(temporary, path)
-    _write(notes / f"{shard.file}.json", json.dumps({"shard": about, "records": digests, "converted": converted}))
+    write_atomically(dest / NOTES / f"{shard.file}.json", json.dumps(about))
     return []
 
 
@@ -272,36 +297,33 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest(dest: Path, notes: Path, shards: list[_Shard], listings: dict[str, Listing]) -> dict:
-    splits, converted = {}, []
+def _manifest(before: dict, listings: dict[str, Listing], shards: list[_Shard], known: dict[str, dict]) -> dict:
+    splits = {}
     for split, listing in listings.items():
-        written = [json.loads((notes / f"{s.file}.json").read_text()) for s in shards if s.split == split]
         labels = np.array([photo.label for photo in listing.photos])
+        abouts = [known[shard.file] for shard in shards if shard.split == split]
         splits[split] = {
             "examples": len(labels),
             "examples_a_class": np.bincount(labels, minlength=len(listing.class_names)).tolist(),
-            "fingerprint": _fingerprint(each["records"] for each in written),
+            "fingerprint": _fingerprint(about["records"] for about in abouts),
             "listing": listing.fingerprint,
-            "shards": [each["shard"] for each in written],
+            "shards": [{name: value for name, value in about.items() if name != "converted"} for about in abouts],
         }
-        converted += [name for each in written for name in each["converted"]]
+    converted = {name for about in known.values() for name in about.get("converted", ())}
     first = next(iter(listings.values()))
-    whole = {split: len(listing.photos) for split, listing in listings.items()} == IMAGENET
+    whole = all(len(listings[split].photos) == wanted for split, wanted in IMAGENET.items() if split in listings)
     return {
         "schema": SCHEMA,
         "layout": first.layout,
-        "imagenet": "whole" if whole else "partial" if first.is_imagenet else "no",
-        "converted": converted,
+        "imagenet": "no" if not first.is_imagenet else "whole" if whole and len(listings) > 1 else "partial",
+        "converted": sorted(converted | set(before["converted"])),
         "splits": splits,
         "classes": list(first.class_names),
     }
 
 
 def _fingerprint(records) -> str:
-    digest = hashlib.sha256()
-    for of_a_shard in records:
-        digest.update("".join(of_a_shard).encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("".join(records).encode()).hexdigest()[:16]
 
 
 def check(dest: Path) -> list[str]:
@@ -320,11 +342,11 @@ def check(dest: Path) -> list[str]:
     records = {split: [] for split in manifest["splits"]}
     counts = {split: np.zeros(len(manifest["classes"]), np.int64) for split in manifest["splits"]}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (split, shard), (wrong, labels, digests) in zip(
+        for (split, shard), (wrong, labels, digest) in zip(
             shards, pool.map(lambda item: _check_shard(dest / item[1]["file"], item[1]), shards), strict=True
         ):
             problems += wrong
-            records[split].append(digests)
+            records[split].append(digest)
             counts[split] += np.bincount(labels, minlength=len(manifest["classes"]))[: len(manifest["classes"])]
             seen += shard["examples"]
             progress.update(seen)
@@ -336,12 +358,12 @@ def check(dest: Path) -> list[str]:
     return problems
 
 
-def _check_shard(path: Path, about: dict) -> tuple[list[str], list[int], list[str]]:
+def _check_shard(path: Path, about: dict) -> tuple[list[str], list[int], str]:
     if not path.is_file():
-        return [f"{path} is missing"], [], []
+        return [f"{path} is missing"], [], ""
     if path.stat().st_size != about["bytes"] or _sha256(path) != about["sha256"]:
-        return [f"{path} is damaged: its bytes are not those that were written"], [], []
-    labels, digests = [], []
+        return [f"{path} is damaged: its bytes are not those that were written"], [], ""
+    labels, records = [], hashlib.sha256()
     reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0,max_parallelism:0")
     for index in range(reader.num_records()):
         record = reader.read([index])[0]
@@ -349,9 +371,9 @@ def _check_shard(path: Path, about: dict) -> tuple[list[str], list[int], list[st
             encoded, label, name = decode_record(record)
             inspect(encoded, name)
         except (ValueError, Odd) as error:
-            return [f"record {index} of {path} is not readable: {error}"], labels, digests
+            return [f"record {index} of {path} is not readable: {error}"], labels, ""
         labels.append(label)
-        digests.append(hashlib.sha256(record).hexdigest()[:32])
+        records.update(hashlib.sha256(record).digest())
     if len(labels) != about["examples"]:
-        return [f"{path} holds {len(labels)} records, and should hold {about['examples']}"], labels, digests
-    return [], labels, digests
+        return [f"{path} holds {len(labels)} records, and should hold {about['examples']}"], labels, ""
+    return [], labels, records.hexdigest()[:32]

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, FailedError
 
 MANIFEST = "manifest.json"
 NOTES = ".prepare"  # a folder that is there while shards are being written
@@ -89,15 +90,16 @@ class Instruction:
 class ShardedRecords:
     """Records by index over several shards. `order[i]` is where example i lies; None means where it is counted.
 
-    Threads may share it. Reading a damaged shard is an EffnetlibError that names it.
+    Threads may share it. Reading a damaged shard is a FailedError that names it, and says `remedy`.
     """
 
-    def __init__(self, shards: list[tuple[Path, int]], order: np.ndarray | None = None):
-        self.shards, self.order = shards, order
+    def __init__(self, shards: list[tuple[Path, int]], order: np.ndarray | None = None, remedy: str = "write it anew"):
+        self.shards, self.order, self.remedy = shards, order, remedy
         self.starts = np.cumsum([0, *(count for _, count in shards)])
 
     @functools.cached_property
     def _source(self):
+        _allow_open_files(2 * len(self.shards) + 100)
         return ArrayRecordDataSource([Instruction(str(path), count) for path, count in self.shards])
 
     def __len__(self) -> int:
@@ -109,9 +111,20 @@ class ShardedRecords:
             return decode_record(self._source[place])
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             path = self.shards[int(np.searchsorted(self.starts, place, side="right")) - 1][0]
-            raise EffnetlibError(
-                f"the shard {path} is damaged ({str(error).splitlines()[0][:100]}): `effnetlib data check` lists what is"
-            ) from None
+            reason = str(error).splitlines()[0]
+            if "Too many open files" in reason:
+                raise FailedError(
+                    f"{len(self.shards)} shards need as many open files: raise the limit (ulimit -n)"
+                ) from None
+            raise FailedError(f"the shard {path} is damaged ({reason[:100]}): {self.remedy}") from None
+
+
+def _allow_open_files(count: int) -> None:
+    """The data source keeps every shard open, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def shard_order(num_examples: int) -> np.ndarray:
@@ -130,8 +143,19 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"schema {manifest['schema']}")
-        manifest["classes"], manifest["splits"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _ = manifest["classes"], manifest["converted"]
+        for about in manifest["splits"].values():
+            _ = about["examples"], about["examples_a_class"], about["fingerprint"], about["listing"]
+            for shard in about["shards"]:
+                _ = (
+                    shard["file"],
+                    shard["examples"],
+                    shard["bytes"],
+                    shard["sha256"],
+                    shard["records"],
+                    shard["members"],
+                )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EffnetlibError(f"{folder / MANIFEST} is damaged, or of another version: {error}") from None
     return manifest
 
@@ -161,9 +185,10 @@ def open_shards(root: Path, split: str) -> Shards | None:
         shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]
         for path, _ in shards:
             if not path.is_file():
-                raise EffnetlibError(f"the shard {path} is missing")
+                raise FailedError(f"the shard {path} is missing: preparing again mends it")
         order = np.argsort(shard_order(about["examples"]))
-        return Shards(ShardedRecords(shards, order), tuple(manifest["classes"]), about["fingerprint"])
+        records = ShardedRecords(shards, order, "`effnetlib data check` lists what is, and preparing again mends it")
+        return Shards(records, tuple(manifest["classes"]), about["fingerprint"])
     info = next(iter([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json"),
                       *root.glob("*/*/dataset_info.json")]), None)  # fmt: skip
     return None if info is None else _open_tfds(info, split)

@@ -68,13 +68,16 @@ def describe(name: str, subset: str = "all") -> DataInfo:
     """The sizes of a data set: constants for the known ones, a listing for photographs (nothing is decoded)."""
     if name in KNOWN:
         info = KNOWN[name]
+    elif subset == "minival":
+        train = load(name, "train")
+        info = DataInfo(len(train), 0, len(train.class_names))
     else:
         train, evaluation = load(name, "train"), load(name, "eval")
         if train.class_names != evaluation.class_names:
             odd = ", ".join(sorted(set(train.class_names) ^ set(evaluation.class_names))[:5])
             raise EffnetlibError(f"the data set {name} has classes that only one of its splits knows: {odd}")
         info = DataInfo(len(train), len(evaluation), len(train.class_names))
-    held_out = _minival_size(info.train_examples)
+    held_out = _minival_size(info.train_examples, name) if subset == "minival" else 0
     if subset == "minival":
         return DataInfo(info.train_examples - held_out, held_out, info.num_classes)
     return DataInfo(info.train_examples // 2, info.eval_examples, info.num_classes) if subset == "half" else info
@@ -86,7 +89,7 @@ def load(name: str, split: str, subset: str = "all") -> Split:
     Args:
       subset: "all"; "half", training on a random half; or "minival", the reference's hold-out: 20 of 1,024 shards of the
         training set are taken from it and are what "eval" means. Both are drawn once for ever, the same for loose
-        photographs and for shards.
+        photographs and for shards of ours (TFDS's have an order of their own).
 
     Raises:
       EffnetlibError: the set is unknown, missing (the sentence says how to get it), or not of the size it should be.
@@ -95,7 +98,7 @@ def load(name: str, split: str, subset: str = "all") -> Split:
         raise EffnetlibError(f"there is no split {split!r}: {did_you_mean(split, SPLITS)}")
     if subset == "minival" and split != "test":
         whole = load(name, "train")
-        held_out = _minival_size(len(whole))
+        held_out = _minival_size(len(whole), name)
         drawn = shard_order(len(whole))
         return _select(whole, drawn[held_out:] if split == "train" else drawn[:held_out])
     if name in IN_MEMORY:
@@ -113,8 +116,13 @@ def load(name: str, split: str, subset: str = "all") -> Split:
     return data
 
 
-def _minival_size(examples: int) -> int:
-    return examples * MINIVAL_SHARDS // REFERENCE_SHARDS
+def _minival_size(examples: int, name: str) -> int:
+    size = examples * MINIVAL_SHARDS // REFERENCE_SHARDS
+    if not size:
+        raise EffnetlibError(
+            f"{name} has {examples} training examples, too few to hold out 20 of every 1,024 (minival)"
+        )
+    return size
 
 
 def _select(split: Split, indices: np.ndarray) -> Split:
