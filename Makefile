@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help env reproduce test lint lab lock publish
+.PHONY: help env reproduce test lint lab lock publish chaos
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,11 @@ lock:  ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra test --no-header \
 		--no-emit-index-url --no-annotate --output-file requirements.lock pyproject.toml
 
-publish:  ## copy the laptop suite's records, reports and figures to outputs/published, which git keeps
-	rm -rf outputs/published/laptop && mkdir -p outputs/published/laptop
-	tar -C outputs/laptop -cf - --exclude checkpoints --exclude executed --exclude logs . | tar -C outputs/published/laptop -xf -
+SUITE ?= laptop
+
+publish:  ## copy a suite's records, reports and figures (SUITE=laptop) to outputs/published, which git keeps
+	rm -rf outputs/published/$(SUITE) && mkdir -p outputs/published/$(SUITE)
+	tar -C outputs/$(SUITE) -cf - --exclude checkpoints --exclude executed --exclude logs . | tar -C outputs/published/$(SUITE) -xf -
+
+chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes outputs/published/chaos.json
+	$(BIN)/python tests/chaos.py --faults 60 --minutes 15 --record outputs/published/chaos.json

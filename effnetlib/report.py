@@ -60,7 +60,7 @@ def conditions(records: Sequence[Record]) -> str:
     ]
     seeds = sorted({record.recipe.seed for record in records})
     return (
-        f"{len(records)} runs on {parts[0]} (devices: {parts[1]}), Python {parts[2]}, jax {parts[3]}, flax {parts[4]}; "
+        f"{len(records)} run{'s' * (len(records) > 1)} on {parts[0]} (devices: {parts[1]}), Python {parts[2]}, jax {parts[3]}, flax {parts[4]}; "
         f"seeds {', '.join(map(str, seeds))}."
     )
 

@@ -1,5 +1,6 @@
 """The project's own files agree with one another."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -69,7 +70,13 @@ def test_the_readme_states_the_published_records():
         assert [cell.strip() for cell in cells.split("|")] == wanted, name
     assert f"{count_params('nano', 10):,} parameters" in readme
     links = re.findall(r"\]\((outputs/[^)]*)\)", readme)
-    assert len(links) == 3 and all((ROOT / link).is_file() for link in links)
+    assert len(links) == 5 and all((ROOT / link).is_file() for link in links)
+    photos = Record.load(ROOT / "outputs/published/photos/runs/photos")
+    assert photos.status == "completed" and not photos.environment["git_commit"].endswith("+changes")
+    report = (ROOT / "outputs/published/photos/11_photographs.html").read_text()
+    assert f"{100 * photos.result['final_top1']:.1f} % of\n{photos.result['eval_examples']} evaluation" in readme
+    assert "211 of 372 right, top-1 56.7%" in report and "51.6% to 61.7%" in report
+    assert "211 of the 372 test photographs (56.7 %; 95 % interval 51.6 to 61.7;" in readme
 
 
 def test_what_is_published_is_complete_small_and_good_enough():
@@ -81,3 +88,13 @@ def test_what_is_published_is_complete_small_and_good_enough():
     assert plain["rmsprop-64"] >= 0.97 and plain["lars-64"] >= 0.97
     assert sum(path.stat().st_size for path in PUBLISHED.rglob("*") if path.is_file()) < 5_000_000
     assert not list(PUBLISHED.rglob("checkpoints")) and not list(PUBLISHED.rglob("*.ipynb"))
+
+
+def test_the_readme_states_the_published_bench():
+    bench = json.loads((ROOT / "outputs/published/input.json").read_text())
+    rates = {(rate["step"], rate["threads"]): f"{rate['median']:,.0f}" for rate in bench["rates"]}
+    sentence = (ROOT / "README.md").read_text().partition("On one of two\n")[2].partition("([figures]")[0]
+    wanted = ["decode, crop, resize, flip", "the same, AutoAugment", "tf.data: decode, crop, resize, flip",
+              "plain Pillow: decode, crop, same resize", "plain Pillow: decode, crop, its own resize"]  # fmt: skip
+    assert all(f"{rates[step, 1]}" in sentence for step in wanted)
+    assert f"make {bench['ratios']['2 threads over one, with AutoAugment']:.2f} times" in sentence

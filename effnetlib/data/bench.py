@@ -187,4 +187,6 @@ def ratios(rates: list[Rate]) -> dict[str, float]:
 def to_json(rates: list[Rate], source: str, environment: dict) -> str:
     """A record of a bench, for reports."""
     rows = [asdict(rate) for rate in rates]
-    return json.dumps({"source": source, "environment": environment, "rates": rows, "ratios": ratios(rates)}, indent=2)
+    return json.dumps(
+        {"source": Path(source).name, "environment": environment, "rates": rows, "ratios": ratios(rates)}, indent=2
+    )
