@@ -325,7 +325,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     def checkpoint(step: int, top1: float | None = None) -> None:
         nonlocal saved
         timing["total_seconds"] = clock.now()
-        if is_main_process():
+        if is_main_process() and saved != step:
             host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
             save(checkpoints, step, host_state, timing, top1)
         saved = step
@@ -344,8 +344,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
         if reason := stop.agreed():
             settle(keep=0)
             clock.stop_lap("train_seconds")
-            if saved != step:
-                checkpoint(step)
+            checkpoint(step)
             checkpoints.wait_until_finished()
             raise PreemptedError(f"stopped at step {step} of {total} ({reason}); saved, and the same command goes on")
 

@@ -31,7 +31,7 @@ def run_once(function, *arguments):
     return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})(*arguments)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """A recipe of eleven steps on real digits, most of them warm-up: rounding is not amplified yet."""
     return effnetlib.Recipe.preset("digits-64-rmsprop").replace(epochs=0.5, eval_every_epochs=0.25, warmup_epochs=0.4)

@@ -25,7 +25,11 @@ def rows(record):
 
 @pytest.fixture
 def record(tmp_path):
-    record = Record(tmp_path / "run", Recipe.preset("digits-64-lars"), timing={"images": 100, "train_seconds": 4.0})
+    record = Record(
+        tmp_path / "run",
+        Recipe.preset("digits-64-lars"),
+        timing={"images": 100, "train_seconds": 4.0, "input_wait_seconds": 1.0},
+    )
     rows(record)
     record.summarize()
     record.save()

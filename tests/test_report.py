@@ -20,7 +20,7 @@ def made_up(name, status="completed", **changes):
     record = Record(
         directory, Recipe.preset("digits-64-lars").replace(**changes), status,
         environment={"host": "made up", "device_kind": "cpu", "devices": 1, "python": "3", "jax": "0", "flax": "0"},
-        timing={"images": 64, "train_seconds": 2.0}, error=None if status == "completed" else "ValueError: <made up>",
+        timing={"images": 64, "train_seconds": 2.0, "input_wait_seconds": 0.02}, error=None if status == "completed" else "ValueError: <made up>",
     )  # fmt: skip
     for step in (1, 2):
         record.log(kind="train", step=step, epoch=step, loss=1.0, top1=0.1, lr=0.1, images_per_second=1.0, seconds=step)

@@ -1,12 +1,19 @@
+import errno
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from chaos import chaos
 
 import effnetlib
 from effnetlib import EffnetlibError, Recipe, Record, train
+from effnetlib.stopping import PreemptedError, Stop
 from effnetlib.training import DivergedError, make_train_step, smoothed_cross_entropy
 
 MODULE = sys.modules["effnetlib.training"]
@@ -26,9 +33,9 @@ def without_clock(record):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in record.metrics]
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
-    return train(tiny, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tiny, compiled, tmp_path_factory):
+    return train(tiny, tmp_path_factory.mktemp("whole"))
 
 
 def test_label_smoothing_is_the_formula():
@@ -93,6 +100,99 @@ def test_the_losses_do_not_depend_on_logging_evaluation_or_reading_ahead(whole, 
     assert rows.equals(whole.frame("train").set_index("step")[["loss", "top1"]].loc[rows.index])
 
 
+def equal_to_the_bit(directory, whole):
+    assert without_clock(Record.load(directory)) == without_clock(whole)
+    (step, ours), (same_step, theirs) = weights(directory), weights(whole.directory)
+    assert step == same_step
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_signals_and_the_clock_stop_a_run_which_goes_on_to_the_same_bits(whole, tiny, tmp_path, monkeypatch):
+    directory, original = tmp_path / "stopped", MODULE.data.train_batches
+    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+
+        def batches(*arguments, number=number, **options):
+            for count, batch in enumerate(original(*arguments, **options), 1):
+                if count == 3:
+                    os.kill(os.getpid(), number)
+                yield batch
+
+        monkeypatch.setattr(MODULE.data, "train_batches", batches)
+        with pytest.raises(PreemptedError, match=rf"stopped at step \d+ of 11 \({name}\); saved"):
+            train(tiny, directory)
+        assert Record.load(directory).status == "preempted"
+    monkeypatch.setattr(MODULE.data, "train_batches", original)
+    with pytest.raises(PreemptedError, match=r"\(max_minutes\)"):
+        train(tiny, directory, max_minutes=0.0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # put back as it was
+    train(tiny, directory)
+    equal_to_the_bit(directory, whole)
+
+
+def test_a_stop_between_a_step_and_its_evaluation_loses_neither(whole, tiny, tmp_path, monkeypatch):
+    at, directory = tiny.eval_steps[0], tmp_path / "between"
+    asked = iter([""] * at + ["SIGTERM"])  # once before each step, and once more before the evaluation
+    monkeypatch.setattr(Stop, "asked", lambda self: next(asked, ""))
+    with pytest.raises(PreemptedError, match=f"stopped at step {at}"):
+        train(tiny, directory)
+    assert Record.load(directory).frame("eval").empty
+    train(tiny, directory)
+    equal_to_the_bit(directory, whole)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "all"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(kind, whole, tiny, tmp_path, capsys):
+    directory = tmp_path / "damaged"
+    shutil.copytree(whole.directory, directory)
+    record = Record.load(directory)
+    record.status = "running"
+    record.save()
+    steps = sorted((int(path.name), path) for path in (directory / "checkpoints").iterdir())
+    assert [step for step, _ in steps] == list(tiny.eval_steps)[-2:]
+    for _, checkpoint in steps if kind == "all" else steps[-1:]:
+        largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        largest.unlink() if kind == "missing" else os.truncate(largest, largest.stat().st_size // 2)
+    train(tiny, directory)
+    said = capsys.readouterr().out
+    assert said.count("is damaged, falling back to the one before") == (2 if kind == "all" else 1)
+    assert list((directory / "checkpoints").glob("damaged-*"))  # set aside, not deleted
+    equal_to_the_bit(directory, whole)
+
+
+def test_two_runs_in_one_folder(tiny, tmp_path):
+    code = "import sys, pathlib, time; from effnetlib.lock import held\nwith held(pathlib.Path(sys.argv[1]), 'training in'): print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(EffnetlibError, match=f"process {other.pid} on .* is training in"):
+            train(tiny, tmp_path)
+        other.kill()
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(whole, tiny, tmp_path, monkeypatch):
+    directory, original = tmp_path / "full", Record.log
+
+    def log(self, **row):
+        if row["step"] == tiny.eval_steps[0] + 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory / "metrics.jsonl"))
+        original(self, **row)
+
+    monkeypatch.setattr(Record, "log", log)
+    with pytest.raises(EffnetlibError, match="could not write: No space left on device .*the same call goes on"):
+        train(tiny, directory)
+    assert Record.load(directory).status == "failed"
+    monkeypatch.setattr(Record, "log", original)
+    train(tiny, directory)
+    equal_to_the_bit(directory, whole)
+
+
+@pytest.mark.slow
+def test_a_short_chaos_loses_nothing(tmp_path):
+    result = chaos(faults=4, minutes=4, seed=3, folder=tmp_path)
+    assert result["faults"] >= 4 and result["runs_completed"] and result["lost"] == []
+
+
 def test_another_recipe_in_the_same_folder_is_refused(whole, tiny):
     with pytest.raises(EffnetlibError, match=r"another recipe \(seed differ\)"):
         train(tiny.replace(seed=1), whole.directory)
@@ -100,7 +200,10 @@ def test_another_recipe_in_the_same_folder_is_refused(whole, tiny):
 
 def test_divergence_stops_and_is_recorded(tiny, tmp_path):
     recipe = tiny.replace(lr_per_256=1e30, warmup_epochs=0)
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+"):
+    with pytest.raises(
+        DivergedError,
+        match=r"the loss is .* at step \d+ of 11, learning rate .*, norm of the gradient .* no checkpoint yet",
+    ):
         train(recipe, tmp_path / "run")
     record = Record.load(tmp_path / "run")
     assert record.status == "failed" and record.error.startswith("DivergedError: the loss is")
