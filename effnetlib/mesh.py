@@ -29,7 +29,8 @@ LARGEST_CONTIGUOUS_GROUP = 16
 
 
 def simulate_devices(count: int) -> None:
-    """Makes this process see `count` CPU devices. Call it before anything else touches jax's devices.
+    """Makes this process have `count` CPU devices. Call it before anything else touches jax's devices, but after
+    `effnetlib.distributed.start`.
 
     Raises:
       EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
@@ -39,9 +40,9 @@ def simulate_devices(count: int) -> None:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         pass  # the backend has started; whether that matters is seen below
-    if jax.device_count() != count or jax.default_backend() != "cpu":
+    if jax.local_device_count() != count or jax.default_backend() != "cpu":
         raise EffnetlibError(
-            f"{count} simulated devices were asked for, but jax already runs with {jax.device_count()} "
+            f"{count} simulated devices were asked for, but jax already runs with {jax.local_device_count()} "
             f"{jax.default_backend()} device(s): restart the kernel and run from the top"
         )
 

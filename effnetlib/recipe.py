@@ -275,7 +275,15 @@ class Recipe:
 
 
 # What train.ipynb takes: a preset, what is not part of a recipe, and every field of it.
-TRAIN_OPTIONS = ("directory", "simulated_devices", "eval_devices", "max_minutes")
+TRAIN_OPTIONS = (
+    "directory",
+    "simulated_devices",
+    "eval_devices",
+    "max_minutes",
+    "coordinator",
+    "processes",
+    "process",
+)
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
 
 _HINTS = typing.get_type_hints(Recipe)

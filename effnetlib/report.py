@@ -1,5 +1,6 @@
 """From records to what a report notebook shows: tables, curves, conditions and figures."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.records import Record, load_records, outputs_folder
+from effnetlib.records import Record, is_main_process, load_records, outputs_folder, write_atomically
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
@@ -105,8 +106,11 @@ def show(figure, path: Path | str, alt: str) -> Image:
       alt: what the figure shows, for who cannot see it.
     """
     figure = getattr(figure, "figure", figure)
-    path = outputs_folder() / path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight", facecolor="white")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(figure)  # or the notebook would show it a second time, without the text
-    return Image(data=path.read_bytes(), alt=alt)
+    if is_main_process():
+        path = outputs_folder() / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, drawn.getvalue())
+    return Image(data=drawn.getvalue(), alt=alt)

@@ -186,8 +186,8 @@ WORKER = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-import effnetlib
+import effnetlib.distributed
+effnetlib.distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 assert jax.device_count() == 8
 sys.path.insert(0, sys.argv[5])
 import test_norm

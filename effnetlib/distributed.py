@@ -1,0 +1,93 @@
+"""Joining the processes of a slice: JAX's own multi-controller runtime, one process a host."""
+
+import os
+import socket
+import threading
+import time
+
+import jax
+
+from effnetlib.errors import EffnetlibError, FailedError
+
+PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
+PATIENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 1800
+VARIABLES = {
+    "coordinator": "EFFNETLIB_COORDINATOR",
+    "processes": "EFFNETLIB_PROCESSES",
+    "process": "EFFNETLIB_PROCESS",
+}
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout_seconds: int = TIMEOUT_SECONDS,
+) -> None:
+    """Joins this process to the others. Call it before anything else touches jax's devices; does nothing for a single one.
+
+    What is None is read from the environment: EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES, EFFNETLIB_PROCESS.
+
+    Args:
+      coordinator: host, or host:port, of process 0; the port is 8476 where none is given.
+      processes: how many there are; 1, or nothing at all, is a process on its own.
+      process: which one this is, from 0.
+      timeout_seconds: how long to wait for the others. After a minute a line says that some are missing. (Where process 0 is
+        there and another is not, jaxlib ends the waiting processes itself, with a stack trace after that line.)
+
+    Raises:
+      EffnetlibError: only some of the three are known, or one is impossible.
+      FailedError: process 0 did not come.
+    """
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    found = {name: os.environ.get(VARIABLES[name]) if value is None else value for name, value in given.items()}
+    missing = [name for name, value in found.items() if value in (None, "")]
+    if len(missing) == 3 or (str(found["processes"]) == "1"):
+        return
+    if missing:
+        raise EffnetlibError(
+            f"of coordinator, processes and process {', '.join(missing)} is not known: give all three, as parameters or as "
+            f"{', '.join(VARIABLES.values())}"
+        )
+    try:
+        count, number = int(found["processes"]), int(found["process"])
+    except ValueError:
+        raise EffnetlibError(
+            f"processes and process are numbers, not {found['processes']!r} and {found['process']!r}"
+        ) from None
+    if not 0 <= number < count:
+        raise EffnetlibError(f"process must be from 0 to {count - 1}, and is {number}")
+    address = str(found["coordinator"])
+    address = address if ":" in address else f"{address}:{PORT}"
+    if jax.distributed.is_initialized():
+        return
+    waiting = threading.Timer(
+        PATIENCE_SECONDS,
+        lambda: print(
+            f"process {number} of {count} still waits for the others at {address}: has the same notebook been started on "
+            f"every host? Giving up after {timeout_seconds} s",
+            flush=True,
+        ),
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        if number > 0:
+            _wait_for(address, time.monotonic() + timeout_seconds)
+        jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
+    finally:
+        waiting.cancel()
+
+
+def _wait_for(address: str, deadline: float) -> None:
+    """Until somebody listens there: jaxlib's own client does not raise when nobody does, it aborts the process."""
+    host, _, port = address.rpartition(":")
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise FailedError(f"process 0 does not answer at {address}: {error}") from None
+            time.sleep(1)
