@@ -15,7 +15,7 @@ from flax import nnx
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
-from effnetlib.training import make_train_step
+from effnetlib.step import make_train_step
 
 STEPS = 20
 

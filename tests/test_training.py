@@ -13,8 +13,9 @@ from chaos import chaos
 
 import effnetlib
 from effnetlib import EffnetlibError, Recipe, Record, train
+from effnetlib.step import make_train_step, smoothed_cross_entropy
 from effnetlib.stopping import PreemptedError, Stop
-from effnetlib.training import DivergedError, make_train_step, smoothed_cross_entropy
+from effnetlib.training import DivergedError
 
 MODULE = sys.modules["effnetlib.training"]
 

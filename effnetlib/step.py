@@ -1,0 +1,110 @@
+"""The train step: its state, the model and optimizer that a recipe means, and the pure function itself."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from effnetlib.data.images import normalize
+from effnetlib.model import EfficientNet
+from effnetlib.optim import ema_update, l2_penalty, lars, rmsprop
+from effnetlib.recipe import Recipe
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """Everything that a step changes; all arrays are replicated, float32 but for `step` (int32, steps done)."""
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+    ema_params: dict
+    ema_batch_stats: dict
+
+
+def build_model(recipe: Recipe, key: jax.Array) -> EfficientNet:
+    """The recipe's model, initialised from `key`."""
+    return EfficientNet(
+        recipe.variant,
+        recipe.data.num_classes,
+        num_groups=recipe.num_groups,
+        dtype=jnp.dtype(recipe.precision),
+        dropout=recipe.dropout,
+        drop_path=recipe.drop_path,
+        batch_norm_momentum=recipe.batch_norm_momentum,
+        rngs=nnx.Rngs(key),
+    )
+
+
+def build_optimizer(recipe: Recipe, learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
+    """The recipe's optimizer at one learning rate."""
+    if recipe.optimizer == "lars":
+        return lars(
+            learning_rate,
+            weight_decay=recipe.lars_weight_decay,
+            momentum=recipe.momentum,
+            trust_coefficient=recipe.lars_trust_coefficient,
+            eps=recipe.lars_eps,
+        )
+    return rmsprop(learning_rate, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps)
+
+
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Mean cross-entropy (nats) against ``(1 - smoothing) * onehot + smoothing / classes``.
+
+    Args:
+      logits: float32 ``[batch, classes]``; labels: int32 ``[batch]``.
+    """
+    log_probs = jax.nn.log_softmax(logits)
+    right = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    return -jnp.mean((1.0 - smoothing) * right + smoothing * log_probs.mean(-1))
+
+
+def make_train_step(recipe: Recipe):
+    """``(init, step, graphdef)`` for a recipe; `init` and `step` are pure and not yet jitted.
+
+    ``init(key) -> TrainState`` and ``step(state, batch, key, lr) -> (TrainState, metrics)``, where batch holds uint8
+    "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``, key is the run's, the same at every step, and lr is
+    the step's learning rate, a float32 scalar. It is an argument so that recipes which differ in nothing but their schedule
+    share one compiled program.
+    """
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0))))
+
+    def init(key):
+        _, params, batch_stats = nnx.split(build_model(recipe, key), nnx.Param, nnx.BatchStat)
+        params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+        # The averages start as copies: buffers shared with the parameters could not be donated.
+        averages = jax.tree.map(jnp.copy, (params, batch_stats))
+        return TrainState(jnp.int32(0), params, batch_stats, build_optimizer(recipe, 0.0).init(params), *averages)
+
+    def step(state, batch, key, lr):
+        step_key = jax.random.fold_in(key, state.step)
+
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, state.batch_stats)
+            logits = model(normalize(batch["images"]), train=True, key=step_key)
+            loss = smoothed_cross_entropy(logits, batch["labels"], recipe.label_smoothing)
+            # Updates made to the merged model are lost unless they leave the differentiated function as its output.
+            batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return loss + recipe.loss_weight_decay * l2_penalty(params), (loss, logits, batch_stats)
+
+        grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = build_optimizer(recipe, lr).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        done = state.step + 1
+        ema_params, ema_batch_stats = ema_update(
+            (state.ema_params, state.ema_batch_stats), (params, batch_stats), done, recipe.ema_decay
+        )
+        metrics = {
+            "loss": loss,
+            "top1": jnp.mean(logits.argmax(-1) == batch["labels"]),
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
+        return TrainState(done, params, batch_stats, opt_state, ema_params, ema_batch_stats), metrics
+
+    return init, step, graphdef
