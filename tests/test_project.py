@@ -70,7 +70,7 @@ def test_the_readme_states_the_published_records():
         assert [cell.strip() for cell in cells.split("|")] == wanted, name
     assert f"{count_params('nano', 10):,} parameters" in readme
     links = re.findall(r"\]\((outputs/[^)]*)\)", readme)
-    assert len(links) == 5 and all((ROOT / link).is_file() for link in links)
+    assert len(links) == 6 and all((ROOT / link).is_file() for link in links)
     photos = Record.load(ROOT / "outputs/published/photos/runs/photos")
     assert photos.status == "completed" and not photos.environment["git_commit"].endswith("+changes")
     report = (ROOT / "outputs/published/photos/11_photographs.html").read_text()
@@ -98,3 +98,13 @@ def test_the_readme_states_the_published_bench():
               "plain Pillow: decode, crop, same resize", "plain Pillow: decode, crop, its own resize"]  # fmt: skip
     assert all(f"{rates[step, 1]}" in sentence for step in wanted)
     assert f"make {bench['ratios']['2 threads over one, with AutoAugment']:.2f} times" in sentence
+
+
+def test_the_readme_states_the_published_chaos():
+    chaos = json.loads((ROOT / "outputs/published/chaos.json").read_text())
+    assert chaos["faults"] >= 50 and chaos["lost"] == [] and not chaos["environment"]["git_commit"].endswith("+changes")
+    sentence = (
+        f"at random: {chaos['faults']} kills, signals and damaged files over {chaos['runs_completed']} runs, "
+        f"{chaos['recoveries']} times started again, nothing lost to the bit"
+    )
+    assert sentence in (ROOT / "README.md").read_text()
