@@ -4,7 +4,7 @@
 * writes a kernel that died, or a cell that took too long, down as failed, with papermill's banner on top of the notebook
   (papermill's own marks every cell "completed");
 * logs now and then what a long cell last said, progress lines that are shown in place included;
-* ends with exit code 75, "try again", where the notebook stopped with a PreemptedError.
+* ends with exit code 75, "try again", where the notebook stopped because it was asked to.
 
 Papermill finds it by name, through the entry point in pyproject.toml: ``papermill --engine effnetlib IN.ipynb OUT.ipynb``.
 """
@@ -42,6 +42,10 @@ from effnetlib.stopping import TRY_AGAIN, signals_to  # noqa: E402
 LINE_SECONDS = 15.0
 
 
+def _has_error(cell) -> bool:
+    return any(output.output_type == "error" for output in cell.get("outputs", ()))
+
+
 class _Client(PapermillNotebookClient):
     """Runs the cells. Its methods are called by nbclient."""
 
@@ -51,8 +55,10 @@ class _Client(PapermillNotebookClient):
 
     def execute(self, **kwargs):
         self.reset_execution_trackers()
-        with self.setup_kernel(**kwargs), signals_to(self._process):
+        with self.setup_kernel(**kwargs), signals_to(self._process) as passed:
             self.papermill_execute_cells()
+            # A kernel that was asked to stop before it trained dies of it, which is no failure either.
+            self.preempted |= bool(passed) and any(map(_has_error, self.nb.cells))
             if not self.kernel_lost:
                 info = self.wait_for_reply(self.kc.kernel_info())
                 self.nb.metadata["language_info"] = info["content"]["language_info"]

@@ -173,12 +173,13 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> i
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        with signals_to(process):
+        with signals_to(process) as passed:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 if entry.is_run:
                     status.show(functools.partial(_live, entry, start))
-    return process.returncode
+    # Asked to stop before papermill could pass it on, it ends in its own way; the suite is to stop all the same.
+    return TRY_AGAIN if passed and process.returncode else process.returncode
 
 
 def _kernel_environment(entry: Entry) -> dict:

@@ -64,20 +64,22 @@ class Stop:
 
 
 @contextlib.contextmanager
-def signals_to(process: subprocess.Popen) -> Iterator[None]:
+def signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
     """Passes SIGTERM and SIGINT on to another process while the block runs, in place of what they do otherwise (where Python
-    allows it: in the main thread)."""
+    allows it: in the main thread). Yields the list of those that were passed on so far."""
+    passed = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed
         return
 
     def pass_on(number, frame):
+        passed.append(number)
         print(f"{signal.Signals(number).name}: passed on, waiting for it to save", file=sys.stderr, flush=True)
         process.send_signal(number)  # does nothing where it has ended
 
     before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield passed
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -11,7 +11,7 @@ import numpy as np
 
 from effnetlib import data
 from effnetlib.checkpoints import open_checkpoints, restore, save
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.evaluation import Evaluator
 from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
@@ -97,8 +97,8 @@ def _train(recipe: Recipe, directory: Path, splits, eval_devices, stop: Stop) ->
     except OSError as error:
         record.status, record.error = "failed", str(error)
         reason = f"{error.strerror or error} ({error.filename or 'no file named'})"
-        raise EffnetlibError(
-            f"the run in {directory} could not write: {reason}; make room, and the same call goes on"
+        raise FailedError(
+            f"the run in {directory} met an error of the file system: {reason}; once it is mended, the same call goes on"
         ) from error
     except Exception as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"

@@ -100,3 +100,15 @@ for step in (1, 2, 3):
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out.ipynb"), "--engine", "effnetlib"]
     done = subprocess.run([*command, "--no-progress-bar"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "cell 1 of 1: step 3 of 3" in done.stderr, done.stderr
+
+
+def test_a_kernel_asked_to_stop_before_it_can_save_is_to_be_tried_again_too(tmp_path):
+    source = notebook(tmp_path / "in.ipynb", "import pathlib, time; pathlib.Path('ready').touch(); time.sleep(600)")
+    process = start(source, tmp_path / "out.ipynb", "--engine", "effnetlib", "--cwd", str(tmp_path))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75 and "killed by SIGTERM" in (tmp_path / "out.ipynb").read_text()

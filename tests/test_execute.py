@@ -1,5 +1,6 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -126,16 +127,27 @@ def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_whose_kernel_is_killed_has_failed(folder):
+def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_has_failed(folder):
     long = SHORT.replace("epochs: 0.25", "epochs: 200", 1)
-    path = write(folder, f"runs: [{{name: long, parameters: {{{long}}}}}]")
+    path = write(folder, f"runs: [{{name: long, parameters: {{{long}}}}}, {{name: never, parameters: {{{SHORT}}}}}]")
     command = [sys.executable, "-m", "effnetlib", "run", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    metrics = outputs_folder() / "small/runs/long/metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline, "the run did not begin"
-        time.sleep(0.5)
+    run = outputs_folder() / "small/runs/long"
+
+    def start_and_wait(more_than):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        deadline = time.monotonic() + 240
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size <= more_than:
+            assert time.monotonic() < deadline and process.poll() is None, "the run did not begin"
+            time.sleep(0.5)
+        return process
+
+    process = start_and_wait(0)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "1 preempted, 0 failed" in output and "the same command goes on" in output
+    assert Record.load(run).status == "preempted" and not run.with_name("never").exists()
+    command += ["--only", "long"]
+    process = start_and_wait((run / "metrics.jsonl").stat().st_size)  # it goes on
     (papermill,) = psutil.Process(process.pid).children()
     (kernel,) = papermill.children()
     kernel.kill()

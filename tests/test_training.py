@@ -180,7 +180,9 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(whole, tiny, tmp_path, monk
         original(self, **row)
 
     monkeypatch.setattr(Record, "log", log)
-    with pytest.raises(EffnetlibError, match="could not write: No space left on device .*the same call goes on"):
+    with pytest.raises(
+        EffnetlibError, match="error of the file system: No space left on device .*the same call goes on"
+    ):
         train(tiny, directory)
     assert Record.load(directory).status == "failed"
     monkeypatch.setattr(Record, "log", original)
