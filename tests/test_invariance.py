@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
+from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh, train
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.step import make_train_step
@@ -186,26 +186,55 @@ WORKER = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-import effnetlib.distributed
-effnetlib.distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from effnetlib import distributed
+distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 assert jax.device_count() == 8
-sys.path.insert(0, sys.argv[5])
+sys.path.insert(0, sys.argv[3])
 import test_norm
 for groups in test_norm.GROUPS:
     test_norm.check_against_numpy(groups, test_norm.on_mesh(groups, jax.devices()))
-recipe = effnetlib.Recipe.from_json(open(sys.argv[3]).read())
-effnetlib.train(recipe, sys.argv[4])
 """
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices(tiny, tmp_path):
-    from effnetlib import train
+def test_batch_norm_on_two_processes_of_four_devices_is_numpys():
+    port = free_port()
+    run_together([sys.executable, "-c", WORKER, port, i, Path(__file__).parent] for i in (0, 1))
 
-    (tmp_path / "recipe.json").write_text(tiny.to_json())
-    port, arguments = free_port(), [tmp_path / "recipe.json", tmp_path / "two", Path(__file__).parent]
-    run_together([sys.executable, "-c", WORKER, port, i, *arguments] for i in (0, 1))
-    two, one = Record.load(tmp_path / "two"), train(tiny, tmp_path / "one")
-    assert two.status == "completed" and two.environment["processes"] == 2
-    assert two.result["eval_examples"] == 360
+
+@pytest.mark.slow
+def test_papermill_on_two_hosts_gives_the_losses_of_one_process(tiny, tmp_path):
+    """Through the launcher, each host a process of four devices, against one process of eight."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PORT": str(free_port()),
+        "EFFNETLIB_OUTPUTS": str(tmp_path / "outputs"),
+        "COPY": "cp -r",
+        "COPY_TO": str(tmp_path / "bucket"),
+    }
+    command = [Path(__file__).parent.parent / "notebooks/launch/local.sh", "2"]
+    for name in ("epochs", "eval_every_epochs", "warmup_epochs"):
+        command += ["-p", name, str(getattr(tiny, name))]
+    command += ["-p", "preset", "digits-64-rmsprop", "-p", "directory", "two", "-p", "simulated_devices", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    two, one = Record.load(tmp_path / "outputs/two"), train(tiny, tmp_path / "one")
+    assert two.status == "completed" and two.recipe == tiny
+    assert (two.environment["processes"], two.environment["devices"], two.result["eval_examples"]) == (2, 8, 360)
     np.testing.assert_allclose(two.frame("train")["loss"], one.frame("train")["loss"], rtol=1e-5)
+    assert {path.name for path in (tmp_path / "outputs/hosts").iterdir()} == {
+        "host0.ipynb", "host0.log", "host1.ipynb", "host1.log"}  # fmt: skip
+    assert Record.load(tmp_path / "bucket/two").result == two.result
+
+
+@pytest.mark.slow
+def test_a_host_that_fails_takes_the_others_down(tmp_path):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PORT": str(free_port()),
+        "EFFNETLIB_OUTPUTS": str(tmp_path / "outputs"),
+    }
+    command = [Path(__file__).parent.parent / "notebooks/launch/local.sh", "2", "-p", "preset", "digits-64-lras"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ended with 1, see" in done.stderr
+    assert "did you mean digits-64-lars?" in (tmp_path / "outputs/hosts/host0.log").read_text()

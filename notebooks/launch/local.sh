@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# A rehearsal: processes on this machine stand in for the hosts of a slice.
+#
+#   local.sh HOSTS [-p NAME VALUE …]        for example: local.sh 2 -p preset digits-64-lars -p simulated_devices 4
+#
+# The gang fails as one: when a host fails the others are stopped, and its exit code is the result. PORT is 8476 unless given.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+hosts=${1:?how many hosts}
+shift
+export EFFNETLIB_COORDINATOR=localhost:${PORT:-8476} EFFNETLIB_PROCESSES=$hosts
+running=()
+stopped=0
+stop() { kill -TERM "${running[@]}" 2>/dev/null || true; }
+trap 'stopped=1; stop' TERM INT
+for ((process = 0; process < hosts; process++)); do
+    EFFNETLIB_PROCESS=$process "$here/host.sh" "$@" &
+    running+=($!)
+done
+result=0
+while [[ -n $(jobs -rp) ]]; do
+    code=0
+    wait -n || code=$?
+    if ((code && !result && !stopped)); then
+        result=$code
+        stop
+    fi
+done
+exit $((stopped ? 75 : result))
