@@ -225,16 +225,3 @@ def test_papermill_on_two_hosts_gives_the_losses_of_one_process(tiny, tmp_path):
     assert {path.name for path in (tmp_path / "outputs/hosts").iterdir()} == {
         "host0.ipynb", "host0.log", "host1.ipynb", "host1.log"}  # fmt: skip
     assert Record.load(tmp_path / "bucket/two").result == two.result
-
-
-@pytest.mark.slow
-def test_a_host_that_fails_takes_the_others_down(tmp_path):
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PORT": str(free_port()),
-        "EFFNETLIB_OUTPUTS": str(tmp_path / "outputs"),
-    }
-    command = [Path(__file__).parent.parent / "notebooks/launch/local.sh", "2", "-p", "preset", "digits-64-lras"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "ended with 1, see" in done.stderr
-    assert "did you mean digits-64-lars?" in (tmp_path / "outputs/hosts/host0.log").read_text()

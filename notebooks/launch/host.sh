@@ -24,7 +24,15 @@ papermill --engine effnetlib --kernel python3 --no-progress-bar --cwd "$here/.."
     "$here/../train.ipynb" "$hosts/host$process.ipynb" "$@" >"$hosts/host$process.log" 2>&1 &
 papermill=$!
 trap 'kill -TERM $papermill 2>/dev/null || true' TERM INT
-(while sleep "${COPY_SECONDS:-600}"; do copy; done) &
+copy_now_and_then() {
+    trap 'kill $!; exit' TERM
+    while :; do
+        sleep "${COPY_SECONDS:-600}" &
+        wait $!
+        copy
+    done
+}
+copy_now_and_then &
 copier=$!
 
 # A signal ends `wait` early: wait again until papermill has ended.
