@@ -48,9 +48,9 @@ def test_missing_hosts_are_named_while_one_waits_and_given_up_in_a_sentence():
 
 LAUNCH = Path(__file__).parent.parent / "notebooks/launch"
 FAKE = """#!/bin/sh
+trap 'kill $!; exit 75' TERM
 touch "$EFFNETLIB_OUTPUTS/started$EFFNETLIB_PROCESS"
 if [ "$EFFNETLIB_PROCESS" = "$FAILS" ]; then sleep 1; exit 3; fi
-trap 'kill $!; exit 75' TERM
 sleep 600 & wait
 """
 
