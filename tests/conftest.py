@@ -35,3 +35,9 @@ def run_once(function, *arguments):
 def tiny():
     """A recipe of eleven steps on real digits, most of them warm-up: rounding is not amplified yet."""
     return effnetlib.Recipe.preset("digits-64-rmsprop").replace(epochs=0.5, eval_every_epochs=0.25, warmup_epochs=0.4)
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, compiled, tmp_path_factory):
+    """The record of `tiny`, trained to its end on eight devices. Leave its folder as it is."""
+    return effnetlib.train(tiny, tmp_path_factory.mktemp("whole"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh, train
+from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.step import make_train_step
@@ -203,7 +203,7 @@ def test_batch_norm_on_two_processes_of_four_devices_is_numpys():
 
 
 @pytest.mark.slow
-def test_papermill_on_two_hosts_gives_the_losses_of_one_process(tiny, tmp_path):
+def test_papermill_on_two_hosts_gives_the_losses_of_one_process(whole, tiny, tmp_path):
     """Through the launcher, each host a process of four devices, against one process of eight."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -218,10 +218,10 @@ def test_papermill_on_two_hosts_gives_the_losses_of_one_process(tiny, tmp_path):
     command += ["-p", "preset", "digits-64-rmsprop", "-p", "directory", "two", "-p", "simulated_devices", "4"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    two, one = Record.load(tmp_path / "outputs/two"), train(tiny, tmp_path / "one")
+    two = Record.load(tmp_path / "outputs/two")
     assert two.status == "completed" and two.recipe == tiny
     assert (two.environment["processes"], two.environment["devices"], two.result["eval_examples"]) == (2, 8, 360)
-    np.testing.assert_allclose(two.frame("train")["loss"], one.frame("train")["loss"], rtol=1e-5)
+    np.testing.assert_allclose(two.frame("train")["loss"], whole.frame("train")["loss"], rtol=1e-5)
     assert {path.name for path in (tmp_path / "outputs/hosts").iterdir()} == {
         "host0.ipynb", "host0.log", "host1.ipynb", "host1.log"}  # fmt: skip
     assert Record.load(tmp_path / "bucket/two").result == two.result

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from conftest import run_once
 from flax import nnx
 
-from effnetlib import EfficientNet, EffnetlibError, data, train, weights
+from effnetlib import EfficientNet, EffnetlibError, data, weights
 from effnetlib.__main__ import main
 from effnetlib.pretrained import Pretrained, evaluate_pretrained, import_weights
 
@@ -94,10 +94,9 @@ def test_stablehlo_gives_the_same_logits_in_a_python_that_knows_only_jax(nano, f
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), wanted, atol=1e-5)
 
 
-def test_a_runs_weights_score_again_what_its_record_says(tiny, tmp_path):
-    record = train(tiny, tmp_path / "run")
-    loaded = Pretrained.load(tmp_path / "run")
-    assert loaded.origin == {"run": "run", "step": tiny.total_steps, "recipe_hash": tiny.hash}
+def test_a_runs_weights_score_again_what_its_record_says(whole, tiny, tmp_path):
+    record, loaded = whole, Pretrained.load(whole.directory)
+    assert loaded.origin == {"run": whole.name, "step": tiny.total_steps, "recipe_hash": tiny.hash}
     result = evaluate_pretrained(loaded, "digits", tmp_path / "result.json", batch=64, augmentation="shift")
     assert (result.nseen, result.top1) == (360, record.result["final_top1"])
     written = json.loads((tmp_path / "result.json").read_text())
