@@ -20,10 +20,14 @@ copy() {
     fi
 }
 
+papermill=
+signalled=0
+trap 'signalled=1; [[ -z $papermill ]] || kill -TERM $papermill 2>/dev/null || true' TERM INT
 papermill --engine effnetlib --kernel python3 --no-progress-bar --cwd "$here/.." \
     "$here/../train.ipynb" "$hosts/host$process.ipynb" "$@" >"$hosts/host$process.log" 2>&1 &
 papermill=$!
-trap 'kill -TERM $papermill 2>/dev/null || true' TERM INT
+((!signalled)) || kill -TERM $papermill # it came in between
+
 copy_now_and_then() {
     trap 'kill $!; exit' TERM
     while :; do
@@ -35,15 +39,15 @@ copy_now_and_then() {
 copy_now_and_then &
 copier=$!
 
-# A signal ends `wait` early: wait again until papermill has ended.
-code=0
-while kill -0 $papermill 2>/dev/null; do
-    code=0
+# A signal ends `wait` early, with a code of its own: wait again for papermill's.
+while :; do
+    signalled=0 code=0
     wait $papermill || code=$?
+    ((signalled)) || break
 done
 kill $copier 2>/dev/null || true
 copy
 if ((code)); then
     echo "host.sh: host $process ended with $code, see $hosts/host$process.log" >&2
 fi
-exit $code
+exit "$code"
