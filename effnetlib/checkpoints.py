@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, first_line
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
 
@@ -67,9 +67,8 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
                 found, step = read(candidate), candidate
                 break
             except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 print(
-                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {reason}",
+                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {first_line(error)}",
                     flush=True,
                 )
                 _set_aside(directory / FOLDER / str(candidate))
@@ -106,8 +105,9 @@ def latest_weights(directory: Path) -> tuple[int, Weights]:
             state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
             return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
         except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise EffnetlibError(f"the checkpoint of step {step} in {directory} is damaged: {reason}") from None
+            raise EffnetlibError(
+                f"the checkpoint of step {step} in {directory} is damaged: {first_line(error)}"
+            ) from None
 
 
 def _with_numbered_blocks(tree: dict) -> dict:

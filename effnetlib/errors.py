@@ -12,6 +12,15 @@ class FailedError(EffnetlibError):
     """What was asked for rightly did not succeed: the disk is full, a file is damaged. The command line exits with 1."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a sentence of ours; its kind where it says nothing.
+
+    >>> first_line(ValueError("no such thing\\nand a page of details")), first_line(KeyError())
+    ('no such thing', 'KeyError')
+    """
+    return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """A clause naming the choice nearest to `name`, or all of them where none is near.
 

@@ -87,7 +87,7 @@ def _steps(sample, scratch: Path, size: int) -> dict[str, Callable[[int], object
     for index, (encoded, label, _) in enumerate(sample):
         path = scratch / f"{index:06}.jpg"
         path.write_bytes(encoded)
-        loose.append(Photo(path.name, label, str(path)))
+        loose.append(Photo(path.name, label, str(path), len(encoded)))
         writer.write(encode_record(encoded, label, path.name))
     writer.close()
     records = ShardedRecords([(scratch / "all.array_record", len(sample))])

@@ -17,11 +17,11 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, first_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 FOLDERS = {"train": ("train",), "eval": ("val", "validation", "test"), "test": ("test",)}
@@ -37,27 +37,23 @@ class MissingSplit(EffnetlibError):
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One file, or a part of an archive: `name` is what to call it, `length` None means to the end."""
+    """One file (`offset` 0), or a part of an archive: `name` is what to call it, `size` its bytes when it was listed."""
 
     name: str
     label: int
     path: str
+    size: int
     offset: int = 0
-    length: int | None = None
 
     @property
     def file_name(self) -> str:
         return self.name.rpartition("/")[2]
 
-    def size(self) -> int:
-        """Bytes, without reading it."""
-        return os.stat(self.path).st_size if self.length is None else self.length
-
     def read(self) -> bytes:
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
-                return file.read() if self.length is None else file.read(self.length)
+                return file.read(self.size) if self.offset else file.read()
         except OSError as error:
             raise EffnetlibError(f"{self.name} cannot be read: {error.strerror}") from None
 
@@ -103,10 +99,10 @@ def _list(root: Path, split: str) -> Listing | None:
     return None
 
 
-def _listing(class_names, photos: Iterable[Photo], sizes: Iterable[int], layout: str, is_imagenet: bool) -> Listing:
-    photos, digest = list(photos), hashlib.sha256()
-    for photo, size in zip(photos, sizes, strict=True):
-        digest.update(f"{class_names[photo.label]}/{photo.file_name} {size}\n".encode())
+def _listing(class_names, photos: list[Photo], layout: str, is_imagenet: bool) -> Listing:
+    digest = hashlib.sha256()
+    for photo in photos:
+        digest.update(f"{class_names[photo.label]}/{photo.file_name} {photo.size}\n".encode())
     whole = is_imagenet or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names)))
     return Listing(tuple(class_names), photos, digest.hexdigest()[:16], layout, whole)
 
@@ -126,17 +122,16 @@ def _folders(base: Path, root: Path, split: str, layout: str, is_imagenet: bool)
         if split == "test":
             raise MissingSplit(f"the photographs in {folder} lie in no class folders: nothing says what they show")
         return _flat(folder, files, _train_classes(base), root, layout, is_imagenet)
-    photos, sizes = [], []
+    photos = []
     for label, name in enumerate(classes):
         before = len(photos)
         for entry in _images(folder / name):
-            photos.append(Photo(entry.path, label, entry.path))
-            sizes.append(entry.stat().st_size)
+            photos.append(Photo(entry.path, label, entry.path, entry.stat().st_size))
         if len(photos) == before and split == "train":
             raise EffnetlibError(f"the class folder {folder / name} holds no photographs: fill it, or take it away")
     if not photos:
         raise EffnetlibError(f"{folder} holds no photographs: CLASS/*.jpg is wanted in it")
-    return _listing(classes, photos, sizes, layout, is_imagenet)
+    return _listing(classes, photos, layout, is_imagenet)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -156,8 +151,8 @@ def _flat(folder: Path, files, classes, root: Path, layout: str, is_imagenet: bo
     by_name = _validation_labels(root, [entry.name for entry in files])
     classes = classes or sorted(set(by_name.values()))
     labelled = _in_order(by_name, classes, [(entry.name, entry) for entry in files])
-    photos = [Photo(entry.path, label, entry.path) for label, _, entry in labelled]
-    return _listing(classes, photos, (e.stat().st_size for _, _, e in labelled), layout, is_imagenet)
+    photos = [Photo(entry.path, label, entry.path, entry.stat().st_size) for label, _, entry in labelled]
+    return _listing(classes, photos, layout, is_imagenet)
 
 
 def _in_order(by_name: dict[str, str], classes: list[str], named: list[tuple]) -> list[tuple]:
@@ -196,10 +191,10 @@ def _official(root: Path, split: str) -> Listing:
             found = [(classes[label], name, *place) for label, name, place in labelled]
     except tarfile.TarError as error:
         raise EffnetlibError(f"{path} is damaged, or not whole: {error}") from None
-    photos = [Photo(f"{path}/{name}", numbers[group], str(path), offset, size) for group, name, offset, size in found]
+    photos = [Photo(f"{path}/{name}", numbers[group], str(path), size, offset) for group, name, offset, size in found]
     if not photos:
         raise EffnetlibError(f"{path} holds no photographs")
-    return _listing(classes, photos, (photo.length for photo in photos), "the official archives", is_imagenet=True)
+    return _listing(classes, photos, "the official archives", is_imagenet=True)
 
 
 def _members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -238,8 +233,7 @@ def _validation_labels(root: Path, names: list[str]) -> dict[str, str]:
     except EffnetlibError:
         raise
     except Exception as error:  # text that is none, a damaged archive or matrix: each library raises its own kinds
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise EffnetlibError(f"the validation labels beside {root} cannot be read: {reason[:200]}") from None
+        raise EffnetlibError(f"the validation labels beside {root} cannot be read: {first_line(error)}") from None
 
 
 def _read_validation_labels(root: Path, names: list[str]) -> dict[str, str]:

@@ -106,10 +106,8 @@ def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: boo
       FailedError: photographs are refused (all are named), or there is no room.
     """
     listings = _list(source, partial)
-    inside = (
-        dest.resolve().relative_to(source.resolve()).parts if dest.resolve().is_relative_to(source.resolve()) else ()
-    )
-    if inside and inside[0] in {"ILSVRC", "Data", *(name for names in FOLDERS.values() for name in names)}:
+    taken = {"ILSVRC", "Data", *(name for names in FOLDERS.values() for name in names)}
+    if any(dest.resolve().is_relative_to((source / name).resolve()) for name in taken):
         raise EffnetlibError(f"{dest} lies among the photographs of {source}: name a folder beside them")
     shards = [shard for split, listing in listings.items() for shard in _divide(split, listing)]
     try:
@@ -190,7 +188,7 @@ def _divide(split: str, listing: Listing) -> Iterator[_Shard]:
     order = shard_order(count)
     for number in range(of):
         members = [photos[place] for place in order[count * number // of : count * (number + 1) // of]]
-        text = "\n".join(f"{photo.label}/{photo.file_name} {photo.size()}" for photo in members)
+        text = "\n".join(f"{photo.label}/{photo.file_name} {photo.size}" for photo in members)
         yield _Shard(split, number, of, members, hashlib.sha256(text.encode()).hexdigest()[:32])
 
 
@@ -213,7 +211,7 @@ def _is_whole(dest: Path, shard: _Shard, about: dict | None) -> bool:
 
 
 def _require_space(dest: Path, shards: list[_Shard]) -> None:
-    needed = sum(photo.size() for shard in shards for photo in shard.photos)
+    needed = sum(photo.size for shard in shards for photo in shard.photos)
     free = shutil.disk_usage(dest).free
     if needed > free:
         raise FailedError(f"the shards need {needed / 2**30:.1f} GiB, and {dest} has {free / 2**30:.1f} GiB free")

@@ -187,7 +187,8 @@ def open_shards(root: Path, split: str) -> Shards | None:
             if not path.is_file():
                 raise FailedError(f"the shard {path} is missing: preparing again mends it")
         order = np.argsort(shard_order(about["examples"]))
-        records = ShardedRecords(shards, order, "`effnetlib data check` lists what is, and preparing again mends it")
+        remedy = "`effnetlib data check` lists what is; delete those, and preparing again mends it"
+        records = ShardedRecords(shards, order, remedy)
         return Shards(records, tuple(manifest["classes"]), about["fingerprint"])
     info = next(iter([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json"),
                       *root.glob("*/*/dataset_info.json")]), None)  # fmt: skip

@@ -194,11 +194,11 @@ def _photographs(name: str, split: str) -> Split:
     if shards := open_shards(root, split):
         records, class_names, fingerprint = shards.records, shards.class_names, shards.fingerprint
         return _of_photographs(len(records), class_names, fingerprint, records.__getitem__)
-    listing = list_photographs(root, split) if root.is_dir() else None
     if (root / NOTES).is_dir():
         raise EffnetlibError(
             f"the preparation of {root} did not end: the same `effnetlib data prepare` goes on with it"
         )
+    listing = list_photographs(root, split) if root.is_dir() else None
     if listing is None:
         known = did_you_mean(name, KNOWN)
         raise EffnetlibError(
