@@ -34,6 +34,15 @@ def without_clock(record):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in record.metrics]
 
 
+def equal_to_the_bit(directory, whole):
+    assert without_clock(Record.load(directory)) == without_clock(whole)
+    (step, ours), (same_step, theirs) = weights(directory), weights(whole.directory)
+    assert step == same_step
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+    return step
+
+
 def test_label_smoothing_is_the_formula():
     logits, labels = np.random.default_rng(0).normal(size=(4, 10)), np.array([0, 3, 9, 3])
     target = 0.9 * np.eye(10)[labels] + 0.1 / 10
@@ -78,11 +87,8 @@ def test_a_run_cut_off_after_a_checkpoint_resumes_to_the_same_bits(whole, tiny, 
     with open(directory / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "st')  # as a crash would leave it
     resumed = train(tiny, directory)
-    assert without_clock(resumed) == without_clock(whole) == without_clock(Record.load(directory))
-    (step, ours), (same_step, theirs) = weights(directory), weights(whole.directory)
-    assert step == same_step == tiny.total_steps
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert without_clock(resumed) == without_clock(whole)
+    assert equal_to_the_bit(directory, whole) == tiny.total_steps
     assert resumed.timing["images"] == whole.timing["images"]
 
 
@@ -94,14 +100,6 @@ def test_the_losses_do_not_depend_on_logging_evaluation_or_reading_ahead(whole, 
     rows = other.frame("train").set_index("step")[["loss", "top1"]]
     assert 3 <= len(rows) < len(whole.frame("train"))
     assert rows.equals(whole.frame("train").set_index("step")[["loss", "top1"]].loc[rows.index])
-
-
-def equal_to_the_bit(directory, whole):
-    assert without_clock(Record.load(directory)) == without_clock(whole)
-    (step, ours), (same_step, theirs) = weights(directory), weights(whole.directory)
-    assert step == same_step
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_signals_and_the_clock_stop_a_run_which_goes_on_to_the_same_bits(whole, tiny, tmp_path, monkeypatch):
