@@ -1,11 +1,16 @@
 """Joining the processes of a slice: JAX's own multi-controller runtime, one process a host."""
 
+import contextlib
 import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
 
@@ -91,3 +96,30 @@ def _wait_for(address: str, deadline: float) -> None:
             if time.monotonic() >= deadline:
                 raise FailedError(f"process 0 does not answer at {address}: {error}") from None
             time.sleep(1)
+
+
+def wait_for_all(place: str) -> None:
+    """Until every process has come to this place, for half an hour. It is no collective: those give up on a process that is
+    late, on CPU after 30 seconds, and compiling takes some longer than others."""
+    multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * TIMEOUT_SECONDS)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What one process refuses in this block is refused by all of them, which would otherwise wait for it.
+
+    Raises:
+      EffnetlibError: the process's own, or one that says which other process has refused.
+    """
+    refusal = None
+    try:
+        yield
+    except EffnetlibError as error:
+        refusal = error
+    if jax.process_count() > 1:
+        wait_for_all("all_or_none")
+        refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
+        if refusal is None and refused.any():
+            refusal = EffnetlibError(f"process {refused.argmax()} of {len(refused)} refused: its log says why")
+    if refusal is not None:
+        raise refusal

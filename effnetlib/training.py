@@ -11,6 +11,7 @@ import numpy as np
 
 from effnetlib import data
 from effnetlib.checkpoints import open_checkpoints, restore, save
+from effnetlib.distributed import all_or_none, wait_for_all
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.evaluation import Evaluator
 from effnetlib.lock import held
@@ -60,33 +61,24 @@ def train(
     """
     directory = Path(directory).expanduser().absolute()
     devices = jax.devices()
-    recipe.validate(len(devices))
-    if eval_devices is not None:
-        _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
-    splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
-    _make_writable(directory)
-    with held(directory, "training in") if is_main_process() else contextlib.nullcontext(), Stop(max_minutes) as stop:
-        return _train(recipe, directory, splits, devices[:eval_devices], stop)
+    with contextlib.ExitStack() as block:
+        with all_or_none():
+            recipe.validate(len(devices))
+            if eval_devices is not None:
+                _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
+            splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
+            _make_writable(directory)
+            if is_main_process():
+                block.enter_context(held(directory, "training in"))
+            record = _open_record(recipe, directory, splits)
+        if record.status == "completed":
+            return record
+        stop = block.enter_context(Stop(max_minutes))
+        return _train(recipe, record, splits, devices[:eval_devices], stop)
 
 
-def _train(recipe: Recipe, directory: Path, splits, eval_devices, stop: Stop) -> Record:
-    record = _open_record(recipe, directory)
-    if record.status == "completed":
-        return record
-    known = record.data
+def _train(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> Record:
     record.environment = environment() | {"eval_devices": len(eval_devices)}
-    record.data = {
-        "source": recipe.dataset,
-        "train_examples": len(splits["train"]),
-        "eval_examples": len(splits["eval"]),
-        "num_classes": len(splits["train"].class_names),
-        "fingerprints": {name: split.fingerprint for name, split in splits.items()},
-        "total_steps": recipe.total_steps,
-    }
-    if known and known != record.data:
-        raise EffnetlibError(
-            f"the data set {recipe.dataset} is not the one that {directory} was begun with: choose another folder"
-        )
     record.status, record.error = "running", None
     try:
         _run(recipe, record, splits, eval_devices, stop)
@@ -98,7 +90,7 @@ def _train(recipe: Recipe, directory: Path, splits, eval_devices, stop: Stop) ->
         record.status, record.error = "failed", str(error)
         reason = f"{error.strerror or error} ({error.filename or 'no file named'})"
         raise FailedError(
-            f"the run in {directory} met an error of the file system: {reason}; once it is mended, the same call goes on"
+            f"the run in {record.directory} met an error of the file system: {reason}; once it is mended, the same call goes on"
         ) from error
     except Exception as error:
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
@@ -128,15 +120,29 @@ def _make_writable(directory: Path) -> None:
         raise EffnetlibError(f"the run's folder {directory} cannot be written: {error.strerror}") from None
 
 
-def _open_record(recipe: Recipe, directory: Path) -> Record:
+def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
+    described = {
+        "source": recipe.dataset,
+        "train_examples": len(splits["train"]),
+        "eval_examples": len(splits["eval"]),
+        "num_classes": len(splits["train"].class_names),
+        "fingerprints": {name: split.fingerprint for name, split in splits.items()},
+        "total_steps": recipe.total_steps,
+    }
     if not (directory / "run.json").exists():
-        return Record(directory, recipe)
+        record = Record(directory, recipe)
+        record.data = described
+        return record
     record = Record.load(directory)
     if record.recipe != recipe:
         fields = [name for name, value in vars(recipe).items() if vars(record.recipe).get(name, value) != value]
         raise EffnetlibError(
             f"{directory} holds a run of another recipe ({', '.join(fields)} differ): choose another folder, "
             "or delete that one"
+        )
+    if record.status != "completed" and record.data != described:
+        raise EffnetlibError(
+            f"the data set {recipe.dataset} is not the one that {directory} was begun with: choose another folder"
         )
     return record
 
@@ -163,6 +169,7 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> No
         graphdef, splits["eval"], batch=batch, size=size, augmentation=recipe.augmentation, mesh=eval_mesh
     )
     evaluator.compile((state.params, state.batch_stats))
+    wait_for_all("compiled")
     compile_seconds = time.perf_counter() - compiling
 
     with open_checkpoints(record.directory) as checkpoints:

@@ -1,11 +1,7 @@
 """Joining processes; that they then train as one is in test_invariance."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from test_invariance import free_port
@@ -44,43 +40,3 @@ def test_missing_hosts_are_named_while_one_waits_and_given_up_in_a_sentence():
     done = subprocess.run([sys.executable, "-c", code, str(free_port())], capture_output=True, text=True, timeout=90)
     assert "process 1 of 2 still waits for the others" in done.stdout
     assert done.returncode == 3 and "process 0 does not answer at localhost" in done.stdout, done.stderr[-500:]
-
-
-LAUNCH = Path(__file__).parent.parent / "notebooks/launch"
-FAKE = """#!/bin/sh
-trap 'kill $!; exit 75' TERM
-touch "$EFFNETLIB_OUTPUTS/started$EFFNETLIB_PROCESS"
-if [ "$EFFNETLIB_PROCESS" = "$FAILS" ]; then sleep 1; exit 3; fi
-sleep 600 & wait
-"""
-
-
-def gang(tmp_path, fails):
-    """The launcher with a stand-in for papermill, of which one may fail."""
-    (tmp_path / "papermill").write_text(FAKE)
-    (tmp_path / "papermill").chmod(0o755)
-    places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EFFNETLIB_OUTPUTS": str(tmp_path), "FAILS": str(fails)}
-    return subprocess.Popen([LAUNCH / "local.sh", "3"], env=os.environ | places, stderr=subprocess.PIPE, text=True)
-
-
-def test_a_host_that_fails_takes_the_others_down(tmp_path):
-    process = gang(tmp_path, fails=1)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 3 and "host 1 ended with 3" in said and "host 0 ended with 75" in said
-
-
-def test_a_gang_that_is_stopped_says_try_again(tmp_path):
-    process = gang(tmp_path, fails="none")
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"started{i}").exists() for i in range(3)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and all(f"host {i} ended with 75" in said for i in range(3))
-
-
-def test_the_scripts_are_ones():
-    for script in LAUNCH.glob("*.sh"):
-        assert os.access(script, os.X_OK)
-        subprocess.run(["bash", "-n", str(script)], check=True)

@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -202,26 +204,83 @@ def test_batch_norm_on_two_processes_of_four_devices_is_numpys():
     run_together([sys.executable, "-c", WORKER, port, i, Path(__file__).parent] for i in (0, 1))
 
 
-@pytest.mark.slow
-def test_papermill_on_two_hosts_gives_the_losses_of_one_process(whole, tiny, tmp_path):
-    """Through the launcher, each host a process of four devices, against one process of eight."""
+def launched(hosts, devices, tiny, folder):
+    """`tiny` under papermill on so many stand-ins for hosts, each with so many devices, into folder/outputs/run."""
+    # No shared cache of compiled programs: only process 0 would find its own there.
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PORT": str(free_port()),
-        "EFFNETLIB_OUTPUTS": str(tmp_path / "outputs"),
+        "EFFNETLIB_OUTPUTS": str(folder / "outputs"),
         "COPY": "cp -r",
-        "COPY_TO": str(tmp_path / "bucket"),
+        "COPY_TO": str(folder / "bucket"),
     }
-    command = [Path(__file__).parent.parent / "notebooks/launch/local.sh", "2"]
+    command = [Path(__file__).parent.parent / "notebooks/launch/local.sh", str(hosts)]
     for name in ("epochs", "eval_every_epochs", "warmup_epochs"):
         command += ["-p", name, str(getattr(tiny, name))]
-    command += ["-p", "preset", "digits-64-rmsprop", "-p", "directory", "two", "-p", "simulated_devices", "4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    two = Record.load(tmp_path / "outputs/two")
-    assert two.status == "completed" and two.recipe == tiny
-    assert (two.environment["processes"], two.environment["devices"], two.result["eval_examples"]) == (2, 8, 360)
-    np.testing.assert_allclose(two.frame("train")["loss"], whole.frame("train")["loss"], rtol=1e-5)
-    assert {path.name for path in (tmp_path / "outputs/hosts").iterdir()} == {
-        "host0.ipynb", "host0.log", "host1.ipynb", "host1.log"}  # fmt: skip
-    assert Record.load(tmp_path / "bucket/two").result == two.result
+    command += ["-p", "preset", "digits-64-rmsprop", "-p", "directory", "run", "-p", "simulated_devices", str(devices)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_four_hosts_are_stopped_and_two_others_go_on_with_the_losses_of_one_process(whole, tiny, tmp_path):
+    run = tmp_path / "outputs/run"
+    four = launched(4, 1, tiny, tmp_path)
+    deadline = time.monotonic() + 400
+    while not (run / "metrics.jsonl").exists() or '"step": 2' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and four.poll() is None, four.communicate()[1]
+        time.sleep(0.1)
+    four.send_signal(signal.SIGTERM)
+    _, said = four.communicate(timeout=200)
+    assert four.returncode == 75 and all(f"host {i} ended with 75" in said for i in range(4)), said
+    stopped = Record.load(run)
+    assert stopped.status == "preempted" and (stopped.environment["processes"], stopped.environment["devices"]) == (
+        4,
+        4,
+    )
+    saved = max(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert 2 <= saved < tiny.total_steps
+
+    two = launched(2, 4, tiny, tmp_path)
+    _, said = two.communicate(timeout=400)
+    assert two.returncode == 0, said
+    record = Record.load(run)
+    assert record.status == "completed" and record.recipe == tiny
+    assert (record.environment["processes"], record.environment["devices"], record.result["eval_examples"]) == (
+        2,
+        8,
+        360,
+    )
+    assert record.metrics[: len(stopped.metrics)] == stopped.metrics  # it went on, and did not begin anew
+    np.testing.assert_allclose(record.frame("train")["loss"], whole.frame("train")["loss"], rtol=1e-5)
+    assert {path.name for path in (tmp_path / "outputs/hosts").iterdir()} >= {"host0.ipynb", "host0.log", "host3.log"}
+    copied = tmp_path / "bucket"
+    assert any(Record.load(path.parent).result == record.result for path in copied.rglob("run.json"))
+
+
+REFUSES = """
+import sys, jax
+jax.config.update("jax_platforms", "cpu")
+port, process, folder = sys.argv[1:]
+import effnetlib
+from effnetlib import distributed
+distributed.start(f"localhost:{port}", 2, int(process))
+try:
+    effnetlib.train(effnetlib.Recipe.preset("digits-64-lars"), folder)
+except effnetlib.EffnetlibError as error:
+    print(error, flush=True)
+    distributed.wait_for_all("end")  # else jaxlib ends the one that is left
+"""
+
+
+def test_what_one_process_refuses_is_refused_by_all(tmp_path):
+    (tmp_path / "file").write_text("")
+    port = free_port()
+    folders = (tmp_path / "file", tmp_path / "folder")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", REFUSES, str(port), str(i), str(folders[i])], stdout=subprocess.PIPE, text=True
+        )
+        for i in (0, 1)
+    ]
+    own, other = (process.communicate(timeout=120)[0] for process in both)
+    assert "cannot be written" in own and "process 0 of 2 refused: its log says why" in other

@@ -15,10 +15,12 @@ stop() { kill -TERM "${running[@]}" 2>/dev/null || true; }
 trap 'stopped=1; stop' TERM INT
 for ((process = 0; process < hosts; process++)); do
     EFFNETLIB_PROCESS=$process "$here/host.sh" "$@" &
+    while cmp -s /proc/$$/cmdline /proc/$!/cmdline; do :; done # still a copy of this script, a signal to which is lost
     running+=($!)
 done
+((!stopped)) || stop # it came in between
 result=0
-while [[ -n $(jobs -rp) ]]; do
+while [[ -n $(jobs -p) ]]; do # those that have ended too, until their code is read
     code=0
     wait -n || code=$?
     if ((code && !result && !stopped)); then
