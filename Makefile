@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
+export JAX_PLATFORMS ?= cpu
 
 .PHONY: help env reproduce test lint lab lock publish chaos
 .DEFAULT_GOAL := help
@@ -33,7 +35,7 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 lock:  ## renew requirements.lock from pyproject.toml (needs uv)
-	uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra test --no-header \
+	uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra test --extra plan --no-header \
 		--no-emit-index-url --no-annotate --output-file requirements.lock pyproject.toml
 
 SUITE ?= laptop

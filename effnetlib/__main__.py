@@ -1,4 +1,4 @@
-"""The command line: run a suite, render its reports, fetch data, bring weights in and out."""
+"""The command line: run a suite, render its reports, plan for a slice, fetch data, bring weights in and out."""
 
 import sys
 from pathlib import Path
@@ -75,6 +75,32 @@ def report(directory):
     for notebook in executed:
         render_html(directory, notebook.stem)
     click.echo(render_index(directory, directory.absolute().name))
+
+
+@main.command()
+@click.argument("preset")
+@click.option("--topology", required=True, help="Generation, and chips in each direction: v3:32x16x1, v5e:2x4.")
+@click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A field of the recipe; repeatable.")
+@click.option("--price", type=click.FloatRange(0), help="Dollars a chip and hour.")
+@click.option("--json", "as_json", is_flag=True, help="All figures, as JSON.")
+def plan(preset, topology, changes, price, as_json):
+    """Predict what PRESET (b0-1024-lars, or any other) does on a TPU slice that need not be there: memory, time, collectives.
+
+    Compiles the very train and evaluation steps, which takes minutes the first time. Needs pip install 'effnetlib[plan]'."""
+    import jax
+
+    from effnetlib.planning import plan
+    from effnetlib.recipe import Recipe
+
+    jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
+    recipe = Recipe.preset(preset).replace(**dict(_assignment(change) for change in changes))
+    found = plan(recipe, topology, chip_hour=price)
+    click.echo(found.to_json() if as_json else found.table())
+    if not found.fits:
+        raise FailedError(
+            f"{preset} does not fit {topology}; "
+            + (f"a batch of {found.largest_batch} would" if found.largest_batch else "nor does one image a device")
+        )
 
 
 @main.group()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from effnetlib.data.images import normalize
 from effnetlib.data.loader import eval_batches
 from effnetlib.data.sources import Split
-from effnetlib.mesh import batch_sharding, make_mesh, replicated
+from effnetlib.mesh import batch_sharding, make_mesh, replicated, shapes_of
 from effnetlib.progress import Progress
 
 
@@ -57,6 +58,32 @@ def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[s
     }
 
 
+def lower_eval_step(graphdef, weights, *, batch: int, size: int, mesh: Mesh) -> jax.stages.Lowered:
+    """``(weights, sums, batch) -> sums`` lowered for a mesh, whose devices need not be there.
+
+    Args:
+      graphdef: of the model, from ``nnx.split``.
+      weights: (params, batch_stats), or their shapes.
+      batch, size: images a step, and pixels a side.
+    """
+    everywhere, sharded = replicated(mesh), batch_sharding(mesh)
+
+    def step(weights, sums, batch):
+        logits = nnx.merge(graphdef, *weights)(normalize(batch["images"]))
+        return jax.tree.map(jnp.add, sums, masked_sums(logits, batch["labels"], batch["mask"]))
+
+    shapes = {"images": ((batch, size, size, 3), "uint8"), "labels": ((batch,), "int32"), "mask": ((batch,), bool)}
+    batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
+    step = jax.jit(step, donate_argnums=1, out_shardings=everywhere)
+    return step.lower(shapes_of(weights, everywhere), shapes_of(_zeros(), everywhere), batch)
+
+
+def _zeros():
+    return {name: np.zeros([], np.int32) for name in ("nseen", "ncorrect", "ncorrect5")} | {
+        "loss_sum": np.zeros([], np.float32)
+    }
+
+
 class Evaluator:
     """Evaluates weights of one model on one split, compiled once.
 
@@ -71,24 +98,12 @@ class Evaluator:
     def __init__(self, graphdef, split: Split, *, batch: int, size: int, augmentation: str, mesh: Mesh):
         self.split = split
         self.batches = dict(batch=batch, size=size, augmentation=augmentation, sharding=batch_sharding(mesh))
-        self.weights_sharding = replicated(mesh)
-
-        def step(weights, sums, batch):
-            logits = nnx.merge(graphdef, *weights)(normalize(batch["images"]))
-            return jax.tree.map(jnp.add, sums, masked_sums(logits, batch["labels"], batch["mask"]))
-
-        self.step = jax.jit(step, donate_argnums=1, out_shardings=self.weights_sharding)
+        self.graphdef, self.mesh, self.step = graphdef, mesh, None
 
     def compile(self, weights) -> None:
         """Compiles the step for weights of these shapes, so that the first evaluation is not slower than the rest."""
-        size, batch, sharding = self.batches["size"], self.batches["batch"], self.batches["sharding"]
-        shapes = {"images": ((batch, size, size, 3), "uint8"), "labels": ((batch,), "int32"), "mask": ((batch,), bool)}
-        arguments = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights), self._zeros())
-        batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharding) for name, shape in shapes.items()}
-        replicate = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.weights_sharding), arguments
-        )
-        self.step = self.step.lower(*replicate, batch).compile()
+        batch, size = self.batches["batch"], self.batches["size"]
+        self.step = lower_eval_step(self.graphdef, weights, batch=batch, size=size, mesh=self.mesh).compile()
 
     def __call__(self, *weights, progress: Progress | None = None) -> list[EvalResult]:
         """One result for each (params, batch_stats) pair, in one pass over the split; `progress` counts its batches.
@@ -96,8 +111,11 @@ class Evaluator:
         Raises:
           RuntimeError: the number of examples counted is not the size of the split.
         """
-        weights = jax.device_put(weights, self.weights_sharding)
-        sums = [self._zeros() for _ in weights]
+        if self.step is None:
+            self.compile(weights[0])
+        everywhere = replicated(self.mesh)
+        weights = jax.device_put(weights, everywhere)
+        sums = [jax.device_put(_zeros(), everywhere) for _ in weights]
         for number, batch in enumerate(eval_batches(self.split, **self.batches), 1):
             sums = [self.step(each, total, batch) for each, total in zip(weights, sums, strict=True)]
             if progress:
@@ -109,10 +127,6 @@ class Evaluator:
                     f"evaluation counted {result.nseen:,} examples, not the {len(self.split):,} there are"
                 )
         return results
-
-    def _zeros(self):
-        counts = {name: jnp.zeros([], jnp.int32) for name in ("nseen", "ncorrect", "ncorrect5")}
-        return jax.device_put(counts | {"loss_sum": jnp.zeros([])}, self.weights_sharding)
 
 
 def evaluate(

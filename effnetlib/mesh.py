@@ -115,3 +115,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def shapes_of(tree, sharding: NamedSharding):
+    """The arrays of a tree as shapes with a sharding: what a program can be lowered for, without any array or device."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

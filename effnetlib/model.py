@@ -239,3 +239,18 @@ def count_params(name: str, num_classes: int = 1000) -> int:
     """Trainable parameters of a variant, from shapes alone (nothing is allocated)."""
     model = nnx.eval_shape(lambda: EfficientNet(name, num_classes))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def multiply_adds(name: str, resolution: int | None = None, num_classes: int = 1000) -> int:
+    """Multiply-adds of one image's forward pass through a variant's convolutions and classifier, which the EfficientNet paper
+    calls FLOPS; at its own resolution unless another is given."""
+    size = -(-(resolution or variant(name).resolution) // 2)
+    specs = block_specs(name)
+    total = size**2 * 27 * specs[0].in_filters
+    for spec in specs:
+        filters, squeezed = spec.in_filters * spec.expansion, max(1, int(spec.in_filters * SE_RATIO))
+        if spec.expansion != 1:
+            total += size**2 * spec.in_filters * filters
+        size = -(-size // spec.stride)
+        total += size**2 * filters * (spec.kernel**2 + spec.out_filters) + 2 * filters * squeezed
+    return total + size**2 * specs[-1].out_filters * head_filters(name) + head_filters(name) * num_classes

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from effnetlib.data.images import normalize
+from effnetlib.mesh import batch_sharding, replicated, shapes_of
 from effnetlib.model import EfficientNet
 from effnetlib.optim import ema_update, l2_penalty, lars, rmsprop
 from effnetlib.recipe import Recipe
@@ -108,3 +110,23 @@ def make_train_step(recipe: Recipe):
         return TrainState(done, params, batch_stats, opt_state, ema_params, ema_batch_stats), metrics
 
     return init, step, graphdef
+
+
+def lower_train_step(recipe: Recipe, mesh: Mesh):
+    """``(init, lowered, state, graphdef)``: the step lowered for a mesh, whose devices need not be there, with the shapes of its
+    state. The state is donated, the batch is sharded, and everything else is on every device."""
+    init, step, graphdef = make_train_step(recipe)
+    everywhere, sharded = replicated(mesh), batch_sharding(mesh)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(init, key)
+    size, batch = recipe.resolution, recipe.global_batch_size
+    batch_shapes = {
+        "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharded),
+        "labels": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharded),
+    }
+    step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    lowered = step.lower(
+        shapes_of(state, everywhere), batch_shapes, shapes_of(key, everywhere), shapes_of(jnp.float32(0), everywhere)
+    )
+    return init, lowered, state, graphdef

@@ -6,7 +6,6 @@ from collections import deque
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from effnetlib import data
@@ -19,7 +18,7 @@ from effnetlib.mesh import batch_sharding, make_mesh, replicated
 from effnetlib.progress import Progress
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, environment, is_main_process
-from effnetlib.step import TrainState, make_train_step
+from effnetlib.step import TrainState, lower_train_step
 from effnetlib.stopping import PreemptedError, Stop
 
 LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
@@ -155,15 +154,11 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> No
     batch, size = recipe.global_batch_size, recipe.resolution
 
     compiling = time.perf_counter()
-    init, step, graphdef = make_train_step(recipe)
+    init, lowered, _, graphdef = lower_train_step(recipe, mesh)
     # Runs once, so it is not worth the compiler's time (a third of it, measured on CPU).
     init = jax.jit(init, out_shardings=everywhere).lower(init_key).compile({"xla_backend_optimization_level": 0})
     state = init(init_key)
-    shapes = {"images": ((batch, size, size, 3), jnp.uint8), "labels": ((batch,), jnp.int32)}
-    batch_shapes = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
-    lr_shape = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    train_step = step.lower(state, batch_shapes, run_key, lr_shape).compile()
+    train_step = lowered.compile()
     eval_mesh = mesh if len(eval_devices) == mesh.size else make_mesh(1, eval_devices)
     evaluator = Evaluator(
         graphdef, splits["eval"], batch=batch, size=size, augmentation=recipe.augmentation, mesh=eval_mesh

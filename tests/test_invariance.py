@@ -1,7 +1,6 @@
 """One recipe gives the same numbers on one device, on eight, and on two processes of four."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from flax import nnx
 
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
+from effnetlib.collectives import replica_groups, shapes
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.step import make_train_step
@@ -49,21 +49,6 @@ def test_twenty_steps_on_one_and_on_eight_devices(preset, group):
     np.testing.assert_allclose(losses(recipe, 8), losses(recipe, 1), rtol=1e-5)
 
 
-def members(line):
-    """The devices that meet in a collective, of a line of compiled HLO in any of the three ways XLA writes them."""
-    text = line.partition("replica_groups=")[2]
-    if listed := re.match(r"\{(\{[\d,{}]*\})\}", text):
-        return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-    if counted := re.match(r"\[(\d+),(\d+)\]<=\[(\d+)\],", text):
-        return np.arange(int(counted[3])).reshape(int(counted[1]), int(counted[2])).tolist()
-    named = re.match(r"mesh\[(.*?)\] \{(.*?)\}", text)
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    meeting = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
-    grid = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
-    last = np.moveaxis(grid, meeting, range(-len(meeting), 0))
-    return last.reshape(-1, np.prod([grid.shape[axis] for axis in meeting])).tolist()
-
-
 def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_their_group():
     def collectives(groups):
         norm = GroupedBatchNorm(8, num_groups=groups, rngs=nnx.Rngs(0))
@@ -76,13 +61,7 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
 
     assert collectives(8) == [] and collectives(16) == []
     lines = collectives(2)
-    assert lines and all(members(line) == [[0, 1, 2, 3], [4, 5, 6, 7]] for line in lines)
-
-
-def exchanged(line):
-    """Shapes of the arrays that a collective exchanges, of a line of compiled HLO."""
-    result = line.partition(" = ")[2].partition(" all-reduce")[0]
-    return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"\w+\[([\d,]*)\]", result)]
+    assert lines and all(replica_groups(line) == [[0, 1, 2, 3], [4, 5, 6, 7]] for line in lines)
 
 
 # A device's share of 64 is 8: groups of 8 fill a device each, groups of 32 span four.
@@ -108,11 +87,11 @@ def test_no_collective_of_the_train_step_spans_more_than_its_group_but_for_the_g
     text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
     lines = [line for line in text.splitlines() if "replica_groups=" in line]
     assert lines and all(" all-reduce" in line for line in lines)  # no activation is gathered or exchanged
-    within = [line for line in lines if members(line) == meeting]
+    within = [line for line in lines if replica_groups(line) == meeting]
     assert bool(within) == bool(meeting)
 
     def numbers(lines):
-        return sum(int(np.prod(shape)) for line in lines for shape in exchanged(line))
+        return sum(int(np.prod(shape)) for line in lines for _, shape in shapes(line))
 
     statistics = sum(leaf.size for leaf in jax.tree.leaves(state.batch_stats))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -1,0 +1,112 @@
+"""TPU slices that need not be there: what a topology's name means, and the figures of its chips."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+from effnetlib.errors import EffnetlibError, did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One generation's chip, as its makers state it.
+
+    Attributes:
+      cores: devices that jax sees a chip.
+      flops: dense bfloat16 operations a second.
+      hbm_bytes: memory.
+      hbm_bandwidth: bytes a second to and from it.
+      link_bandwidth: bytes a second of one link to a neighbour, in one direction.
+      dimensions: of the torus that the links form; two links a dimension.
+      slices: common ones, in chips.
+
+    Sources: Cloud TPU documentation (flops, memory); Jouppi et al., CACM 63(7), 2020, for v2 and v3 (links of 496 and 656
+    Gbit/s); "How to scale your model", chapter 2, for the links from v4 on. Quoted from memory: compare before relying on it.
+    """
+
+    cores: int
+    flops: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    slices: tuple[str, ...]
+
+
+CHIPS = {
+    "v2": Chip(2, 46e12, 16 * GIB, 700e9, 62e9, 2, ("2x2x1", "4x4x1", "8x8x1", "8x16x1", "16x16x1")),
+    "v3": Chip(
+        2, 123e12, 32 * GIB, 900e9, 82e9, 2,
+        ("2x2x1", "4x4x1", "8x8x1", "16x8x1", "16x16x1", "32x16x1", "32x32x1"),
+    ),
+    "v4": Chip(
+        1, 275e12, 32 * GIB, 1200e9, 45e9, 3,
+        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
+    ),
+    "v5e": Chip(1, 197e12, 16 * GIB, 819e9, 45e9, 2, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5p": Chip(
+        1, 459e12, 95 * GIB, 2765e9, 90e9, 3,
+        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
+    ),
+    "v6e": Chip(1, 918e12, 32 * GIB, 1638e9, 90e9, 2, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+}  # fmt: skip
+NAMES = tuple(f"{generation}:{chips}" for generation, chip in CHIPS.items() for chips in chip.slices)
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology such as "v3:32x16x1" (generation, and chips in each direction).
+
+    Raises:
+      EffnetlibError: there is no such generation.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in CHIPS:
+        raise EffnetlibError(f"the topology {topology!r} is unknown: {did_you_mean(topology, NAMES)}")
+    return CHIPS[generation]
+
+
+def devices_of(topology: str) -> list:
+    """Devices to compile for, as jax would number them in a slice of this shape. Needs the package libtpu and no TPU.
+
+    Raises:
+      EffnetlibError: the compiler knows no such slice, or is not installed.
+    """
+    chip = chip_of(topology)
+    # Without these libtpu looks for a TPU VM's metadata, and keeps a second process out.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    # A v4 chip's two cores are one device to jax, and one of them alone is what is described unless one says so.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if topology.endswith(":1x1"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except Exception as error:  # jaxlib raises one kind for all that is wrong
+        if "libtpu" in str(error) or "not found" in str(error).lower():
+            raise EffnetlibError(
+                "the compiler for TPUs is not installed: pip install 'effnetlib[plan]' brings it (Linux on x86-64)"
+            ) from None
+        raise EffnetlibError(
+            f"the topology {topology!r} is not one that the compiler knows: the nearest that is named is {_nearest(topology)}"
+        ) from None
+    chips = _chips(topology)
+    if len(found) != chips * chip.cores:
+        raise EffnetlibError(
+            f"{topology} has {len(found)} devices to the compiler, and should have {chips * chip.cores}"
+        )
+    return list(found)
+
+
+def _chips(topology: str) -> int:
+    return math.prod(int(n) for n in re.findall(r"\d+", topology.partition(":")[2]))
+
+
+def _nearest(topology: str) -> str:
+    generation = topology.partition(":")[0]
+    named = [name for name in NAMES if name.startswith(f"{generation}:")]
+    return min(named, key=lambda name: abs(math.log(_chips(name) / max(1, _chips(topology)))))

@@ -1,0 +1,158 @@
+"""Plans: quick checks on made-up programs, and one real compilation for TPU cores that are not there."""
+
+import importlib.util
+import json
+import re
+
+import click.testing
+import pytest
+
+from effnetlib import EffnetlibError, Plan, Recipe, plan, planning, topology
+from effnetlib.__main__ import main
+from effnetlib.collectives import Collective, collectives, replica_groups, seconds
+from effnetlib.mesh import replica_groups as groups_of
+from effnetlib.model import multiply_adds
+from effnetlib.topology import CHIPS, chip_of
+
+PROGRAM = """
+  %a = f32[100]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %b = (f32[8]{0}, bf16[2,4]{1,0}) all-reduce(%y, %z), replica_groups=[2,2]<=[4], to_apply=%add
+  %c = (f32[8]{0}, bf16[2,4]{1,0}) all-reduce-start(%y, %z), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %d = f32[8]{0} all-reduce-done(%c)
+  %e = f32[8]{0} add(%a, %d)
+  %f = f32[64]{0} all-gather(%e), replica_groups=mesh['x'=2,'y'=2] {'y'}, dimensions={0}
+"""
+
+
+def test_collectives_of_a_program_are_counted_by_kind_size_and_devices():
+    assert collectives(PROGRAM) == [
+        Collective("all-reduce", 400, 4, 1),
+        Collective("all-gather", 256, 2, 1),
+        Collective("all-reduce", 48, 2, 2),
+    ]
+    assert replica_groups(PROGRAM.splitlines()[-1]) == [[0, 1], [2, 3]]
+
+
+def test_the_time_of_an_all_reduce_is_the_formula():
+    v3 = CHIPS["v3"]
+    # 36.4 MB over 512 chips: twice past four links of 82 GB/s, and 2 x sqrt(512) hops of a microsecond.
+    wanted = 2 * 36.4e6 * 511 / 512 / (4 * 82e9) + 2 * 512**0.5 * 1e-6
+    assert seconds(Collective("all-reduce", 36_400_000, 1024, 1), v3) == pytest.approx(wanted)
+    assert seconds(Collective("all-reduce", 1000, 2, 7), v3) == 0.0  # the two cores of a chip
+    one, three = (seconds(Collective("all-reduce", 1000, 64, n), v3) for n in (1, 3))
+    assert three == pytest.approx(3 * one)
+
+
+def test_the_papers_models_have_the_papers_multiply_adds():
+    giga = [round(multiply_adds(f"b{i}") / 1e9, 2) for i in range(8)]
+    assert giga == [0.39, 0.69, 0.99, 1.83, 4.39, 10.27, 19.07, 37.75]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("v3:32x16", None), ("v33:2x2x1", "did you mean v3:2x2x1"), ("pod", "choose one of v2:2x2x1")],
+)
+def test_a_topology_is_a_generation_and_chips(name, sentence):
+    if sentence is None:
+        assert chip_of(name) == CHIPS["v3"]
+        return
+    with pytest.raises(EffnetlibError, match=sentence):
+        chip_of(name)
+
+
+def made_up(fits):
+    return Plan("v3:2x2x1", 8, 4, "b0", 256, 32, "0" * 12, fits, 128, hbm_bytes=17 << 30, hbm_limit_bytes=16 << 30)
+
+
+def test_what_does_not_fit_says_the_largest_that_does_and_exits_with_1(monkeypatch):
+    monkeypatch.setattr(planning, "plan", lambda *_, **__: made_up(fits=False))
+    done = click.testing.CliRunner().invoke(main, ["plan", "b0-256-lars", "--topology", "v3:2x2x1", "--json"])
+    assert done.exit_code == 1 and "does not fit v3:2x2x1; a batch of 128 would" in done.stderr
+    assert json.loads(done.stdout)["fits"] is False
+    assert "does not fit: 17.00 of 16.00 GiB" in made_up(fits=False).table()
+
+
+compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs: pip install 'effnetlib[plan]'"
+)
+
+
+@compiler
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["b0-256-lars", "--topology", "v3:2x3x1"], "the nearest that is named is v3:2x2x1"),
+        (["b0-250-lars", "--topology", "v3:2x2x1"], "global_batch_size 250 does not divide over 8 devices"),
+        (["b9-256-lars", "--topology", "v3:2x2x1"], "did you mean b"),
+    ],
+)
+def test_bad_input_is_a_sentence_before_anything_is_compiled(arguments, sentence, monkeypatch):
+    monkeypatch.setattr(planning, "_compile", None)
+    done = click.testing.CliRunner().invoke(main, ["plan", *arguments])
+    assert done.exit_code == 2 and sentence in done.stderr
+
+
+@compiler
+@pytest.mark.parametrize("name", topology.NAMES)
+def test_the_compiler_knows_every_slice_that_is_named(name):
+    assert topology.devices_of(name)
+
+
+@compiler
+def test_the_largest_batch_that_fits_is_found_by_halving(monkeypatch):
+    tried = []
+
+    def compile(recipe, devices):
+        tried.append(recipe.global_batch_size)
+        return (recipe.global_batch_size,) * 2
+
+    monkeypatch.setattr(planning, "_compile", compile)
+    monkeypatch.setattr(planning, "_hbm_bytes", lambda batch: batch * 40 << 20)
+    found = plan(Recipe.preset("b0-1024-lars"), "v3:2x2x1")
+    assert not found.fits and tried == [1024, 512, 256] and found.largest_batch == 256
+
+
+@pytest.fixture(scope="module")
+def b0():
+    """B0 at 32 images a core, batch-norm groups of four cores: the recipe, its two programs."""
+    recipe = Recipe.preset("b0-256-lars")
+    assert recipe.num_groups == 2
+    return recipe, planning._compile(recipe, topology.devices_of("v3:2x2x1"))
+
+
+@compiler
+@pytest.mark.slow
+def test_a_real_program_for_eight_cores_that_are_not_there(b0, monkeypatch):
+    recipe, programs = b0
+    monkeypatch.setattr(planning, "_compile", lambda *_: programs)
+    found = plan(recipe, "v3:2x2x1", chip_hour=2.0)
+    text = programs[0].as_text()
+    # The memory is the parts', and a core has 16 GiB.
+    assert found.fits and found.temp_bytes < found.hbm_bytes < found.hbm_limit_bytes == 16 << 30
+    # One all-reduce of the gradient, all else within the groups of the recipe; nothing gathered; nothing to the host.
+    assert {each.kind for each in found.collectives} == {"all-reduce"}
+    whole = [each for each in found.collectives if each.replicas == 8]
+    assert sum(each.count for each in whole) <= 2
+    parameters = 5_288_548
+    assert 4 * parameters <= sum(each.bytes for each in whole) <= 4.2 * parameters
+    lines = [line for line in text.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line]
+    met = [replica_groups(line) for line in lines]
+    assert [groups for groups in met if len(groups) > 1] and all(
+        groups == groups_of(8, 4).tolist() for groups in met if len(groups) > 1
+    )
+    assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
+    # The figures hang together, and are kept.
+    assert found.step_seconds == found.compute_seconds + found.collective_seconds
+    assert found.images_per_second == 256 / found.step_seconds
+    assert found.dollars == pytest.approx(2.0 * 4 * found.minutes / 60)
+    monkeypatch.setattr(planning, "_plan", None)
+    assert plan(recipe, "v3:2x2x1", chip_hour=2.0) == found
+
+
+@compiler
+@pytest.mark.slow
+def test_the_step_moves_no_more_bytes_than_it_did(b0):
+    """The compiler's own counts, for 32 images a core."""
+    costs = b0[1][0].cost_analysis()
+    assert costs["bytes accessed"] <= 7.0e9
+    assert costs["optimal_seconds"] <= 16.3e-3
