@@ -1,9 +1,14 @@
-"""Depthwise convolution: the platform's own convolution, or on CPU a sum of shifted products."""
+"""The convolutions of the model, each in the form that suits the platform that it is compiled for."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+
+# A TPU's convolution lays the channels along 128 lanes, so an array of 32 channels takes four times its bytes in memory.
+# What is not called a convolution gets another layout, a row of pixels along the lanes, which the first layers (large maps,
+# few channels) fill: about a sixth less memory traffic for B0's whole step, by the compiler's count.
+NARROW = 64
 
 
 def _convolution(x, kernel, stride):
@@ -29,16 +34,17 @@ def _shifted(x, i, j, stride, out_h, out_w):
 
 
 def _shifted_products(x, kernel, stride):
-    """``sum_ij shift_ij(x) * kernel[i, j]``."""
+    """``sum_ij shift_ij(x) * kernel[i, j]``, summed in float32 as a convolution does."""
     size = kernel.shape[0]
     top, bottom, out_h = _same_padding(x.shape[1], size, stride)
     left, right, out_w = _same_padding(x.shape[2], size, stride)
     x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    kernel = kernel.astype(jnp.float32)
     taps = [(i, j) for i in range(size) for j in range(size)]
-    return sum(_shifted(x, i, j, stride, out_h, out_w) * kernel[i, j, 0] for i, j in taps)
+    return sum(_shifted(x, i, j, stride, out_h, out_w) * kernel[i, j, 0] for i, j in taps).astype(x.dtype)
 
 
-def _shifted_products_backward(x, kernel, cotangent, stride):
+def _shifted_products_backward(x, kernel, cotangent, stride, in_loop):
     """Of x: the products of the dilated cotangent with the kernel turned round. Of the kernel: a sum over the image a tap."""
     size = kernel.shape[0]
     _, height, width, _ = x.shape
@@ -55,20 +61,23 @@ def _shifted_products_backward(x, kernel, cotangent, stride):
         ((0, 0, 0), around(top, height, out_h), around(left, width, out_w), (0, 0, 0)),
     )
     taps = [(i, j) for i in range(size) for j in range(size)]
-    of_x = sum(_shifted(dilated, i, j, 1, height, width) * kernel[size - 1 - i, size - 1 - j, 0] for i, j in taps)
+    turned = kernel[::-1, ::-1, 0].astype(jnp.float32)
+    of_x = sum(_shifted(dilated, i, j, 1, height, width) * turned[i, j] for i, j in taps).astype(x.dtype)
     padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     span_h, span_w = (out_h - 1) * stride + 1, (out_w - 1) * stride + 1
 
-    # A loop over the taps, not an unrolled sum: fewer reductions to compile, and a nano step 1.8 times as fast. The batch is
-    # summed after it, so that devices that share the batch meet once and not at every tap.
+    # On CPU a loop over the taps, not an unrolled sum: fewer reductions to compile, and a nano step 1.8 times as fast. The
+    # batch is summed after it, so that devices that share the batch meet once and not at every tap. A TPU does the unrolled
+    # one in a single pass.
     def of_tap(tap):
         window = jax.lax.dynamic_slice(
             padded, (0, tap // size, tap % size, 0), (x.shape[0], span_h, span_w, x.shape[3])
         )
-        return (window[:, ::stride, ::stride] * cotangent).sum((1, 2))
+        return (window[:, ::stride, ::stride].astype(jnp.float32) * cotangent).sum((1, 2))
 
-    of_kernel = jax.lax.map(of_tap, jnp.arange(size * size)).sum(1)
-    return of_x, of_kernel.reshape(kernel.shape).astype(kernel.dtype)
+    taps = range(size * size)
+    of_taps = jax.lax.map(of_tap, jnp.array(taps)) if in_loop else jnp.stack([of_tap(tap) for tap in taps])
+    return of_x, of_taps.sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -76,8 +85,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolves each channel with its own k x k kernel, padding SAME as TensorFlow does.
 
     On CPU it is written as ``sum_ij shift_ij(x) * kernel[i, j]``: XLA's grouped convolution there is the bottleneck of
-    training (about four times slower on a whole B0 step at 32 px). Which form is lowered follows the platform that is
-    compiled *for*, so a TPU program compiled on a laptop has the convolution.
+    training (about four times slower on a whole B0 step at 32 px). Elsewhere it is written so where the channels are few.
+    Which form is lowered follows the platform that is compiled *for*, so a TPU program compiled on a laptop has the
+    convolution.
 
     Args:
       x: ``[batch, height, width, C]``.
@@ -87,12 +97,10 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     Returns:
       ``[batch, ceil(height / stride), ceil(width / stride), C]``, x's dtype.
     """
-    return jax.lax.platform_dependent(
-        x,
-        kernel,
-        cpu=functools.partial(_shifted_products, stride=stride),
-        default=functools.partial(_convolution, stride=stride),
-    )
+    of_products = functools.partial(_shifted_products, stride=stride)
+    of_convolution = functools.partial(_convolution, stride=stride)
+    default = of_products if x.shape[-1] < NARROW else of_convolution
+    return jax.lax.platform_dependent(x, kernel, cpu=of_products, default=default)
 
 
 def _forward(x, kernel, stride):
@@ -104,8 +112,45 @@ def _backward(stride, residuals, cotangent):
     def of_convolution(x, kernel, cotangent):
         return jax.vjp(functools.partial(_convolution, stride=stride), x, kernel)[1](cotangent)
 
-    of_products = functools.partial(_shifted_products_backward, stride=stride)
-    return jax.lax.platform_dependent(*residuals, cotangent, cpu=of_products, default=of_convolution)
+    def of_products(in_loop):
+        return functools.partial(_shifted_products_backward, stride=stride, in_loop=in_loop)
+
+    default = of_products(in_loop=False) if cotangent.shape[-1] < NARROW else of_convolution
+    return jax.lax.platform_dependent(*residuals, cotangent, cpu=of_products(in_loop=True), default=default)
 
 
 depthwise_conv.defvjp(_forward, _backward)
+
+
+def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """1x1 convolution of ``[batch, height, width, C]`` with ``[C, F]``, same dtype.
+
+    On a TPU a convolution has the layout of the depthwise ones around it, and the compiler fuses the norms and swishes
+    between them into both; a matrix product has another, and each change of layout is a copy. It suits the narrow layers,
+    which have no convolutions around them, and CPU.
+    """
+
+    def convolution(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel[None, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    default = jnp.matmul if max(kernel.shape) < NARROW else convolution
+    return jax.lax.platform_dependent(x, kernel, cpu=jnp.matmul, default=default)
+
+
+def full_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Convolution over all channels, padding SAME, as a matrix product with the k x k patches of x, which are few numbers
+    where x has few channels. Its layout on a TPU is that of narrow layers."""
+    size, filters = len(kernel), kernel.shape[-1]
+    top, bottom, out_h = _same_padding(x.shape[1], size, stride)
+    left, right, out_w = _same_padding(x.shape[2], size, stride)
+    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    # Strided slices first, one a residue: of those the taps are plain slices, which cost a TPU little.
+    residues = {(i, j): x[:, i::stride, j::stride] for i in range(stride) for j in range(stride)}
+    taps = [
+        _shifted(residues[i % stride, j % stride], i // stride, j // stride, 1, out_h, out_w)
+        for i in range(size)
+        for j in range(size)
+    ]
+    return jnp.concatenate(taps, -1) @ kernel.reshape(-1, filters)

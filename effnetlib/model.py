@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effnetlib.depthwise import depthwise_conv
+from effnetlib.depthwise import depthwise_conv, full_conv, pointwise_conv
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.norm import GroupedBatchNorm
 
@@ -114,9 +114,24 @@ _conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _dense_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 
 
-def _pointwise(in_filters, out_filters, dtype, rngs, use_bias=False):
-    """A 1x1 convolution, as the matrix product that it is."""
-    return nnx.Linear(in_filters, out_filters, use_bias=use_bias, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
+class Pointwise(nnx.Linear):
+    """A 1x1 convolution."""
+
+    def __init__(self, in_filters, out_filters, *, dtype, rngs):
+        super().__init__(in_filters, out_filters, use_bias=False, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
+
+    def __call__(self, x):
+        return pointwise_conv(x, self.kernel[...].astype(self.dtype))
+
+
+class Stem(nnx.Conv):
+    """The first convolution, 3x3 with stride 2."""
+
+    def __init__(self, filters, *, dtype, rngs):
+        super().__init__(3, filters, (3, 3), use_bias=False, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
+
+    def __call__(self, x):
+        return full_conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=2)
 
 
 def _drop(x, rate, key, shape):
@@ -131,8 +146,8 @@ class SqueezeExcite(nnx.Module):
     """Channel gate: spatial mean, 1x1 to `reduced`, swish, 1x1 back, sigmoid. Both 1x1 have a bias."""
 
     def __init__(self, filters, reduced, *, dtype, rngs):
-        self.reduce = _pointwise(filters, reduced, dtype, rngs, use_bias=True)
-        self.expand = _pointwise(reduced, filters, dtype, rngs, use_bias=True)
+        self.reduce = nnx.Linear(filters, reduced, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
+        self.expand = nnx.Linear(reduced, filters, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
 
     def __call__(self, x):
         squeezed = x.mean((1, 2), keepdims=True, dtype=jnp.float32)
@@ -147,7 +162,7 @@ class MBConv(nnx.Module):
         self.spec = spec
         self.dtype = dtype
         if spec.expansion != 1:
-            self.expand = _pointwise(spec.in_filters, filters, dtype, rngs)
+            self.expand = Pointwise(spec.in_filters, filters, dtype=dtype, rngs=rngs)
             self.expand_norm = norm(filters, rngs=rngs)
         # (k, k, 1, C) has fan_out k * k * C for JAX's initialiser; the reference's depthwise fan_out is k * k.
         depthwise_init = jax.nn.initializers.normal(math.sqrt(2.0 / spec.kernel**2))
@@ -155,7 +170,7 @@ class MBConv(nnx.Module):
         self.depthwise_norm = norm(filters, rngs=rngs)
         # The squeeze is measured from the block's input, not from the expanded filters.
         self.se = SqueezeExcite(filters, max(1, int(spec.in_filters * SE_RATIO)), dtype=dtype, rngs=rngs)
-        self.project = _pointwise(filters, spec.out_filters, dtype, rngs)
+        self.project = Pointwise(filters, spec.out_filters, dtype=dtype, rngs=rngs)
         self.project_norm = norm(spec.out_filters, rngs=rngs)
 
     def __call__(self, x, *, train, key):
@@ -211,17 +226,15 @@ class EfficientNet(nnx.Module):
         stem, head = round_filters(STEM_FILTERS, scale.width), head_filters(variant)
         self.dtype = dtype
         self.dropout = scale.dropout if dropout is None else dropout
-        self.stem = nnx.Conv(
-            3, stem, (3, 3), strides=2, padding="SAME", use_bias=False, dtype=dtype, kernel_init=_conv_init, rngs=rngs
-        )
+        self.stem = Stem(stem, dtype=dtype, rngs=rngs)
         self.stem_norm = norm(stem, rngs=rngs)
         self.blocks = nnx.data([MBConv(spec, dtype=dtype, norm=norm, rngs=rngs) for spec in specs])
-        self.head = _pointwise(specs[-1].out_filters, head, dtype, rngs)
+        self.head = Pointwise(specs[-1].out_filters, head, dtype=dtype, rngs=rngs)
         self.head_norm = norm(head, rngs=rngs)
         self.classifier = nnx.Linear(head, num_classes, kernel_init=_dense_init, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> jax.Array:
-        x = self.stem(images.astype(self.dtype))
+        x = self.stem(images)
         x = jax.nn.swish(self.stem_norm(x, train=train).astype(self.dtype))
         for i, block in enumerate(self.blocks):
             x = block(x, train=train, key=jax.random.fold_in(key, i) if train else None)

@@ -6,7 +6,7 @@ from conftest import run_once
 from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, paper
-from effnetlib.depthwise import _convolution, _shifted_products, depthwise_conv
+from effnetlib.depthwise import NARROW, _convolution, _shifted_products, depthwise_conv, full_conv, pointwise_conv
 from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
 
 
@@ -109,8 +109,21 @@ def test_both_forms_of_the_depthwise_convolution_agree(kernel, stride, size):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
-def test_the_form_follows_the_platform_that_is_compiled_for():
-    x, k = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
-    traced = jax.jit(lambda x, k: depthwise_conv(x, k, 1)).trace(x, k)
+@pytest.mark.parametrize("channels", [4, NARROW])
+def test_the_form_follows_the_platform_that_is_compiled_for(channels):
+    def convolve(x, depthwise, pointwise):
+        return pointwise_conv(depthwise_conv(x, depthwise, 1), pointwise)
+
+    shapes = (1, 8, 8, channels), (3, 3, 1, channels), (channels, channels)
+    traced = jax.jit(convolve).trace(*map(jnp.ones, shapes))
     assert "convolution" not in traced.lower(lowering_platforms=("cpu",)).compile().as_text()
-    assert "stablehlo.convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    convolutions = traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution")
+    assert convolutions == (2 if channels == NARROW else 0)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_the_stem_as_patches_is_the_convolution(size):
+    rng = np.random.default_rng(0)
+    x, k = rng.normal(size=(2, size, size + 1, 3)), rng.normal(size=(3, 3, 3, 4))
+    wanted = jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(full_conv(jnp.float32(x), jnp.float32(k), 2), wanted, atol=1e-5)
