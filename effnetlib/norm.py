@@ -51,20 +51,39 @@ class GroupedBatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(num_features))
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = x.astype(jnp.float32)
         if not train:
-            return self._normalize(x, self.mean[...], self.var[...])
+            return self._normalize(x.astype(jnp.float32), self.mean[...], self.var[...])
+        grouped = self._grouped(x)
+        return self._normalize(grouped, *self._statistics(grouped)).reshape(x.shape)
+
+    def coefficients(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``(mean, scale, shift)``, each ``[batch, 1, ..., C]``: the layer as ``(x - mean) * scale + shift``, for a
+        caller that does more in the same pass over x."""
+        mean, var = self._statistics(self._grouped(x)) if train else (self.mean[...], self.var[...])
+        scale = self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)
+
+        def of_example(value):
+            groups = value.reshape(-1, 1, self.gamma[...].size)
+            shape = (len(groups), len(x) // len(groups), groups.shape[-1])
+            return jnp.broadcast_to(groups, shape).reshape(len(x), *(1,) * (x.ndim - 2), -1)
+
+        return of_example(mean), of_example(scale), of_example(self.beta[...])
+
+    def _grouped(self, x):
         batch, *rest = x.shape
         if batch % self.num_groups:
             raise EffnetlibError(f"a batch of {batch} does not divide into {self.num_groups} batch-norm groups")
-        grouped = x.reshape(self.num_groups, batch // self.num_groups, *rest)
+        return x.astype(jnp.float32).reshape(self.num_groups, batch // self.num_groups, *rest)
+
+    def _statistics(self, grouped):
+        """Mean and variance of each group; moves the running ones."""
         axes = tuple(range(1, grouped.ndim - 1))
         mean = grouped.mean(axes, keepdims=True)
         # One pass over the activations; float32 cancellation can leave a tiny negative number, hence the maximum.
         var = jnp.maximum(jnp.square(grouped).mean(axes, keepdims=True) - jnp.square(mean), 0.0)
         self._move(self.mean, mean)
         self._move(self.var, var)
-        return self._normalize(grouped, mean, var).reshape(x.shape)
+        return mean, var
 
     def _normalize(self, x, mean, var):
         return (x - mean) * (self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)) + self.beta[...]

@@ -7,7 +7,7 @@ from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, paper
 from effnetlib.depthwise import NARROW, _convolution, _shifted_products, depthwise_conv, full_conv, pointwise_conv
-from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
+from effnetlib.model import VARIANTS, _drop, _gate, block_specs, count_params, gated_swish, round_filters, round_repeats
 
 
 @pytest.mark.parametrize(("name", "count"), paper.trainable_parameters().items())
@@ -127,3 +127,24 @@ def test_the_stem_as_patches_is_the_convolution(size):
     x, k = rng.normal(size=(2, size, size + 1, 3)), rng.normal(size=(3, 3, 3, 4))
     wanted = jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(full_conv(jnp.float32(x), jnp.float32(k), 2), wanted, atol=1e-5)
+
+
+def test_the_gradients_of_the_gated_swish_are_autodiffs():
+    rng = np.random.default_rng(0)
+    channel = (4, 1, 1, 6)
+    x, mean, scale, shift = (jnp.float32(rng.normal(size=shape)) for shape in ((4, 5, 7, 6), channel, channel, channel))
+    weights = [tuple(jnp.float32(rng.normal(size=shape)) for shape in shapes) for shapes in (((6, 2), 2), ((2, 6), 6))]
+
+    def plain(x, mean, scale, shift, weights):
+        y = jax.nn.swish((x - mean) * scale + shift)
+        return y * _gate(y.mean((1, 2), keepdims=True), weights)
+
+    arguments = x, mean, scale, shift, weights
+    (wanted, wanted_vjp), (got, got_vjp) = jax.vjp(plain, *arguments), jax.vjp(gated_swish, *arguments)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    cotangent = jnp.float32(rng.normal(size=x.shape))
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4),
+        got_vjp(cotangent),
+        wanted_vjp(cotangent),
+    )
