@@ -30,7 +30,19 @@ from effnetlib.step import lower_train_step
 from effnetlib.topology import GIB, chip_of, devices_of
 
 LINE_SECONDS = 15.0
-PROGRAM = ("model", "norm", "depthwise", "step", "optim", "evaluation", "mesh", "planning", "collectives", "topology")
+PROGRAM = (
+    "model",
+    "norm",
+    "convolutions",
+    "squeeze_excite",
+    "step",
+    "optim",
+    "evaluation",
+    "mesh",
+    "planning",
+    "collectives",
+    "topology",
+)
 
 
 @dataclass(frozen=True)
