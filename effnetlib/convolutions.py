@@ -17,7 +17,7 @@ conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 def _convolution(x, kernel, stride):
     return jax.lax.conv_general_dilated(
         x,
-        kernel,
+        kernel.astype(x.dtype),
         (stride, stride),
         "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -83,6 +83,29 @@ def _shifted_products_backward(x, kernel, cotangent, stride, in_loop):
     return of_x, of_taps.sum(1).reshape(kernel.shape).astype(kernel.dtype)
 
 
+def _convolution_backward(x, kernel, cotangent, stride):
+    """What JAX's own rule does, but for the dtype of the kernel's gradient: float32, see `pointwise_conv`."""
+    (of_x,) = jax.vjp(lambda x: _convolution(x, kernel, stride), x)[1](cotangent)
+    size = len(kernel)
+    before_and_size = [_same_padding(extent, size, stride)[::2] for extent in x.shape[1:3]]
+    padding = [
+        (before, (out - 1) * stride + size - extent - before)
+        for (before, out), extent in zip(before_and_size, x.shape[1:3], strict=True)
+    ]
+    # The batch is what is summed over, so it takes the place of the channels.
+    of_kernel = jax.lax.conv_general_dilated(
+        x,
+        cotangent,
+        (1, 1),
+        padding,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        batch_group_count=x.shape[-1],
+        preferred_element_type=jnp.float32,
+    )
+    return of_x, of_kernel
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolves each channel with its own k x k kernel, padding SAME as TensorFlow does.
@@ -94,7 +117,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
     Args:
       x: ``[batch, height, width, C]``.
-      kernel: ``[k, k, 1, C]``, same dtype as x.
+      kernel: ``[k, k, 1, C]``, float32, which is also its gradient's dtype; the products are those of x's dtype.
       stride: 1 or 2, both directions.
 
     Returns:
@@ -112,12 +135,10 @@ def _forward(x, kernel, stride):
 
 def _backward(stride, residuals, cotangent):
     # Differentiating through the choice would keep the residuals of both forms, so each platform has its own backward pass.
-    def of_convolution(x, kernel, cotangent):
-        return jax.vjp(functools.partial(_convolution, stride=stride), x, kernel)[1](cotangent)
-
     def of_products(in_loop):
         return functools.partial(_shifted_products_backward, stride=stride, in_loop=in_loop)
 
+    of_convolution = functools.partial(_convolution_backward, stride=stride)
     default = of_products(in_loop=False) if cotangent.shape[-1] < NARROW else of_convolution
     return jax.lax.platform_dependent(*residuals, cotangent, cpu=of_products(in_loop=True), default=default)
 
@@ -125,21 +146,55 @@ def _backward(stride, residuals, cotangent):
 depthwise_conv.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """1x1 convolution of ``[batch, height, width, C]`` with ``[C, F]``, same dtype.
+    """1x1 convolution of ``[batch, height, width, C]`` with ``[C, F]``, in x's dtype; the kernel and its gradient are float32.
 
     On a TPU a convolution has the layout of the depthwise ones around it, and the compiler fuses the norms and swishes
     between them into both; a matrix product has another, and each change of layout is a copy. It suits the narrow layers,
     which have no convolutions around them, and CPU.
+
+    The gradient of the kernel has its own rule, because JAX's would be bfloat16 where x is, and devices would add theirs up
+    so: over 1,024 of them that rounds away what float32 keeps.
     """
 
     def convolution(x, kernel):
         return jax.lax.conv_general_dilated(
-            x, kernel[None, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    default = jnp.matmul if max(kernel.shape) < NARROW else convolution
-    return jax.lax.platform_dependent(x, kernel, cpu=jnp.matmul, default=default)
+    return jax.lax.platform_dependent(
+        x, kernel.astype(x.dtype), cpu=jnp.matmul, default=jnp.matmul if _narrow(kernel) else convolution
+    )
+
+
+def _narrow(kernel):
+    return max(kernel.shape) < NARROW
+
+
+def _pointwise_forward(x, kernel):
+    return pointwise_conv(x, kernel), (x, kernel)
+
+
+def _kernel_gradient_as_product(x, cotangent):
+    pixels = ((0, 1, 2), (0, 1, 2)), ((), ())
+    return jax.lax.dot_general(x, cotangent, pixels, preferred_element_type=jnp.float32)
+
+
+def _kernel_gradient_as_convolution(x, cotangent):
+    return jax.lax.conv_general_dilated(
+        x, cotangent, (1, 1), "VALID", dimension_numbers=("CHWN", "IHWO", "HWNC"), preferred_element_type=jnp.float32
+    )[0, 0]  # fmt: skip
+
+
+def _pointwise_backward(residuals, cotangent):
+    x, kernel = residuals
+    default = _kernel_gradient_as_product if _narrow(kernel) else _kernel_gradient_as_convolution
+    of_kernel = jax.lax.platform_dependent(x, cotangent, cpu=_kernel_gradient_as_product, default=default)
+    return pointwise_conv(cotangent, kernel.T), of_kernel
+
+
+pointwise_conv.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 def full_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -156,4 +211,4 @@ def full_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
         for i in range(size)
         for j in range(size)
     ]
-    return jnp.concatenate(taps, -1) @ kernel.reshape(-1, filters)
+    return pointwise_conv(jnp.concatenate(taps, -1), kernel.reshape(-1, filters))

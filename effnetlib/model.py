@@ -121,7 +121,7 @@ class Pointwise(nnx.Linear):
         super().__init__(in_filters, out_filters, use_bias=False, dtype=dtype, kernel_init=conv_init, rngs=rngs)
 
     def __call__(self, x):
-        return pointwise_conv(x, self.kernel[...].astype(self.dtype))
+        return pointwise_conv(x, self.kernel[...])
 
 
 class Stem(nnx.Conv):
@@ -131,7 +131,7 @@ class Stem(nnx.Conv):
         super().__init__(3, filters, (3, 3), use_bias=False, dtype=dtype, kernel_init=conv_init, rngs=rngs)
 
     def __call__(self, x):
-        return full_conv(x.astype(self.dtype), self.kernel[...].astype(self.dtype), stride=2)
+        return full_conv(x.astype(self.dtype), self.kernel[...], stride=2)
 
 
 def _drop(x, rate, key, shape):
@@ -157,7 +157,7 @@ class MBConv(nnx.Module):
         self.depthwise = nnx.Param(depthwise_init(rngs.params(), (spec.kernel, spec.kernel, 1, filters)))
         self.depthwise_norm = norm(filters, rngs=rngs)
         # The squeeze is measured from the block's input, not from the expanded filters.
-        self.se = SqueezeExcite(filters, max(1, int(spec.in_filters * SE_RATIO)), dtype=dtype, rngs=rngs)
+        self.se = SqueezeExcite(filters, max(1, int(spec.in_filters * SE_RATIO)), rngs=rngs)
         self.project = Pointwise(filters, spec.out_filters, dtype=dtype, rngs=rngs)
         self.project_norm = norm(spec.out_filters, rngs=rngs)
 
@@ -165,7 +165,7 @@ class MBConv(nnx.Module):
         y = x
         if self.spec.expansion != 1:
             y = jax.nn.swish(self.expand_norm(self.expand(y), train=train).astype(self.dtype))
-        y = depthwise_conv(y, self.depthwise[...].astype(self.dtype), self.spec.stride)
+        y = depthwise_conv(y, self.depthwise[...], self.spec.stride)
         y = self.se(y, *self.depthwise_norm.coefficients(y, train=train))
         y = self.project_norm(self.project(y), train=train).astype(self.dtype)
         if self.spec.stride == 1 and self.spec.in_filters == self.spec.out_filters:

@@ -153,7 +153,7 @@ class Plan:
         return "\n".join(f"{name:18}{value}" for name, value in lines)
 
 
-def plan(recipe: Recipe, topology: str, *, chip_hour: float | None = None) -> Plan:
+def plan(recipe: Recipe, topology: str, *, chip_hour: float | None = None, folder: Path | str | None = None) -> Plan:
     """Compiles a recipe's train and evaluation steps for a slice that need not be there, and says what to expect.
 
     Takes minutes, and shows that it is at work; the result is kept in `outputs/plans` under the recipe's hash, the topology,
@@ -163,19 +163,34 @@ def plan(recipe: Recipe, topology: str, *, chip_hour: float | None = None) -> Pl
       recipe: what would be trained.
       topology: such as "v3:32x16x1" or "v5e:2x4": generation, and chips in each direction.
       chip_hour: dollars a chip and hour.
+      folder: where plans are kept, if not there.
 
     Raises:
       EffnetlibError: an unknown topology, a batch that does not divide over it, or no compiler for TPUs (extra `plan`).
     """
     devices = devices_of(topology)
     recipe.validate(len(devices))
-    kept = outputs_folder() / "plans" / f"{recipe.variant}-{topology.replace(':', '-')}-{_key(recipe, topology)}.json"
+    kept = (
+        Path(folder or outputs_folder() / "plans")
+        / f"{recipe.variant}-{topology.replace(':', '-')}-{_key(recipe, topology)}.json"
+    )
     if kept.exists():
         return Plan.from_json(kept.read_text()).priced(chip_hour)
     found = _plan(recipe, topology, devices)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(kept, found.to_json() + "\n")
     return found.priced(chip_hour)
+
+
+def load_plans(folder: Path | str) -> list[Plan]:
+    """Every plan that is kept in a folder, whichever version of the compiler made it."""
+    return [Plan.from_json(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+
+
+def find_plan(plans: list[Plan], recipe: Recipe, topology: str) -> Plan | None:
+    """The plan of a recipe for a slice, or None."""
+    found = [each for each in plans if (each.recipe_hash, each.topology) == (recipe.hash, topology)]
+    return found[-1] if found else None
 
 
 def _versions() -> dict:

@@ -35,19 +35,19 @@ def gated_swish(x, mean, scale, shift, weights):
 
 def _gated_swish_forward(x, mean, scale, shift, weights):
     y, slope = _swish_and_slope(x, mean, scale, shift)
-    factor, gate_vjp = jax.vjp(gate, _spatial(jnp.mean, y).astype(x.dtype), weights)
+    factor, gate_vjp = jax.vjp(gate, _spatial(jnp.mean, y), weights)
     sums = _spatial(jnp.mean, slope), _spatial(jnp.mean, slope * (x - mean))
-    return y.astype(x.dtype) * factor, (x, mean, scale, shift, factor, gate_vjp, sums)
+    return y.astype(x.dtype) * factor.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, sums)
 
 
 def _gated_swish_backward(residuals, cotangent):
     x, mean, scale, shift, factor, gate_vjp, (slope_mean, slope_x_mean) = residuals
     y, slope = _swish_and_slope(x, mean, scale, shift)
-    of_gate = _spatial(jnp.sum, cotangent * y).astype(factor.dtype)
+    of_gate = _spatial(jnp.sum, cotangent * y)
     of_squeezed, of_weights = gate_vjp(of_gate)
     of_shift = factor * _spatial(jnp.sum, cotangent * slope) + of_squeezed * slope_mean
     of_scale = factor * _spatial(jnp.sum, cotangent * slope * (x - mean)) + of_squeezed * slope_x_mean
-    of_z = (cotangent * factor.astype(jnp.float32) + of_squeezed / (x.shape[1] * x.shape[2])) * slope
+    of_z = (cotangent * factor + of_squeezed / (x.shape[1] * x.shape[2])) * slope
     return (of_z * scale).astype(x.dtype), -scale * of_shift, of_scale, of_shift, of_weights
 
 
@@ -61,11 +61,10 @@ gated_swish.defvjp(_gated_swish_forward, _gated_swish_backward)
 class SqueezeExcite(nnx.Module):
     """Batch norm, swish, and a gate a channel: spatial mean, 1x1 to `reduced`, swish, 1x1 back, sigmoid. Both 1x1 have a bias."""
 
-    def __init__(self, filters, reduced, *, dtype, rngs):
-        self.reduce = nnx.Linear(filters, reduced, dtype=dtype, kernel_init=conv_init, rngs=rngs)
-        self.expand = nnx.Linear(reduced, filters, dtype=dtype, kernel_init=conv_init, rngs=rngs)
+    def __init__(self, filters, reduced, *, rngs):
+        self.reduce = nnx.Linear(filters, reduced, kernel_init=conv_init, rngs=rngs)
+        self.expand = nnx.Linear(reduced, filters, kernel_init=conv_init, rngs=rngs)
 
     def __call__(self, x, mean, scale, shift):
         layers = (self.reduce, self.expand)
-        weights = [(layer.kernel[...].astype(x.dtype), layer.bias[...].astype(x.dtype)) for layer in layers]
-        return gated_swish(x, mean, scale, shift, weights)
+        return gated_swish(x, mean, scale, shift, [(layer.kernel[...], layer.bias[...]) for layer in layers])

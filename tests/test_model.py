@@ -6,7 +6,17 @@ from conftest import run_once
 from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, paper
-from effnetlib.convolutions import NARROW, _convolution, _shifted_products, depthwise_conv, full_conv, pointwise_conv
+from effnetlib.convolutions import (
+    NARROW,
+    _convolution,
+    _convolution_backward,
+    _kernel_gradient_as_convolution,
+    _kernel_gradient_as_product,
+    _shifted_products,
+    depthwise_conv,
+    full_conv,
+    pointwise_conv,
+)
 from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
 from effnetlib.squeeze_excite import gate, gated_swish
 
@@ -106,8 +116,27 @@ def test_both_forms_of_the_depthwise_convolution_agree(kernel, stride, size):
     got, got_vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, k)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
     np.testing.assert_allclose(_shifted_products(x, k, stride), wanted, atol=1e-5)
-    for ours, theirs in zip(got_vjp(wanted), wanted_vjp(wanted), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    for form in (got_vjp(wanted), _convolution_backward(x, k, wanted, stride)):
+        for ours, theirs in zip(form, wanted_vjp(wanted), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_both_forms_of_the_pointwise_gradient_are_float32_and_agree():
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.array(rng.normal(size=(2, 5, 7, channels)), jnp.bfloat16) for channels in (4, 6))
+    wanted = np.einsum("nhwc,nhwf->cf", np.float64(x), np.float64(cotangent))
+    for form in (_kernel_gradient_as_product, _kernel_gradient_as_convolution):
+        got = form(x, cotangent)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradients_of_bfloat16_convolutions_are_float32():
+    # 1 + 2**-9 is no bfloat16: what one device found and another's 1 would be added up to 2.
+    x = jnp.array([1.0, 2.0**-9], jnp.bfloat16).reshape(2, 1, 1, 1)
+    for convolve, shape in ((pointwise_conv, (1, 1)), (lambda x, k: depthwise_conv(x, k, 1), (3, 3, 1, 1))):
+        of_kernel = jax.vjp(lambda k, f=convolve: f(x, k), jnp.ones(shape))[1](jnp.ones_like(x))[0]
+        assert float(of_kernel.sum()) == 1.0 + 2.0**-9
 
 
 @pytest.mark.parametrize("channels", [4, NARROW])

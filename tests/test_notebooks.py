@@ -23,7 +23,7 @@ from effnetlib.suite import load_suite
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-NEED_WEIGHTS = ("10_pretrained", "11_photographs")
+READ_NO_SUITE = ("09_pod_plan", "10_pretrained", "11_photographs")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -87,13 +87,23 @@ def _execute(notebook, outputs, **parameters):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *NEED_WEIGHTS)])
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *READ_NO_SUITE)])
 def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
     shutil.copytree(PUBLISHED / "runs", outputs / "laptop/runs")
     notebook = _execute(name, outputs, suite="laptop")
     images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", ())]
     assert images and all(o.metadata["image/png"]["alt"] for o in images)
+    assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+
+
+@pytest.mark.slow
+def test_the_pod_plan_draws_the_published_plans(tmp_path):
+    outputs = tmp_path / "outputs"
+    shutil.copytree(PUBLISHED.parent / "plans", outputs / "published/plans")
+    notebook = _execute("09_pod_plan", outputs)
+    images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", ())]
+    assert len(images) == 2 and all(o.metadata["image/png"]["alt"] for o in images)
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
 
 
