@@ -64,8 +64,8 @@ class GroupedBatchNorm(nnx.Module):
 
         def of_example(value):
             groups = value.reshape(-1, 1, self.gamma[...].size)
-            shape = (len(groups), len(x) // len(groups), groups.shape[-1])
-            return jnp.broadcast_to(groups, shape).reshape(len(x), *(1,) * (x.ndim - 2), -1)
+            shape = (len(groups), x.shape[0] // len(groups), groups.shape[-1])
+            return jnp.broadcast_to(groups, shape).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1)
 
         return of_example(mean), of_example(scale), of_example(self.beta[...])
 
