@@ -8,8 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from effnetlib import Record, load_records
+from effnetlib import Recipe, Record, load_records
 from effnetlib.model import count_params
+from effnetlib.planning import find_plan, load_plans
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "outputs/published/laptop"
@@ -70,7 +71,7 @@ def test_the_readme_states_the_published_records():
         assert [cell.strip() for cell in cells.split("|")] == wanted, name
     assert f"{count_params('nano', 10):,} parameters" in readme
     links = re.findall(r"\]\((outputs/[^)]*)\)", readme)
-    assert len(links) == 6 and all((ROOT / link).is_file() for link in links)
+    assert len(links) == 8 and all((ROOT / link).exists() for link in links)
     photos = Record.load(ROOT / "outputs/published/photos/runs/photos")
     assert photos.status == "completed" and not photos.environment["git_commit"].endswith("+changes")
     report = (ROOT / "outputs/published/photos/11_photographs.html").read_text()
@@ -108,3 +109,15 @@ def test_the_readme_states_the_published_chaos():
         f"{chaos['recoveries']} times started again, nothing lost to the bit"
     )
     assert sentence in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_states_the_published_plans():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (v\w+:\w+) \|(.*)\|$", readme, re.M)
+    assert len(rows) == 5
+    for preset, topology, cells in rows:
+        plan = find_plan(load_plans(ROOT / "outputs/published/plans"), Recipe.preset(preset), topology)
+        wanted = [f"{plan.hbm_bytes / 2**30:.2f}", f"{1e3 * plan.step_seconds:.1f}", f"{plan.all_reduce_share:.1%}",
+                  f"{plan.images_per_second:,.0f}", f"{plan.minutes:.0f}"]  # fmt: skip
+        assert [cell.strip() for cell in cells.split("|")] == wanted, preset
+        assert f"libtpu {plan.versions['libtpu']} under jax {plan.versions['jax']}" in readme
