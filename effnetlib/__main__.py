@@ -31,7 +31,7 @@ def main():
 
 @main.command()
 @click.argument("suite", type=click.Path(path_type=Path))
-@click.option("--only", metavar="NAME", help="Execute this one run or report of the suite.")
+@click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A parameter for every run; repeatable.")
 def run(suite, only, changes):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""

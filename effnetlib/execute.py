@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import yaml
@@ -49,7 +50,7 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
 
     Args:
       suite: what to execute.
-      only: the name of the one run or report to execute.
+      only: the name of the one run or report to execute, or a pattern of names such as "lars-*".
 
     Returns:
       What became of each entry, up to one that was preempted.
@@ -59,7 +60,7 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
     """
     entries = [*suite.runs, *suite.reports]
     if only is not None:
-        entries = [entry for entry in entries if entry.name == only]
+        entries = [entry for entry in entries if fnmatchcase(entry.name, only)]
         if not entries:
             known = [entry.name for entry in (*suite.runs, *suite.reports)]
             raise EffnetlibError(f"the suite {suite.name} has no entry {only!r}: {did_you_mean(only, known)}")

@@ -5,6 +5,9 @@ The file::
     runs:                                   # each trains; skipped when its record is completed
       - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
         parameters: {preset: digits-64-rmsprop}
+      - name: lars-64-{seed}              # several runs: one for each value, or combination of values
+        parameters: {preset: digits-64-lars}
+        each: {seed: [0, 1, 2]}
     reports:                                # notebooks that read the records of the suite; executed after the runs
       - 00_overview
       - name: 06_precision                  # a report may have parameters too
@@ -13,8 +16,9 @@ The file::
 Every run executes `train.ipynb`.
 """
 
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +90,9 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     try:
         _require_keys(content, {"runs", "reports"}, set())
         notebooks = path.absolute().parent.parent
-        runs = tuple(_run_entry(path.stem, run, changes or {}) for run in _items(content, "runs"))
+        runs = tuple(
+            _run_entry(path.stem, run, changes or {}) for item in _items(content, "runs") for run in _each(item)
+        )
         reports = tuple(_report_entry(path.stem, report) for report in _items(content, "reports"))
         suite = Suite(path.stem, notebooks, runs, reports)
         names = [entry.name for entry in (*runs, *reports)]
@@ -115,6 +121,26 @@ def _named(item) -> tuple[str, dict]:
     if not isinstance(parameters, dict):
         raise EffnetlibError(f"the parameters of {name} must be a mapping, and are {parameters!r}")
     return name, parameters
+
+
+def _each(item) -> Iterator[dict]:
+    """The runs that an item stands for: itself, or one for each combination of the values under `each`."""
+    if not isinstance(item, dict) or "each" not in item:
+        yield item
+        return
+    item = dict(item)
+    each, parameters = item.pop("each"), item.get("parameters") or {}
+    if not isinstance(each, dict) or not all(isinstance(values, list) and values for values in each.values()):
+        raise EffnetlibError(f"each must map parameters to lists of values, and is {each!r}")
+    for name in each:
+        if f"{{{name}}}" not in str(item.get("name")):
+            raise EffnetlibError(f"the name {item.get('name')!r} must hold {{{name}}}, for each value of it is a run")
+    for values in itertools.product(*each.values()):
+        chosen = dict(zip(each, values, strict=True))
+        name = item["name"]
+        for key, value in chosen.items():
+            name = name.replace(f"{{{key}}}", str(value))
+        yield item | {"name": name, "parameters": {**parameters, **chosen}}
 
 
 def _run_entry(suite: str, run, changes: Mapping) -> Entry:

@@ -47,6 +47,14 @@ def test_numbers_with_an_exponent_are_numbers(folder):
     assert suite.runs[0].parameters["lars_weight_decay"] == 1e-4
 
 
+def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
+    text = "runs: [{name: 'b{global_batch_size}-{seed}', parameters: {preset: digits-64-lars, momentum: 0.5}, "
+    runs = load_suite(write(folder, text + "each: {global_batch_size: [64, 128], seed: [0, 1]}}]")).runs
+    assert [run.name for run in runs] == ["b64-0", "b64-1", "b128-0", "b128-1"]
+    wanted = {"preset": "digits-64-lars", "momentum": 0.5, "global_batch_size": 128, "seed": 0}
+    assert runs[2].parameters == {**wanted, "directory": "small/runs/b128-0"}
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -64,6 +72,9 @@ def test_numbers_with_an_exponent_are_numbers(folder):
         ("runs: [{name: a, parameters: {preset: digits-64-lars, sed: 1}}]", "a: there is no parameter 'sed': did you mean seed?"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: x}}]", r"a: seed must be int, and is 'x' \(str\)"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: -1}}]", "a: global_batch_size must be above 0"),
+        ("runs: [{name: 'a{seed}', each: {seed: 1}}]", "each must map parameters to lists of values"),
+        ("runs: [{name: a, each: {seed: [0, 1]}}]", "the name 'a' must hold {seed}"),
+        ("runs: [{name: 'a{sed}', parameters: {preset: digits-64-lars}, each: {sed: [0, 1]}}]", "a0: there is no parameter 'sed'"),
         ("reports: [07_throughputs]", "there is no notebook '07_throughputs': did you mean 07_throughput?"),
         (f"runs: [{{name: a, parameters: {{{SHORT}}}}}, {{name: a, parameters: {{{SHORT}}}}}]", "two entries are named 'a'"),
     ],
