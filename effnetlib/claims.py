@@ -11,6 +11,7 @@ from html import escape
 import numpy as np
 from scipy import stats
 
+from effnetlib.paper import table2
 from effnetlib.records import Record
 
 SUPPORTED = "supported"
@@ -27,7 +28,7 @@ class Verdict:
 
     Attributes:
       claim: in one sentence. paper: what the paper states of it. ours: our figures, with n and spread.
-      verdict: SUPPORTED, NOT_SUPPORTED or NOT_TESTABLE. rule: what would have been support, or why it cannot be tested.
+      verdict: SUPPORTED, NOT_SUPPORTED or NOT_TESTABLE. why: what counts as support, or why it cannot be tested.
 
     In a notebook it shows itself, and leaves itself in the executed notebook for the suite's index page to collect.
     """
@@ -36,7 +37,7 @@ class Verdict:
     paper: str
     ours: str
     verdict: str
-    rule: str
+    why: str
 
     def _repr_mimebundle_(self, **_):
         rows = "".join(
@@ -90,7 +91,11 @@ def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
       points: final top-1 by (optimizer, global batch size).
     """
     claim = "RMSProp loses accuracy as the batch grows, and LARS keeps it"
-    paper = "B2, RMSProp: 80.1 % at 4,096, 79.9 % at 16,384; LARS: 79.7 % at 32,768 (Table 2, B2)"
+    top1 = table2().set_index("preset")["top1"]
+    paper = (
+        f"B2 with RMSProp: {100 * top1['b2-4096-rmsprop']:.1f} % at 4,096 and {100 * top1['b2-16384-rmsprop']:.1f} % at 16,384; "
+        f"with LARS: {100 * top1['b2-16384-lars']:.1f} % there and {100 * top1['b2-32768-lars']:.1f} % at 32,768 (Table 2)"
+    )
     small, large = min(batch for _, batch in points), max(batch for _, batch in points)
     rule = (
         f"from a batch of {small:,} to one of {large:,} RMSProp loses, it loses more than LARS, and LARS is ahead at {large:,}: "

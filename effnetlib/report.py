@@ -14,24 +14,62 @@ from matplotlib.figure import Figure
 from effnetlib.errors import EffnetlibError
 from effnetlib.records import Record, is_main_process, load_records, outputs_folder, write_atomically
 
+SEARCH = "search-"
+
 
 def suite_records(suite: str, *names: str) -> list[Record]:
-    """The completed records of a suite (a folder under outputs/), all of them or those named, in the order given. A name is
-    that of a run, or of a point: all its seeds.
+    """The completed records of a suite (a folder under outputs/), in the order of the names given. A name is that of a run, or
+    of a point: all its seeds. Without names, all but the search for settings (see `search_records`).
 
     Raises:
       EffnetlibError: the suite has no completed record, or lacks one that is named.
     """
-    folder = outputs_folder() / suite / "runs"
-    completed = [record for record in load_records(folder) if record.status == "completed"]
-    if not completed:
-        raise EffnetlibError(f"{folder} holds no completed record: run `effnetlib run notebooks/suites/{suite}.yaml`")
+    completed = _completed(suite)
     named = [[record for record in completed if name in (record.name, record.point)] for name in names]
     for name, found in zip(names, named, strict=True):
         if not found:
             known = ", ".join(record.name for record in completed)
-            raise EffnetlibError(f"{folder} holds no completed record of {name!r}, only of {known}")
-    return [record for found in named for record in found] if names else completed
+            raise EffnetlibError(f"the suite {suite} holds no completed record of {name!r}, only of {known}")
+    if names:
+        return [record for found in named for record in found]
+    return [record for record in completed if not record.name.startswith(SEARCH)]
+
+
+def search_records(suite: str) -> list[Record]:
+    """The completed records of a suite's search for settings: those named `search-POINT-VALUE`.
+
+    Raises:
+      EffnetlibError: there is none.
+    """
+    found = [record for record in _completed(suite) if record.name.startswith(SEARCH)]
+    if not found:
+        raise EffnetlibError(f"the suite {suite} holds no completed record of a search (named {SEARCH}POINT-VALUE)")
+    return found
+
+
+def best_rates(records: Sequence[Record]) -> pd.DataFrame:
+    """A row a search: how many rates were tried, the one with the highest final top-1 (of equals the lowest), and whether it
+    lies inside what was tried.
+
+    Args:
+      records: those of `search_records`.
+    """
+    table = results(records).assign(search=[r.name.removeprefix(SEARCH).rpartition("-")[0] for r in records])
+    rows = {}
+    for search, tried in table.sort_values("lr_per_256").groupby("search"):
+        best = tried.loc[tried["final_top1"].idxmax()]
+        inside = tried["lr_per_256"].iloc[0] < best["lr_per_256"] < tried["lr_per_256"].iloc[-1]
+        rows[search] = {name: best[name] for name in ("lr_per_256", "peak_lr", "final_top1")}
+        rows[search] |= {"rates": len(tried), "inside": inside}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("search")
+
+
+def _completed(suite: str) -> list[Record]:
+    folder = outputs_folder() / suite / "runs"
+    completed = [record for record in load_records(folder) if record.status == "completed"]
+    if not completed:
+        raise EffnetlibError(f"{folder} holds no completed record: run `effnetlib run notebooks/suites/{suite}.yaml`")
+    return completed
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
@@ -48,6 +86,22 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
         for r in records
     ]
     return pd.DataFrame(rows, index=pd.Index([record.name for record in records], name="run"))
+
+
+def over_seeds(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """A row a point: the columns `by`, the mean of each of `values` with its standard deviation over seeds, as text, and n.
+
+    Args:
+      table: of `results`.
+    """
+
+    def text(column):
+        digits = 1 if column.abs().max() >= 10 else 4
+        spread = f" ± {column.std():,.{digits}f}" if len(column) > 1 else ""
+        return f"{column.mean():,.{digits}f}{spread}"
+
+    groups = table.groupby(list(by), sort=False)
+    return groups[list(values)].agg(text).assign(n=groups.size()).reset_index()
 
 
 def curves(records: Sequence[Record], kind: str) -> pd.DataFrame:

@@ -64,14 +64,14 @@ def of(rmsprop_small, rmsprop_large, lars_small, lars_large):
 )
 def test_large_batches(points, verdict):
     found = large_batch(points)
-    assert found.verdict == verdict and "80.1 % at 4,096" in found.paper
+    assert found.verdict == verdict and "RMSProp: 80.1 % at 4,096" in found.paper
     if verdict != NOT_TESTABLE:
         assert "lars at 64" in found.ours and "(n = 3)" in found.ours
 
 
 def test_large_batches_of_one_optimizer_cannot_be_compared():
     found = large_batch({("lars", 64): HIGH, ("lars", 256): HIGH})
-    assert found.verdict == NOT_TESTABLE and "'rmsprop', 64" in found.rule
+    assert found.verdict == NOT_TESTABLE and "'rmsprop', 64" in found.why
 
 
 @pytest.mark.parametrize("judge", [polynomial_decay, warmup])
@@ -109,7 +109,7 @@ def test_evaluation_is_timed_where_devices_do_not_share_their_cores(tmp_path):
     assert distributed_evaluation(slow, fast).verdict == NOT_SUPPORTED
     assert distributed_evaluation(fast[:2], slow).verdict == NOT_TESTABLE
     sharing = distributed_evaluation(fast, [made_up(tmp_path, 12, flags="")])
-    assert sharing.verdict == NOT_TESTABLE and "simulated" in sharing.rule
+    assert sharing.verdict == NOT_TESTABLE and "simulated" in sharing.why
 
 
 def test_a_verdict_leaves_itself_in_the_notebook():

@@ -3,12 +3,13 @@ import re
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
 from effnetlib.records import outputs_folder
 from effnetlib.render import render_html, render_index
-from effnetlib.report import conditions, curves, results, show, suite_records
+from effnetlib.report import best_rates, conditions, curves, over_seeds, results, search_records, show, suite_records
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -66,6 +67,38 @@ def test_reports_read_completed_records_only():
     (outputs_folder() / "suite/runs/b/run.json").write_text("{}")
     with pytest.warns(UserWarning, match="b/run.json is damaged"):
         assert [record.name for record in suite_records("suite")] == ["a"]
+
+
+def test_a_point_is_all_its_seeds_and_a_search_stands_apart():
+    for seed in (0, 1):
+        made_up(f"lars-64-seed{seed}", seed=seed)
+    made_up("search-lars-64-0.5", lr_per_256=0.5)
+    assert [record.name for record in suite_records("suite", "lars-64")] == ["lars-64-seed0", "lars-64-seed1"]
+    assert [record.name for record in suite_records("suite", "lars-64-seed1")] == ["lars-64-seed1"]
+    assert list(results(suite_records("suite"))["point"]) == ["lars-64", "lars-64"]
+    assert [record.name for record in search_records("suite")] == ["search-lars-64-0.5"]
+
+
+def test_the_best_rate_is_the_lowest_of_the_highest():
+    for rate, top1 in ((0.5, 0.6), (1.0, 0.8), (2.0, 0.8), (4.0, 0.1)):
+        record = made_up(f"search-lars-64-{rate}", lr_per_256=rate)
+        record.result["final_top1"] = top1
+        record.save()
+        made_up(f"search-rmsprop-64-{rate}", lr_per_256=rate)
+    best = best_rates(search_records("suite"))
+    assert dict(best.loc["lars-64", ["lr_per_256", "rates", "inside"]]) == {
+        "lr_per_256": 1.0,
+        "rates": 4,
+        "inside": True,
+    }
+    assert best.loc["rmsprop-64", "lr_per_256"] == 0.5 and not best.loc["rmsprop-64", "inside"]
+
+
+def test_a_table_over_seeds_gives_mean_spread_and_count():
+    table = pd.DataFrame({"point": ["a", "a", "b"], "top1": [0.5, 0.7, 0.9], "seconds": [1000.0, 1002.0, 5.0]})
+    found = over_seeds(table, ["point"], ["top1", "seconds"])
+    assert found.loc[0].tolist() == ["a", "0.6000 ± 0.1414", "1,001.0 ± 1.4", 2]
+    assert found.loc[1].tolist() == ["b", "0.9000", "5.0000", 1]
 
 
 def test_html_is_one_file_that_asks_the_network_for_nothing():
