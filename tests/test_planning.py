@@ -77,6 +77,12 @@ compiler = pytest.mark.skipif(
 )
 
 
+def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EffnetlibError, match="the compiler for TPUs is not installed: pip install 'effnetlib"):
+        topology.devices_of("v3:2x2x1")
+
+
 @compiler
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
