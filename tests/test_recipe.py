@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, paper
-from effnetlib.recipe import PAPER_PRESETS
+from effnetlib.presets import PAPER_PRESETS
 
 DIGITS = Recipe.preset("digits-64-lars")
 
