@@ -23,6 +23,19 @@ _SMALL_SETS = {
     "photos": (16.0, "inception", 128),
 }
 
+# One session on a hosted notebook: B0 by the paper's RMSProp rules, the schedule shortened in proportion. The chips would be done
+# in a fraction of the time (outputs/published/plans), so the images that the host makes decide how many epochs there are.
+_SESSIONS = {
+    # One chip of v5e, about ten minutes: 2.0 million images, of which one core makes 7,900 a second and more cores no more,
+    # for images so small are work for Python, which runs in one thread at a time.
+    "colab": dict(batch=512, epochs=40.0, dataset="cifar10", image_size=64, augmentation="shift_flip"),
+    # Eight chips of v5e, nine hours: 128 million images. One core makes 1,203 a second and two 1.8 times as many; if 16 threads make
+    # seven times as many, half of that is enough.
+    "kaggle": dict(batch=1024, epochs=100.0, augmentation="inception"),
+}
+# A session of Kaggle ends after 540, without a warning; installing, listing the photographs and keeping the output take some.
+SESSION_MINUTES = {"kaggle": 500.0}
+
 
 def preset_fields(name: str) -> dict:
     """The fields of the recipe that `Recipe.preset` has under a name.
@@ -30,11 +43,13 @@ def preset_fields(name: str) -> dict:
     Raises:
       EffnetlibError: there is no such preset.
     """
+    if name in _SESSIONS:
+        return _session_rules(**_SESSIONS[name])
     text = f"{name}-64-rmsprop" if name in _SMALL_SETS else str(name)
     match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars)", text)
     if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
         small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop")]
-        raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *small])}")
+        raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *_SESSIONS, *small])}")
     base, batch, optimizer = match[1], int(match[2]), match[3]
     return (_paper_rules if base in _PAPER_VARIANTS else _small_rules)(base, batch, optimizer)
 
@@ -57,6 +72,10 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
     return shared | dict(
         batch_norm_batch_size=nearest_group_size(batch, group), lr_per_256=0.016, decay="exponential", warmup_epochs=5.0
     )
+
+
+def _session_rules(batch: int, epochs: float, **changes) -> dict:
+    return _paper_rules("b0", batch, "rmsprop") | dict(epochs=epochs, decay_epochs=2.4 * epochs / 350) | changes
 
 
 def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:

@@ -120,6 +120,7 @@ class Recipe:
         `b0…b7-BATCH-rmsprop|lars` is the paper's Table 2 where it has that row, and else follows the same rules;
         `digits-`, `cifar10-`, `fashion_mnist-` and `photos-BATCH-rmsprop|lars` are small ones, and their names alone mean
         `-64-rmsprop`. `photos` is any set of photographs under that name, at 128 pixels.
+        `colab` is B0 on CIFAR-10 in ten minutes of one v5e chip, and `kaggle` B0 on ImageNet in a session of eight.
         """
         return cls(**preset_fields(name))
 
