@@ -35,6 +35,11 @@ def outputs_folder() -> Path:
     return checkout / "outputs"
 
 
+def published_folder() -> Path:
+    """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
+    return Path(__file__).parent.parent / "outputs/published"
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file whole: a reader, or a crash, sees the old content or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

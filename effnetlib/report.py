@@ -12,16 +12,27 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.records import Record, is_main_process, load_records, outputs_folder, write_atomically
+from effnetlib.records import (
+    Record,
+    is_main_process,
+    load_records,
+    outputs_folder,
+    published_folder,
+    write_atomically,
+)
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
-    """The completed records of a suite (a folder under outputs/), all of them or those named, in the order given.
+    """The completed records of a suite (a folder under outputs/), all of them or those named, in the order given. Of a suite
+    that nobody ran here they are the published ones, and a line says so.
 
     Raises:
       EffnetlibError: the suite has no completed record, or lacks one that is named.
     """
     folder = outputs_folder() / suite / "runs"
+    if not folder.exists() and (published_folder() / suite).exists():
+        print(f"There is no {folder}: these are the records that come with effnetlib.")
+        folder = published_folder() / suite / "runs"
     completed = {record.name: record for record in load_records(folder) if record.status == "completed"}
     if not completed:
         raise EffnetlibError(f"{folder} holds no completed record: run `effnetlib run notebooks/suites/{suite}.yaml`")
