@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help env reproduce test lint lab lock publish chaos
+.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos rehearse
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,11 +38,19 @@ lock:  ## renew requirements.lock from pyproject.toml (needs uv)
 	uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra test --extra plan --no-header \
 		--no-emit-index-url --no-annotate --output-file requirements.lock pyproject.toml
 
+address: $(STAMP)  ## write the address of git's remote into badges and notebooks, for a fork
+	$(BIN)/python notebooks/address.py
+
 SUITE ?= laptop
 
 publish:  ## copy a suite's records, reports and figures (SUITE=laptop) to outputs/published, which git keeps
 	rm -rf outputs/published/$(SUITE) && mkdir -p outputs/published/$(SUITE)
 	tar -C outputs/$(SUITE) -cf - --exclude checkpoints --exclude executed --exclude logs . | tar -C outputs/published/$(SUITE) -xf -
+
+IMAGE ?= colab
+
+rehearse: $(STAMP)  ## run every notebook alone as on Colab (IMAGE=kaggle: on Kaggle), in a fresh environment
+	$(BIN)/python tests/rehearse.py $(IMAGE) $(if $(IMAGE_PYTHON),--python $(IMAGE_PYTHON))
 
 chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes outputs/published/chaos.json
 	$(BIN)/python tests/chaos.py --faults 60 --minutes 15 --record outputs/published/chaos.json
