@@ -95,8 +95,8 @@ def files(address: str) -> dict[Path, str]:
     wanted = {
         project: re.sub(r'(?m)^Repository = ".*"$', f'Repository = "{address}"', project.read_text()),
         readme: re.sub(
-            r"(?s)(<!-- badges -->\n).*?(\n<!-- / -->)",
-            lambda match: match[1] + badges(address, "train.ipynb") + match[2],
+            r"(?s)(<!-- badges -->\n).*?(<!-- / -->)",
+            lambda match: f"{match[1]}{badges(address, 'train.ipynb')}\n{match[2]}",
             readme.read_text(),
         ),
     }
