@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,8 @@ from effnetlib.errors import EffnetlibError
 from effnetlib.recipe import Recipe
 
 SCHEMA = 1
+# What XLA_FLAGS say so that a simulated device computes on one core, as a real one has its own.
+ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 
 
 def is_main_process() -> bool:
@@ -38,6 +41,15 @@ def outputs_folder() -> Path:
 def published_folder() -> Path:
     """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
     return Path(__file__).parent.parent / "outputs/published"
+
+
+def runs_folder(suite: str) -> Path:
+    """Where a suite's records lie: `outputs/SUITE/runs`; the published ones, which a line says, where nobody ran it here."""
+    mine, published = (folder / suite / "runs" for folder in (outputs_folder(), published_folder()))
+    if mine.exists() or not published.exists():
+        return mine
+    print(f"There is no {mine}: these are the records that come with effnetlib.")
+    return published
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -105,6 +117,17 @@ class Record:
     def name(self) -> str:
         """The name of the folder."""
         return self.directory.name
+
+    @property
+    def point(self) -> str:
+        """The name without its seed: `lars-64-seed0` and `lars-64-seed1` are two runs of the point `lars-64`."""
+        return re.sub(r"-seed\d+$", "", self.name)
+
+    @property
+    def devices_share_cores(self) -> bool:
+        """Whether the devices are simulated and each of them computes on all cores, so that none can be idle."""
+        simulated = self.environment["platform"] == "cpu" and self.environment["devices"] > 1
+        return simulated and ONE_CORE_A_DEVICE not in self.environment.get("xla_flags", "")
 
     def save(self) -> None:
         """Writes `run.json`."""
@@ -191,6 +214,7 @@ def environment() -> dict:
         "devices": len(devices),
         "processes": jax.process_count(),
         "host": f"{platform.system()} {platform.machine()}, {_cpu_model()}, {os.cpu_count()} cores",
+        "xla_flags": " ".join(filter(None, (os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
         "git_commit": _git_commit(),
     }
 

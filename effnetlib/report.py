@@ -17,49 +17,55 @@ from effnetlib.records import (
     is_main_process,
     load_records,
     outputs_folder,
-    published_folder,
+    runs_folder,
     write_atomically,
 )
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
-    """The completed records of a suite (a folder under outputs/), all of them or those named, in the order given. Of a suite
-    that nobody ran here they are the published ones, and a line says so.
+    """The completed records of a suite (a folder under outputs/), all of them or those named, in the order given. A name is
+    that of a run, or of a point: all its seeds.
 
     Raises:
       EffnetlibError: the suite has no completed record, or lacks one that is named.
     """
-    folder = outputs_folder() / suite / "runs"
-    if not folder.exists() and (published_folder() / suite).exists():
-        print(f"There is no {folder}: these are the records that come with effnetlib.")
-        folder = published_folder() / suite / "runs"
-    completed = {record.name: record for record in load_records(folder) if record.status == "completed"}
+    folder = runs_folder(suite)
+    completed = [record for record in load_records(folder) if record.status == "completed"]
     if not completed:
         raise EffnetlibError(f"{folder} holds no completed record: run `effnetlib run notebooks/suites/{suite}.yaml`")
-    for name in names:
-        if name not in completed:
-            raise EffnetlibError(f"{folder} holds no completed record of {name!r}, only of {', '.join(completed)}")
-    return [completed[name] for name in names or completed]
+    named = [[record for record in completed if name in (record.name, record.point)] for name in names]
+    for name, found in zip(names, named, strict=True):
+        if not found:
+            known = ", ".join(record.name for record in completed)
+            raise EffnetlibError(f"{folder} holds no completed record of {name!r}, only of {known}")
+    return [record for found in named for record in found] if names else completed
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a run: its name (the index), every recipe field, its peak learning rate and steps, and every value of
-    timing, environment and result."""
+    """A row a run: its name (the index), its point (the name without the seed), every recipe field, its peak learning rate
+    and steps, and every value of timing, environment and result."""
     derived = ("peak_lr", "total_steps")
     rows = [
-        asdict(r.recipe) | {name: getattr(r.recipe, name) for name in derived} | r.environment | r.timing | r.result
+        {"point": r.point}
+        | asdict(r.recipe)
+        | {name: getattr(r.recipe, name) for name in derived}
+        | r.environment
+        | r.timing
+        | r.result
         for r in records
     ]
     return pd.DataFrame(rows, index=pd.Index([record.name for record in records], name="run"))
 
 
 def curves(records: Sequence[Record], kind: str) -> pd.DataFrame:
-    """The "train" or "eval" rows of several runs in one long table, with the columns `run` and every recipe field."""
+    """The "train" or "eval" rows of several runs in one long table, with the columns `run`, `point` and every recipe field."""
     frames = []
     for record in records:
         frame = record.frame(kind)
         names = [name for name in asdict(record.recipe) if name not in frame.columns]
-        frames.append(frame.assign(run=record.name, **{name: getattr(record.recipe, name) for name in names}))
+        frames.append(
+            frame.assign(run=record.name, point=record.point, **{name: getattr(record.recipe, name) for name in names})
+        )
     return pd.concat(frames, ignore_index=True)
 
 

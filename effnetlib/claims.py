@@ -1,0 +1,222 @@
+"""The paper's five claims as questions to runs. What counts as support was written before the first result was known.
+
+Every figure is a final top-1 (of the moving average, over all evaluation examples) or a time, of at least three seeds a point; every
+comparison is a difference of means with its 95 % interval (Welch's, for variances that differ).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+
+import numpy as np
+from scipy import stats
+
+from effnetlib.records import Record
+
+SUPPORTED = "supported"
+NOT_SUPPORTED = "not supported at this scale"
+NOT_TESTABLE = "not testable here"
+MIN_SEEDS = 3
+MARGIN = 0.01  # of top-1: what "costs no accuracy" allows
+MIME = "application/vnd.effnetlib.verdict+json"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What runs say of a claim.
+
+    Attributes:
+      claim: in one sentence. paper: what the paper states of it. ours: our figures, with n and spread.
+      verdict: SUPPORTED, NOT_SUPPORTED or NOT_TESTABLE. rule: what would have been support, or why it cannot be tested.
+
+    In a notebook it shows itself, and leaves itself in the executed notebook for the suite's index page to collect.
+    """
+
+    claim: str
+    paper: str
+    ours: str
+    verdict: str
+    rule: str
+
+    def _repr_mimebundle_(self, **_):
+        rows = "".join(
+            f'<tr><th style="text-align: left">{name}</th><td style="text-align: left">{escape(value)}</td></tr>'
+            for name, value in asdict(self).items()
+        )
+        text = "\n".join(f"{name:8}{value}" for name, value in asdict(self).items())
+        return {"text/plain": text, "text/html": f"<table>{rows}</table>", MIME: asdict(self)}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+    def points(self) -> str:
+        """As percentage points."""
+        return f"{100 * self.estimate:+.2f} points (95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f})"
+
+
+def contrast(*terms: tuple[float, Sequence[float]]) -> Interval:
+    """``sum_i weight_i * mean_i`` of independent samples, with Welch and Satterthwaite's interval.
+
+    The variance is ``v = sum_i v_i``, ``v_i = weight_i^2 * s_i^2 / n_i``, the degrees of freedom ``v^2 / sum_i v_i^2 / (n_i - 1)``.
+
+    Args:
+      terms: (weight, values) pairs, of at least two values each.
+    """
+    variances = np.array([weight**2 * np.var(values, ddof=1) / len(values) for weight, values in terms])
+    freedom = np.array([len(values) - 1 for _, values in terms])
+    estimate = float(sum(weight * np.mean(values) for weight, values in terms))
+    if not variances.any():
+        return Interval(estimate, estimate, estimate)
+    degrees = variances.sum() ** 2 / (variances**2 / freedom).sum()
+    half = float(stats.t.ppf(0.975, degrees) * np.sqrt(variances.sum()))
+    return Interval(estimate, estimate - half, estimate + half)
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """As a percentage: mean, standard deviation over seeds, and n."""
+    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f} % (n = {len(values)})"
+
+
+def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
+    """RMSProp loses accuracy as the batch grows and LARS keeps it.
+
+    Args:
+      points: final top-1 by (optimizer, global batch size).
+    """
+    claim = "RMSProp loses accuracy as the batch grows, and LARS keeps it"
+    paper = "B2, RMSProp: 80.1 % at 4,096, 79.9 % at 16,384; LARS: 79.7 % at 32,768 (Table 2, B2)"
+    small, large = min(batch for _, batch in points), max(batch for _, batch in points)
+    rule = (
+        f"from a batch of {small:,} to one of {large:,} RMSProp loses, it loses more than LARS, and LARS is ahead at {large:,}: "
+        "all three intervals above 0"
+    )
+    wanted = {(optimizer, batch) for optimizer in ("rmsprop", "lars") for batch in (small, large)}
+    if missing := wanted - set(points):
+        return Verdict(claim, paper, "-", NOT_TESTABLE, f"there are no runs of {sorted(missing)}")
+    if few := _few_seeds(points.values()):
+        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
+    losses = {name: ((1, points[name, small]), (-1, points[name, large])) for name in ("rmsprop", "lars")}
+    loses = contrast(*losses["rmsprop"])
+    more = contrast(*losses["rmsprop"], *((-weight, values) for weight, values in losses["lars"]))
+    ahead = contrast((1, points["lars", large]), (-1, points["rmsprop", large]))
+    means = "; ".join(
+        f"{optimizer} at {batch:,}: {mean_and_spread(values)}" for (optimizer, batch), values in sorted(points.items())
+    )
+    ours = (
+        f"{means}. RMSProp loses {loses.points()}, that much more than LARS: {more.points()}; "
+        f"LARS is ahead at {large:,} by {ahead.points()}"
+    )
+    return Verdict(claim, paper, ours, _judged(min(loses.low, more.low, ahead.low) > 0), rule)
+
+
+def better(claim: str, paper: str, ours: tuple[str, Sequence[float]], other: tuple[str, Sequence[float]]) -> Verdict:
+    """Whether one way is better than another: the interval of the difference of final top-1 lies above 0.
+
+    Args:
+      claim, paper: as in `Verdict`.
+      ours, other: (name, final top-1 of the seeds) of the way that the claim favours, and of the other.
+    """
+    rule = f"the interval of {ours[0]} minus {other[0]} lies above 0"
+    if few := _few_seeds((ours[1], other[1])):
+        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
+    difference = contrast((1, ours[1]), (-1, other[1]))
+    figures = f"{ours[0]}: {mean_and_spread(ours[1])}; {other[0]}: {mean_and_spread(other[1])}; difference {difference.points()}"
+    return Verdict(claim, paper, figures, _judged(difference.low > 0), rule)
+
+
+def polynomial_decay(polynomial: Sequence[float], exponential: Sequence[float]) -> Verdict:
+    """Polynomial decay beats exponential for LARS. Takes the final top-1 of each."""
+    return better(
+        "polynomial decay beats exponential decay for LARS",
+        "polynomial decay was found best for LARS (no figures known to us)",
+        ("polynomial", polynomial),
+        ("exponential", exponential),
+    )
+
+
+def warmup(with_warmup: Sequence[float], without: Sequence[float]) -> Verdict:
+    """Warm-up is needed by LARS at a large batch. Takes the final top-1 of each."""
+    return better(
+        "warm-up is needed at a large batch",
+        "43 to 50 epochs of 350 in its LARS recipes (Table 2; no figures without)",
+        ("with warm-up", with_warmup),
+        ("without", without),
+    )
+
+
+def batch_norm_batch(points: Mapping[int, Sequence[float]]) -> Verdict:
+    """Accuracy depends on the batch-norm batch size, with an optimum.
+
+    Args:
+      points: final top-1 by batch-norm batch size.
+    """
+    claim = "accuracy depends on the batch-norm batch size, with an optimum"
+    paper = "the group size was tuned (section 3; no figures known to us)"
+    rule = "one-way analysis of variance gives p < 0.05, and the best mean lies at neither end of the sizes"
+    if few := _few_seeds(points.values()):
+        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
+    sizes = sorted(points)
+    p = float(stats.f_oneway(*points.values()).pvalue)
+    best = max(sizes, key=lambda size: np.mean(points[size]))
+    figures = "; ".join(f"{size:,}: {mean_and_spread(points[size])}" for size in sizes)
+    supported = p < 0.05 and best not in (sizes[0], sizes[-1])
+    return Verdict(claim, paper, f"{figures}; p = {p:.2g}, best at {best:,}", _judged(supported), rule)
+
+
+def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record]) -> Verdict:
+    """Evaluation on all devices shortens end-to-end time, from the end of compilation to the end of the run.
+
+    Args:
+      all_devices, one: runs of one recipe on several devices, evaluated on all of them and on one.
+    """
+    claim = "evaluation on all devices shortens end-to-end time"
+    paper = "evaluating on a part of the machine was the bottleneck, so it evaluates on all cores (section 3; no figures known to us)"
+    rule = "the interval of the seconds saved lies above 0"
+    if any(record.devices_share_cores for record in (*all_devices, *one)):
+        why = "the devices are simulated, and each of them computes on all cores already"
+        return Verdict(claim, paper, "-", NOT_TESTABLE, why)
+    if min(len(all_devices), len(one)) < MIN_SEEDS:
+        return Verdict(claim, paper, "-", NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} runs")
+    seconds = {
+        name: [record.timing["total_seconds"] for record in records]
+        for name, records in (("all devices", all_devices), ("one", one))
+    }
+    saved = contrast((1, seconds["one"]), (-1, seconds["all devices"]))
+    means = "; ".join(
+        f"on {name}: {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} s (n = {len(values)})"
+        for name, values in seconds.items()
+    )
+    ours = f"{means}; saved {saved.estimate:.1f} s (95 % interval {saved.low:.1f} to {saved.high:.1f})"
+    return Verdict(claim, paper, ours, _judged(saved.low > 0), rule)
+
+
+def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:
+    """bfloat16 convolutions cost no accuracy: less than MARGIN. Takes the final top-1 of each."""
+    claim = "bfloat16 convolutions cost no accuracy"
+    paper = "no loss of accuracy (section 3; no figures known to us)"
+    rule = f"the interval of bfloat16 minus float32 lies above {-100 * MARGIN:.0f} point"
+    if few := _few_seeds((bfloat16, float32)):
+        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
+    difference = contrast((1, bfloat16), (-1, float32))
+    figures = (
+        f"bfloat16: {mean_and_spread(bfloat16)}; float32: {mean_and_spread(float32)}; difference {difference.points()}"
+    )
+    return Verdict(claim, paper, figures, _judged(difference.low > -MARGIN), rule)
+
+
+def _judged(holds: bool) -> str:
+    return SUPPORTED if holds else NOT_SUPPORTED
+
+
+def _few_seeds(points) -> str:
+    """What there is, where a point has too few seeds to judge; else empty."""
+    points = list(points)
+    if min(len(values) for values in points) >= MIN_SEEDS:
+        return ""
+    return ", ".join(f"{100 * np.mean(values):.1f} % (n = {len(values)})" for values in points)
