@@ -12,14 +12,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.records import (
-    Record,
-    is_main_process,
-    load_records,
-    outputs_folder,
-    runs_folder,
-    write_atomically,
-)
+from effnetlib.records import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
