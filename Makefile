@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help env reproduce test lint lab lock publish chaos
+.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos rehearse
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -27,6 +27,18 @@ reproduce: $(STAMP)  ## run the laptop suite and render its reports (outputs/lap
 test: $(STAMP)  ## run all tests, the slow ones too
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+PYTHON_OLDEST ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
+OLDEST := .venv-oldest
+
+$(OLDEST)/.installed: requirements-oldest.lock pyproject.toml
+	$(PYTHON_OLDEST) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-oldest.lock
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## run all tests on the oldest versions that pyproject.toml allows (Python 3.12 if there is one)
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal
+
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,15 +46,25 @@ lint: $(STAMP)  ## check style
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-lock:  ## renew requirements.lock from pyproject.toml (needs uv)
-	uv pip compile --quiet --universal --upgrade --python-version 3.11 --extra test --extra plan --no-header \
-		--no-emit-index-url --no-annotate --output-file requirements.lock pyproject.toml
+COMPILE := uv pip compile --quiet --upgrade --no-header --no-emit-index-url --no-annotate --extra test
+
+lock:  ## renew requirements.lock and requirements-oldest.lock from pyproject.toml (needs uv)
+	$(COMPILE) --universal --python-version 3.11 --extra plan --output-file requirements.lock pyproject.toml
+	$(COMPILE) --resolution lowest-direct --no-build --python-version 3.12 --output-file requirements-oldest.lock pyproject.toml
+
+address: $(STAMP)  ## write the address of git's remote into badges and notebooks, for a fork
+	$(BIN)/python notebooks/address.py
 
 SUITE ?= laptop
 
 publish:  ## copy a suite's records, reports and figures (SUITE=laptop) to outputs/published, which git keeps
 	rm -rf outputs/published/$(SUITE) && mkdir -p outputs/published/$(SUITE)
 	tar -C outputs/$(SUITE) -cf - --exclude checkpoints --exclude executed --exclude logs . | tar -C outputs/published/$(SUITE) -xf -
+
+IMAGE ?= colab
+
+rehearse: $(STAMP)  ## run every notebook alone as on Colab (IMAGE=kaggle: on Kaggle), in a fresh environment
+	$(BIN)/python tests/rehearse.py $(IMAGE) $(if $(IMAGE_PYTHON),--python $(IMAGE_PYTHON))
 
 chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes outputs/published/chaos.json
 	$(BIN)/python tests/chaos.py --faults 60 --minutes 15 --record outputs/published/chaos.json

@@ -86,12 +86,7 @@ def _shifted_products_backward(x, kernel, cotangent, stride, in_loop):
 def _convolution_backward(x, kernel, cotangent, stride):
     """What JAX's own rule does, but for the dtype of the kernel's gradient: float32, see `pointwise_conv`."""
     (of_x,) = jax.vjp(lambda x: _convolution(x, kernel, stride), x)[1](cotangent)
-    size = len(kernel)
-    before_and_size = [_same_padding(extent, size, stride)[::2] for extent in x.shape[1:3]]
-    padding = [
-        (before, (out - 1) * stride + size - extent - before)
-        for (before, out), extent in zip(before_and_size, x.shape[1:3], strict=True)
-    ]
+    padding = [_same_padding(extent, len(kernel), stride)[:2] for extent in x.shape[1:3]]
     # The batch is what is summed over, so it takes the place of the channels.
     of_kernel = jax.lax.conv_general_dilated(
         x,

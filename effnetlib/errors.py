@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class EffnetlibError(ValueError):
-    """Bad input. The command line prints its sentence without a traceback and exits with 2."""
+    """Bad input. The command line and notebooks show its sentence without a traceback; the former exits with 2."""
+
+    def _render_traceback_(self):  # IPython's hook
+        return [f"{type(self).__name__}: {self}"]
 
 
 class FailedError(EffnetlibError):

@@ -4,6 +4,7 @@ Source: section 3.4 of the paper (groups of more than 16 replicas form 2-D tiles
 v0.7 entry (resnet-research-TF-tpu-v3-8192/util/image_util.py), the nearest published code by the same people.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -78,6 +79,18 @@ def groups_fit(num_groups: int, num_devices: int) -> bool:
     (True, True, False)
     """
     return num_groups % num_devices == 0 or num_devices % num_groups == 0
+
+
+def nearest_group_size(batch: int, size: int, num_devices: int = 1) -> int:
+    """Of the batch-norm batch sizes that divide a batch into groups which fit the devices, the nearest to `size`.
+
+    >>> nearest_group_size(96, 30), nearest_group_size(96, 30, num_devices=8)
+    (32, 24)
+    """
+    small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
+    divisors = small + [batch // n for n in reversed(small)]
+    fitting = (n for n in divisors if groups_fit(batch // n, num_devices))
+    return min(fitting, key=lambda n: abs(n - size))
 
 
 def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

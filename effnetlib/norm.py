@@ -60,14 +60,13 @@ class GroupedBatchNorm(nnx.Module):
         """``(mean, scale, shift)``, each ``[batch, 1, ..., C]``: the layer as ``(x - mean) * scale + shift``, for a
         caller that does more in the same pass over x."""
         mean, var = self._statistics(self._grouped(x)) if train else (self.mean[...], self.var[...])
-        scale = self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)
 
         def of_example(value):
             groups = value.reshape(-1, 1, self.gamma[...].size)
             shape = (len(groups), x.shape[0] // len(groups), groups.shape[-1])
             return jnp.broadcast_to(groups, shape).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1)
 
-        return of_example(mean), of_example(scale), of_example(self.beta[...])
+        return of_example(mean), of_example(self._scale(var)), of_example(self.beta[...])
 
     def _grouped(self, x):
         batch, *rest = x.shape
@@ -86,7 +85,10 @@ class GroupedBatchNorm(nnx.Module):
         return mean, var
 
     def _normalize(self, x, mean, var):
-        return (x - mean) * (self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)) + self.beta[...]
+        return (x - mean) * self._scale(var) + self.beta[...]
+
+    def _scale(self, var):
+        return self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)
 
     def _move(self, running, statistic):
         new = jax.lax.stop_gradient(statistic.reshape(self.num_groups, -1).mean(0))

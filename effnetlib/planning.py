@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from effnetlib.collectives import Collective, collectives, seconds
 from effnetlib.errors import EffnetlibError
@@ -26,7 +27,7 @@ from effnetlib.model import multiply_adds
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import outputs_folder, write_atomically
-from effnetlib.step import lower_train_step
+from effnetlib.step import build_model, lower_train_step
 from effnetlib.topology import GIB, chip_of, devices_of
 
 LINE_SECONDS = 15.0
@@ -214,11 +215,11 @@ def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
         batch_per_device=batch // len(devices), recipe_hash=recipe.hash, hbm_limit_bytes=limit, epochs=recipe.epochs,
         versions=_versions(),
     )  # fmt: skip
-    compiled = _compile(recipe, devices)
-    hbm = _hbm_bytes(compiled[0]) if compiled else None
-    if hbm is None or hbm > limit:
+    train = _compile_train(recipe, devices)
+    hbm = _hbm_bytes(train) if train else None
+    evaluation = None if hbm is None or hbm > limit else _compile_evaluation(recipe, devices)
+    if evaluation is None:
         return Plan(fits=False, largest_batch=_largest_batch(recipe, devices, limit), hbm_bytes=hbm, **known)
-    train, evaluation = compiled
     exchanged = tuple(collectives(train.as_text()))
     timing = _step_timing(train, chip)
     exchanging = sum(seconds(each, chip) for each in exchanged)
@@ -244,17 +245,32 @@ def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
     )
 
 
-def _compile(recipe: Recipe, devices: list):
-    """The compiled train and evaluation steps, or None where the compiler runs out of memory."""
-    mesh = make_mesh(recipe.num_groups, devices)
-    batch, size = recipe.global_batch_size, recipe.resolution
-    lowered, state, graphdef = lower_train_step(recipe, mesh)[1:]
-    evaluation = lower_eval_step(graphdef, (state.params, state.batch_stats), batch=batch, size=size, mesh=mesh)
+def _compile_train(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
+    """The compiled train step, or None where the compiler runs out of memory."""
+    lowered = lower_train_step(recipe, make_mesh(recipe.num_groups, devices))[1]
+    return _compile(
+        lowered, f"the train step of {recipe.variant} at {recipe.global_batch_size:,} for {len(devices):,} devices"
+    )
+
+
+def _compile_evaluation(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
+    """The compiled evaluation step, or None where the compiler runs out of memory."""
+    model = nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0)))
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    lowered = lower_eval_step(
+        graphdef,
+        (nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)),
+        batch=recipe.global_batch_size,
+        size=recipe.resolution,
+        mesh=make_mesh(recipe.num_groups, devices),
+    )
+    return _compile(lowered, "the evaluation step")
+
+
+def _compile(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled | None:
     try:
-        with _at_work(f"compiling the train step of {recipe.variant} at {batch:,} for {len(devices):,} devices"):
-            train = lowered.compile()
-        with _at_work("compiling the evaluation step"):
-            return train, evaluation.compile()
+        with _at_work(f"compiling {what}"):
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
             raise
@@ -276,11 +292,12 @@ def _largest_batch(recipe: Recipe, devices: list, limit: int) -> int:
     """Of half the batch, a quarter and so on, the first that fits; 0 where none does."""
     batch, group = recipe.global_batch_size // 2, recipe.batch_norm_batch_size
     while batch % len(devices) == 0:
+        # The peak learning rate falls with the batch, maybe below end_lr, which a recipe refuses; memory depends on neither.
         smaller = dict(global_batch_size=batch, batch_norm_batch_size=min(batch, group), end_lr=0.0)
         with contextlib.suppress(EffnetlibError):
             tried = recipe.replace(**smaller)
             tried.validate(len(devices))
-            if (compiled := _compile(tried, devices)) and _hbm_bytes(compiled[0]) <= limit:
+            if (train := _compile_train(tried, devices)) and _hbm_bytes(train) <= limit:
                 return batch
         batch //= 2
     return 0

@@ -38,6 +38,20 @@ def outputs_folder() -> Path:
     return checkout / "outputs"
 
 
+def published_folder() -> Path:
+    """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
+    return Path(__file__).parent.parent / "outputs/published"
+
+
+def runs_folder(suite: str) -> Path:
+    """Where a suite's records lie: `outputs/SUITE/runs`; the published ones, which a line says, where nobody ran it here."""
+    mine, published = (folder / suite / "runs" for folder in (outputs_folder(), published_folder()))
+    if mine.exists() or not published.exists():
+        return mine
+    print(f"There is no {mine}: these are the records that come with effnetlib.")
+    return published
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file whole: a reader, or a crash, sees the old content or the new one and never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -31,6 +31,8 @@ def render_html(directory: Path, name: str) -> Path:
     """
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = nbformat.read(executed, as_version=4)
+    # What only an open notebook has a use for; and the badges are images from the network.
+    notebook.cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": _title(notebook, executed), "css": _css(), "source": executed.name}
     page["error"] = outcome(directory, name).get("error", "")

@@ -12,7 +12,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.records import Record, is_main_process, load_records, outputs_folder, write_atomically
+from effnetlib.records import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
 
 SEARCH = "search-"
 
@@ -65,7 +65,7 @@ def best_rates(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _completed(suite: str) -> list[Record]:
-    folder = outputs_folder() / suite / "runs"
+    folder = runs_folder(suite)
     completed = [record for record in load_records(folder) if record.status == "completed"]
     if not completed:
         raise EffnetlibError(f"{folder} holds no completed record: run `effnetlib run notebooks/suites/{suite}.yaml`")

@@ -113,20 +113,19 @@ def make_train_step(recipe: Recipe):
 
 
 def lower_train_step(recipe: Recipe, mesh: Mesh):
-    """``(init, lowered, state, graphdef)``: the step lowered for a mesh, whose devices need not be there, with the shapes of its
-    state. The state is donated, the batch is sharded, and everything else is on every device."""
+    """``(init, lowered, state, graphdef)``: `init` jitted and the step lowered for a mesh, whose devices need not be there, with
+    the shapes of the state. The state is donated, the batch is sharded, and everything else is on every device."""
     init, step, graphdef = make_train_step(recipe)
     everywhere, sharded = replicated(mesh), batch_sharding(mesh)
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(init, key)
+    init = jax.jit(init, out_shardings=everywhere)
+    key = shapes_of(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    state = init.eval_shape(key)
     size, batch = recipe.resolution, recipe.global_batch_size
     batch_shapes = {
         "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharded),
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharded),
     }
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    lowered = step.lower(
-        shapes_of(state, everywhere), batch_shapes, shapes_of(key, everywhere), shapes_of(jnp.float32(0), everywhere)
-    )
+    lowered = step.lower(shapes_of(state, everywhere), batch_shapes, key, shapes_of(jnp.float32(0), everywhere))
     return init, lowered, state, graphdef

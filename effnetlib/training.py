@@ -156,8 +156,7 @@ def _run(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> No
     compiling = time.perf_counter()
     init, lowered, _, graphdef = lower_train_step(recipe, mesh)
     # Runs once, so it is not worth the compiler's time (a third of it, measured on CPU).
-    init = jax.jit(init, out_shardings=everywhere).lower(init_key).compile({"xla_backend_optimization_level": 0})
-    state = init(init_key)
+    state = init.lower(init_key).compile({"xla_backend_optimization_level": 0})(init_key)
     train_step = lowered.compile()
     eval_mesh = mesh if len(eval_devices) == mesh.size else make_mesh(1, eval_devices)
     evaluator = Evaluator(

@@ -268,3 +268,11 @@ def test_not_an_archive(tmp_path):
         fetch("cifar10", tmp_path / "x.tar.gz")
     with pytest.raises(EffnetlibError, match="did you mean cifar10?"):
         fetch("cifar")
+
+
+def test_imagenet_is_the_competitions_where_kaggle_attaches_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "KAGGLE_IMAGENET", tmp_path)
+    assert sources.data_folder("imagenet") == tmp_path
+    assert sources.data_folder("photos") == sources.cache_folder() / "photos"
+    (sources.cache_folder() / "imagenet").mkdir(parents=True)
+    assert sources.data_folder("imagenet") == sources.cache_folder() / "imagenet"

@@ -17,7 +17,7 @@ from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
 from effnetlib.collectives import replica_groups, shapes
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
-from effnetlib.step import make_train_step
+from effnetlib.step import lower_train_step, make_train_step
 
 STEPS = 20
 
@@ -69,21 +69,7 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
 @pytest.mark.parametrize(("group", "meeting"), [(8, None), (32, [[0, 1, 2, 3], [4, 5, 6, 7]])])
 def test_no_collective_of_the_train_step_spans_more_than_its_group_but_for_the_gradient(group, meeting):
     recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group)
-    mesh = make_mesh(recipe.num_groups)
-    init, step, _ = make_train_step(recipe)
-
-    def shaped(tree, sharding):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(init, key)
-    batch = {"images": np.zeros((64, 32, 32, 3), np.uint8), "labels": np.zeros(64, np.int32)}
-    lowered = jax.jit(step, out_shardings=replicated(mesh)).lower(
-        shaped(state, replicated(mesh)),
-        shaped(batch, batch_sharding(mesh)),
-        shaped(key, replicated(mesh)),
-        shaped(np.float32(0), replicated(mesh)),
-    )
+    _, lowered, state, _ = lower_train_step(recipe, make_mesh(recipe.num_groups))
     text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
     lines = [line for line in text.splitlines() if "replica_groups=" in line]
     assert lines and all(" all-reduce" in line for line in lines)  # no activation is gathered or exchanged

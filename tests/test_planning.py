@@ -77,6 +77,12 @@ compiler = pytest.mark.skipif(
 )
 
 
+def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EffnetlibError, match="the compiler for TPUs is not installed: pip install 'effnetlib"):
+        topology.devices_of("v3:2x2x1")
+
+
 @compiler
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -87,7 +93,7 @@ compiler = pytest.mark.skipif(
     ],
 )
 def test_bad_input_is_a_sentence_before_anything_is_compiled(arguments, sentence, monkeypatch):
-    monkeypatch.setattr(planning, "_compile", None)
+    monkeypatch.setattr(planning, "_compile_train", None)
     done = click.testing.CliRunner().invoke(main, ["plan", *arguments])
     assert done.exit_code == 2 and sentence in done.stderr
 
@@ -104,9 +110,10 @@ def test_the_largest_batch_that_fits_is_found_by_halving(monkeypatch):
 
     def compile(recipe, devices):
         tried.append(recipe.global_batch_size)
-        return (recipe.global_batch_size,) * 2
+        return recipe.global_batch_size
 
-    monkeypatch.setattr(planning, "_compile", compile)
+    monkeypatch.setattr(planning, "_compile_train", compile)
+    monkeypatch.setattr(planning, "_compile_evaluation", None)  # for what fits only
     monkeypatch.setattr(planning, "_hbm_bytes", lambda batch: batch * 40 << 20)
     found = plan(Recipe.preset("b0-1024-lars"), "v3:2x2x1")
     assert not found.fits and tried == [1024, 512, 256] and found.largest_batch == 256
@@ -117,10 +124,10 @@ def test_the_largest_batch_that_fits_is_found_by_halving(monkeypatch):
 def test_a_real_program_for_eight_cores_that_are_not_there(monkeypatch):
     # B0 at 32 images a core, batch-norm groups of four cores.
     recipe = Recipe.preset("b0-256-lars")
-    programs = planning._compile(recipe, topology.devices_of("v3:2x2x1"))
-    monkeypatch.setattr(planning, "_compile", lambda *_: programs)
+    train = planning._compile_train(recipe, topology.devices_of("v3:2x2x1"))
+    monkeypatch.setattr(planning, "_compile_train", lambda *_: train)
     found = plan(recipe, "v3:2x2x1", chip_hour=2.0)
-    text = programs[0].as_text()
+    text = train.as_text()
     # The memory is the parts', and a core has 16 GiB.
     assert found.fits and found.temp_bytes < found.hbm_bytes < found.hbm_limit_bytes == 16 << 30
     # One all-reduce of the gradient, in float32; all else within the groups of the recipe, but for the running statistics, which

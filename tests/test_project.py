@@ -38,8 +38,16 @@ def test_the_lock_holds_every_dependency_by_version_and_no_host():
     assert "://" not in lock and "index" not in lock.replace("importlib", "")
 
 
+def test_the_oldest_versions_are_those_that_the_project_allows():
+    oldest = dict(line.split("==") for line in (ROOT / "requirements-oldest.lock").read_text().splitlines())
+    floors = dict(re.match(r"([\w-]+)>=([\d.]+)", requirement).groups() for requirement in PROJECT["dependencies"])
+    for name, floor in floors.items():
+        assert f"{oldest[name]}.".startswith(f"{floor}."), name
+    assert [oldest[name] for name in ("jax", "jaxlib", "flax", "optax")] == ["0.7.2", "0.7.2", "0.11.2", "0.2.8"]
+
+
 def test_make_help_lists_every_target():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     listed = subprocess.run(
         ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

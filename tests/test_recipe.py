@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, paper
-from effnetlib.recipe import PAPER_PRESETS
+from effnetlib.presets import PAPER_PRESETS, SESSION_MINUTES
 
 DIGITS = Recipe.preset("digits-64-lars")
 
@@ -30,6 +30,17 @@ def test_presets_hold_the_papers_settings(name, peak_lr, warmup, steps):
 def test_batch_norm_groups_follow_the_released_code():
     assert Recipe.preset("b2-32768-lars").num_groups == 256
     assert [Recipe.preset(f"b2-{b}-rmsprop").num_groups for b in (32, 256, 512, 4096, 32768)] == [1, 8, 2, 8, 8]
+
+
+def test_the_presets_of_a_session_are_b0_by_the_papers_rules_and_short():
+    colab, kaggle = Recipe.preset("colab"), Recipe.preset("kaggle")
+    for recipe in (colab, kaggle):
+        assert (recipe.variant, recipe.optimizer, recipe.precision) == ("b0", "rmsprop", "bfloat16")
+        paper = Recipe.preset(f"b0-{recipe.global_batch_size}-rmsprop")
+        assert recipe.epochs / recipe.decay_epochs == pytest.approx(paper.epochs / paper.decay_epochs)
+    colab.validate(1)
+    kaggle.validate(8)
+    assert set(SESSION_MINUTES) == {"kaggle"} and 0 < SESSION_MINUTES["kaggle"] < 9 * 60
 
 
 def test_any_other_name_of_that_form_is_a_preset():

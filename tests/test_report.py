@@ -143,3 +143,11 @@ def test_figures_are_kept_with_their_text():
     image = show(figure, "suite/figures/x.png", "nothing at all")
     assert image.alt == "nothing at all" and (outputs_folder() / "suite/figures/x.png").stat().st_size > 100
     assert not plt.get_fignums()
+
+
+def test_reports_of_a_suite_that_nobody_ran_here_show_the_published_records(capsys):
+    assert len(suite_records("laptop")) == 12
+    assert "these are the records that come with effnetlib" in capsys.readouterr().out
+    (outputs_folder() / "laptop/runs").mkdir(parents=True)
+    with pytest.raises(EffnetlibError, match="effnetlib run notebooks/suites/laptop.yaml"):
+        suite_records("laptop")

@@ -184,9 +184,17 @@ def _fashion_mnist(split: str) -> Split:
 IN_MEMORY = {"digits": _digits, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
 
 
+KAGGLE_IMAGENET = Path("/kaggle/input/imagenet-object-localization-challenge")
+
+
 def data_folder(name: str) -> Path:
-    """Where photographs of this name lie: the path itself, or a folder of the cache."""
-    return Path(name).expanduser() if os.sep in name else cache_folder() / name
+    """Where photographs of this name lie: the path itself, or a folder of the cache. On Kaggle, "imagenet" is the competition's
+    where it is attached and the cache has none."""
+    if os.sep in name:
+        return Path(name).expanduser()
+    folder = cache_folder() / name
+    attached = name == "imagenet" and not folder.is_dir() and KAGGLE_IMAGENET.is_dir()
+    return KAGGLE_IMAGENET if attached else folder
 
 
 def _photographs(name: str, split: str) -> Split:

@@ -31,9 +31,9 @@ mkfifo "$work/open"
 
 tpu_vm() { gcloud --quiet compute tpus tpu-vm "$@"; }
 
-stopped=0
 stop() { exec 3>&-; }
-trap 'stopped=1; stop' TERM INT
+# shellcheck source=/dev/null
+source "$here/gang.sh"
 
 addresses=$(tpu_vm describe "$tpu" --format='value(networkEndpoints[].ipAddress)') # in the order of the workers
 read -ra addresses <<<"${addresses//;/ }"
@@ -76,24 +76,16 @@ host() {
 }
 
 set -m # a terminal's Ctrl-C reaches this script only, which stops the hosts and waits for what they save
+# shellcheck disable=SC2154 # gang.sh has `stopped`
 for ((again = ${AGAIN:-0}; ; again--)); do
     ((!stopped)) || exit 75
     exec 3<>"$work/open"
     for process in "${!addresses[@]}"; do
         host "$process" "$@" <"$work/open" 3>&- &
     done
-    ((!stopped)) || stop # it came in between
-    result=0
-    while [[ -n $(jobs -p) ]]; do
-        code=0
-        wait -n || code=$?
-        if ((code && !result && !stopped)); then
-            result=$code
-            stop
-        fi
-    done
+    code=0
+    wait_for_gang || code=$?
     stop
-    ((result == 75 && again > 0 && !stopped)) || break
+    ((code == 75 && again > 0 && !stopped)) || exit "$code"
     echo "gcloud.sh: all is saved, running it again" >&2
 done
-exit $((stopped ? 75 : result))

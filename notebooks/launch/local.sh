@@ -10,22 +10,12 @@ hosts=${1:?how many hosts}
 shift
 export EFFNETLIB_COORDINATOR=localhost:${PORT:-8476} EFFNETLIB_PROCESSES=$hosts
 running=()
-stopped=0
 stop() { kill -TERM "${running[@]}" 2>/dev/null || true; }
-trap 'stopped=1; stop' TERM INT
+# shellcheck source=/dev/null
+source "$here/gang.sh"
 for ((process = 0; process < hosts; process++)); do
     EFFNETLIB_PROCESS=$process "$here/host.sh" "$@" &
     while cmp -s /proc/$$/cmdline /proc/$!/cmdline; do :; done # still a copy of this script, a signal to which is lost
     running+=($!)
 done
-((!stopped)) || stop # it came in between
-result=0
-while [[ -n $(jobs -p) ]]; do # those that have ended too, until their code is read
-    code=0
-    wait -n || code=$?
-    if ((code && !result && !stopped)); then
-        result=$code
-        stop
-    fi
-done
-exit $((stopped ? 75 : result))
+wait_for_gang

@@ -1,0 +1,109 @@
+"""Presets: the names of recipes, and the rules that make their fields."""
+
+import re
+
+from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.mesh import nearest_group_size
+from effnetlib.model import VARIANTS
+
+# Table 2 of the paper, as rules: RMSProp at 0.016 per 256 with exponential decay; LARS at a peak of 15.104 up to a batch of
+# 32,768 and of 20.736 beyond, with polynomial decay.
+_PAPER_VARIANTS = tuple(name for name in VARIANTS if name != "nano")
+PAPER_PRESETS = tuple(
+    f"{variant}-{rest}"
+    for variant, largest in (("b2", ()), ("b5", ("65536-lars",)))
+    for rest in ("4096-rmsprop", "8192-rmsprop", "16384-rmsprop", "16384-lars", "32768-lars", *largest)
+)
+
+# Epochs of the small sets, their augmentation and size. A digit that is flipped is another sign.
+_SMALL_SETS = {
+    "digits": (10.0, "shift", None),
+    "cifar10": (30.0, "shift_flip", None),
+    "fashion_mnist": (20.0, "shift_flip", None),
+    "photos": (16.0, "inception", 128),
+}
+
+# One session on a hosted notebook: B0 by the paper's RMSProp rules, the schedule shortened in proportion. The chips would be done
+# in a fraction of the time (outputs/published/plans), so the images that the host makes decide how many epochs there are.
+_SESSIONS = {
+    # One chip of v5e, about ten minutes: 2.0 million images, of which one core makes 7,900 a second and more cores no more,
+    # for images so small are work for Python, which runs in one thread at a time.
+    "colab": dict(batch=512, epochs=40.0, dataset="cifar10", image_size=64, augmentation="shift_flip"),
+    # Eight chips of v5e, nine hours: 128 million images. One core makes 1,203 a second and two 1.8 times as many; if 16 threads make
+    # seven times as many, half of that is enough.
+    "kaggle": dict(batch=1024, epochs=100.0, augmentation="inception"),
+}
+# A session of Kaggle ends after 540, without a warning; installing, listing the photographs and keeping the output take some.
+SESSION_MINUTES = {"kaggle": 500.0}
+
+
+def preset_fields(name: str) -> dict:
+    """The fields of the recipe that `Recipe.preset` has under a name.
+
+    Raises:
+      EffnetlibError: there is no such preset.
+    """
+    if name in _SESSIONS:
+        return _session_rules(**_SESSIONS[name])
+    text = f"{name}-64-rmsprop" if name in _SMALL_SETS else str(name)
+    match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars)", text)
+    if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
+        small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop")]
+        raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *_SESSIONS, *small])}")
+    base, batch, optimizer = match[1], int(match[2]), match[3]
+    return (_paper_rules if base in _PAPER_VARIANTS else _small_rules)(base, batch, optimizer)
+
+
+def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
+    shared = dict(dataset="imagenet", variant=variant, global_batch_size=batch, optimizer=optimizer)
+    if optimizer == "lars":
+        # batch_norm_batch_size 128 is the default of the released LARS path; the paper's own setting is unknown.
+        largest = batch > 32768
+        return shared | dict(
+            batch_norm_batch_size=nearest_group_size(batch, 128),
+            lr_per_256=(0.081 * 65536 if largest else 0.118 * 32768) / batch,
+            decay="polynomial",
+            warmup_epochs=43.0 if largest else 50.0,
+        )
+    # The released RMSProp path: one replica a group up to 8 replicas, else an eighth of them but at least 8; with the
+    # paper's 32 examples a replica.
+    replicas = max(1, batch // 32)
+    group = batch // replicas * (1 if replicas <= 8 else max(8, replicas // 8))
+    return shared | dict(
+        batch_norm_batch_size=nearest_group_size(batch, group), lr_per_256=0.016, decay="exponential", warmup_epochs=5.0
+    )
+
+
+def _session_rules(batch: int, epochs: float, **changes) -> dict:
+    return _paper_rules("b0", batch, "rmsprop") | dict(epochs=epochs, decay_epochs=2.4 * epochs / 350) | changes
+
+
+def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
+    epochs, augmentation, image_size = _SMALL_SETS[dataset]
+    shared = dict(
+        dataset=dataset,
+        variant="nano",
+        image_size=image_size,
+        augmentation=augmentation,
+        global_batch_size=batch,
+        batch_norm_batch_size=nearest_group_size(batch, 32),
+        # Hundreds of steps, not the paper's thousands: 0.99 would leave the running statistics at their start.
+        batch_norm_momentum=0.9,
+        epochs=epochs,
+        eval_every_epochs=epochs / 8,
+        optimizer=optimizer,
+        drop_path=0.0,
+        precision="float32",
+    )
+    if optimizer == "lars":
+        # LARS gives biases, gamma and beta the full learning rate, which a few hundred steps do not forgive: a tenth of it
+        # with ten times the trust coefficient moves the kernels as far. The peak is the same for every batch, as the paper's.
+        return shared | dict(
+            lr_per_256=0.5 * 256 / batch,
+            lars_trust_coefficient=0.01,
+            decay="polynomial",
+            warmup_epochs=epochs / 5,
+            end_lr=0.0,
+        )
+    # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak; so short a run stops moving long before. These end at 8 %.
+    return shared | dict(lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs)

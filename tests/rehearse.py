@@ -1,0 +1,160 @@
+"""Every notebook alone, from top to bottom, on an image like Colab's or Kaggle's: `make rehearse IMAGE=colab`.
+
+    python tests/rehearse.py colab|kaggle [--python PYTHON] [--only NOTEBOOK]
+
+Builds a fresh environment with the versions of tests/images/IMAGE.txt and a repository that stands for GitHub's: a copy of what
+is committed, its address written by `notebooks/address.py`. Each notebook is copied into an empty folder and run
+there, with effnetlib taken out again before the next one. Then the first cell is looked at
+where effnetlib is there already, and where jax runs on the CPU of a session that was given a TPU.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).parent.parent
+IMAGES = {
+    "colab": ("python3.13", {"COLAB_RELEASE_TAG": "rehearsal", "COLAB_GPU": ""}),
+    "kaggle": ("python3.12", {"KAGGLE_KERNEL_RUN_TYPE": "Batch"}),
+}
+# What no repository can hold: they stop with one sentence that says what is missing.
+STOPS = {"10_pretrained": "EffnetlibError", "11_photographs": "EffnetlibError"}
+
+# nbclient is in both images, papermill in one.
+RUN = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+try:
+    nbclient.NotebookClient(notebook, timeout=None).execute()
+except nbclient.exceptions.CellExecutionError:
+    pass  # it stands in the notebook
+nbformat.write(notebook, "executed.ipynb")
+"""
+FIRST = "01_model"  # a quick one
+
+
+class Image:
+    """A fresh environment like the image's, and the repository that its notebooks fetch effnetlib from."""
+
+    def __init__(self, name: str, python: str, scratch: Path):
+        self.scratch, self.name = scratch, name
+        self.python = scratch / "image/bin/python"
+        self.home = scratch / "home"
+        self.home.mkdir()
+        self.environment = {
+            **{
+                key: value
+                for key, value in os.environ.items()
+                if not key.startswith(("EFFNETLIB", "JAX", "PYTHON", "VIRTUAL"))
+            },
+            **IMAGES[name][1],
+            "HOME": str(self.home),
+        }
+        self._call(python, "-m", "venv", scratch / "image")
+        self.pip("install", "--requirement", ROOT / f"tests/images/{name}.txt")
+        self.before = self.packages()
+        self.fork = scratch / "fork"
+        self._call("git", "clone", "--quiet", ROOT, self.fork)
+        self._call("git", "clone", "--quiet", "--bare", ROOT, scratch / "effnetlib.git")
+        git = ("git", "-C", self.fork, "-c", "user.name=rehearsal", "-c", "user.email=rehearsal")
+        self._call(*git, "remote", "set-url", "origin", scratch / "effnetlib.git")
+        self._call(sys.executable, self.fork / "notebooks/address.py")
+        self._call(*git, "commit", "--quiet", "--all", "--message=address")
+        self._call(*git, "push", "--quiet", "origin", "HEAD")
+
+    def _call(self, *command, environment=None) -> str:
+        return subprocess.run(
+            [*map(str, command)], check=True, env=environment, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    def pip(self, *arguments) -> str:
+        command = [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+        return self._call(*command, environment=self.environment)
+
+    def packages(self) -> dict[str, str]:
+        return dict(line.split("==") for line in self.pip("freeze").splitlines() if "==" in line)
+
+    def forget(self) -> None:
+        """As if effnetlib had never been fetched."""
+        self.pip("uninstall", "--yes", "effnetlib")
+        shutil.rmtree(self.home / "effnetlib-checkout", ignore_errors=True)
+
+    def run(self, notebook: str, **environment) -> tuple[list, str]:
+        """Runs a notebook alone; returns its cells and the error that it ended with, if any."""
+        folder = Path(tempfile.mkdtemp(dir=self.scratch, prefix=f"{notebook}-"))
+        shutil.copy(self.fork / f"notebooks/{notebook}.ipynb", folder)
+        command = [self.python, "-c", RUN, f"{notebook}.ipynb"]
+        with open(folder / "log", "w") as log:
+            subprocess.run(command, cwd=folder, env=self.environment | environment, stdout=log, stderr=log)
+        cells = nbformat.read(folder / "executed.ipynb", as_version=4).cells
+        errors = [o for cell in cells for o in cell.get("outputs", ()) if o.output_type == "error"]
+        return cells, f"{errors[0].ename}: {errors[0].evalue}" if errors else ""
+
+
+def setup_output(cells: list) -> str:
+    """What the first cell printed, or the error that it stopped with."""
+    outputs = next(cell.outputs for cell in cells if cell.id == "setup")
+    return "".join(o.get("text", "") or f"{o.ename}: {o.evalue}" for o in outputs)
+
+
+def rehearse(image: Image, notebooks: list[str]) -> list[str]:
+    """Runs the notebooks; returns what is wrong."""
+    wrong = []
+
+    def check(condition, what):
+        if not condition:
+            wrong.append(what)
+            print(f"WRONG: {what}", flush=True)
+
+    for notebook in notebooks:
+        start = time.perf_counter()
+        cells, error = image.run(notebook)
+        print(f"{notebook:28}{time.perf_counter() - start:6.0f} s  {error or 'to the end'}", flush=True)
+        wanted = STOPS.get(notebook, "")
+        check(error.startswith(wanted) and bool(error) == bool(wanted), f"{notebook}: {error}")
+        check(
+            cells and "devices           1 x cpu" in setup_output(cells), f"{notebook}: the first cell shows no table"
+        )
+        if notebook == notebooks[0] and cells:
+            print(setup_output(cells), flush=True)
+        if notebook != notebooks[-1]:
+            image.forget()
+    cells, error = image.run(notebooks[0])
+    check(cells and not error and not setup_output(cells), "the first cell is not silent where effnetlib is installed")
+    image.forget()
+    cells, _ = image.run(notebooks[0], TPU_ACCELERATOR_TYPE="v5e-1")
+    said = setup_output(cells) if cells else ""
+    print(said.splitlines()[-1] if said else "nothing", flush=True)
+    check(
+        "EffnetlibError: this session was given a TPU, but jax 0.7.2 runs on the CPU" in said, "no stop without the TPU"
+    )
+    after = image.packages()
+    check(image.before.items() <= after.items(), "the versions of the image changed")
+    print("added:", ", ".join(f"{name} {version}" for name, version in after.items() if name not in image.before))
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("image", choices=IMAGES)
+    parser.add_argument("--python", help="the image's Python; python3.13 for colab, python3.12 for kaggle")
+    parser.add_argument("--only", help="one notebook, without its suffix")
+    options = parser.parse_args()
+    python = options.python or IMAGES[options.image][0]
+    if not shutil.which(python) or subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode:
+        sys.exit(f"rehearse: {python} does not run: name one with --python")
+    notebooks = [options.only] if options.only else sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    with tempfile.TemporaryDirectory() as scratch:
+        wrong = rehearse(Image(options.image, python, Path(scratch)), notebooks)
+    sys.exit("\n".join(wrong) if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

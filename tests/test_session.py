@@ -1,0 +1,133 @@
+"""A notebook opened alone: what its first cell would add, show and refuse. The whole of it is `make rehearse`."""
+
+import importlib.metadata
+from types import SimpleNamespace
+
+import jax
+import pytest
+from packaging.requirements import Requirement
+from test_report import made_up
+
+from effnetlib import EffnetlibError, kaggle, session
+from effnetlib.stopping import PreemptedError
+
+SIGNS = ("COLAB_RELEASE_TAG", "COLAB_GPU", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_ACCELERATOR_TYPE", "JAX_PLATFORMS")
+NEEDS = {
+    "papermill": ["tenacity>=5", "click", 'aiohttp; python_version < "3"', 'boto3; extra == "s3"'],
+    "tenacity": ["six"],
+}
+
+
+@pytest.fixture
+def image(monkeypatch):
+    """A made-up machine: `there` maps its packages to their versions, and pip adds version 99 of everything and notes it."""
+    there, asked = {}, []
+
+    def pip(command, **_):
+        what = command[command.index("--no-deps") + 1 :]
+        asked.append(what)
+        there.update({Requirement(each).name: "99" for each in what if what[0] != "--editable"})
+        return SimpleNamespace(returncode=0)
+
+    def version(name):
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(session.subprocess, "run", pip)
+    monkeypatch.setattr(session.importlib.metadata, "version", version)
+    monkeypatch.setattr(session.importlib.metadata, "requires", NEEDS.get)
+    return SimpleNamespace(there=there, asked=asked)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Nothing that says where this runs."""
+    for name in (*SIGNS, *session.TPU_SIGNS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(session, "glob", lambda pattern: [])
+    return monkeypatch
+
+
+def test_only_what_is_missing_is_added_and_effnetlib_last(image):
+    names = [each.name for each in session._needs() if each.name not in ("papermill", "safetensors")]
+    assert {"jax", "numpy", "packaging"} <= set(names) and "jupyterlab" not in names
+    image.there |= dict.fromkeys(names, "1") | {"click": "8"}
+    image.there["opencv-contrib-python"] = image.there.pop("opencv-python-headless")
+    assert session.install() == ["papermill", "safetensors", "tenacity", "six"]
+    assert image.asked == [
+        ["papermill>=2.6", "safetensors>=0.5"], ["tenacity>=5"], ["six"], ["--editable", str(session.CHECKOUT)]
+    ]  # fmt: skip
+    assert image.there["jax"] == "1"
+
+
+def test_what_pip_cannot_install_is_named(monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="WARNING: x\nERROR: No matching distribution found for nothing\n")
+    monkeypatch.setattr(session.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(EffnetlibError, match="not install nothing: No matching distribution found .* internet"):
+        session._pip("nothing")
+
+
+def test_the_table_names_versions_devices_and_what_is_too_old(image):
+    image.there |= {"jax": "0.7.2", "numpy": "1.26.4", "papermill": "2.7.0"}
+    lines = session.table(["papermill"], jax.devices()).splitlines()
+    assert "jax               0.7.2" in lines and "libtpu            none" in lines
+    assert "numpy             1.26.4, but >=2.1 is wanted" in lines
+    assert lines[-2:] == ["devices           8 x cpu", "added             papermill 2.7.0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({}, ""),
+        ({"COLAB_GPU": "", "COLAB_TPU_1VM": "", "COLAB_RELEASE_TAG": "x"}, ""),
+        ({"COLAB_TPU_1VM": "1", "TPU_ACCELERATOR_TYPE": "v5e-1"}, "TPU"),
+        ({"ISTPUVM": "1"}, "TPU"),
+        ({"KAGGLE_ACCELERATOR_TYPE": "TpuV5E8"}, "TPU"),
+        ({"COLAB_GPU": "1"}, "GPU"),
+        ({"KAGGLE_ACCELERATOR_TYPE": "NvidiaTeslaT4"}, "GPU"),
+        ({"COLAB_GPU": "1", "JAX_PLATFORMS": "cpu"}, ""),
+    ],
+)
+def test_falling_back_to_the_cpu_is_refused_where_an_accelerator_was_given(environment, given, kind):
+    for name, value in given.items():
+        environment.setenv(name, value)
+    assert session.accelerator_given() == kind
+    if not kind:
+        session.check_accelerator(jax.devices())
+        return
+    with pytest.raises(EffnetlibError, match=f"^this session was given a {kind}, but jax .* runs on the CPU: restart"):
+        session.check_accelerator(jax.devices())
+
+
+def test_device_files_count_on_hosted_notebooks_alone(environment):
+    environment.setattr(session, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
+    assert session.accelerator_given() == ""
+    environment.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert session.accelerator_given() == "TPU"
+
+
+def test_a_notebook_shows_the_sentence_of_an_error_alone():
+    assert EffnetlibError("what is wrong")._render_traceback_() == ["EffnetlibError: what is wrong"]
+
+
+def test_elsewhere_than_on_kaggle_a_session_is_nothing(environment, tmp_path):
+    with pytest.raises(PreemptedError), kaggle.session(tmp_path):
+        raise PreemptedError("stopped")
+
+
+def test_on_kaggle_a_run_goes_on_with_what_is_attached_and_stops_without_an_error(environment, tmp_path, capsys):
+    environment.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    environment.setattr(kaggle, "INPUT", tmp_path / "input")
+    mine, other = made_up("mine").directory, made_up("other").directory
+    attached = tmp_path / "input/notebooks/me/version/outputs/runs"
+    mine.rename(tmp_path / "mine")
+    attached.mkdir(parents=True)
+    (tmp_path / "mine").rename(attached / "mine")
+    directory = tmp_path / "working/outputs/runs/mine"
+    with pytest.raises(SystemExit) as stopped, kaggle.session(directory):
+        assert (directory / "run.json").exists() and (directory / "metrics.jsonl").exists()
+        raise PreemptedError("stopped at step 1")
+    assert stopped.value.code is None and "attach the output of this version" in capsys.readouterr().out
+    with kaggle.session(other):  # has a record, and none is attached
+        pass
