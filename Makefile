@@ -57,9 +57,8 @@ address: $(STAMP)  ## write the address of git's remote into badges and notebook
 
 SUITE ?= laptop
 
-publish:  ## copy a suite's records, reports and figures (SUITE=laptop) to outputs/published, which git keeps
-	rm -rf outputs/published/$(SUITE) && mkdir -p outputs/published/$(SUITE)
-	tar -C outputs/$(SUITE) -cf - --exclude checkpoints --exclude executed --exclude logs . | tar -C outputs/published/$(SUITE) -xf -
+publish: $(STAMP)  ## publish a suite's records and reports (SUITE=laptop): outputs/published, and the README's tables
+	$(BIN)/effnetlib publish $(SUITE)
 
 IMAGE ?= colab
 

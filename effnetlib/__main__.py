@@ -78,6 +78,17 @@ def report(directory):
 
 
 @main.command()
+@click.argument("suite")
+def publish(suite):
+    """Copy records and reports of SUITE (a name: outputs/SUITE) to outputs/published, which git keeps, and write the companion
+    page and the README's tables anew from all that is there."""
+    from effnetlib.publish import publish
+    from effnetlib.records import outputs_folder
+
+    click.echo(publish(outputs_folder() / suite))
+
+
+@main.command()
 @click.argument("preset")
 @click.option("--topology", required=True, help="Generation, and chips in each direction: v3:32x16x1, v5e:2x4.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A field of the recipe; repeatable.")

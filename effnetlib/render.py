@@ -34,7 +34,7 @@ def render_html(directory: Path, name: str) -> Path:
     # What only an open notebook has a use for; and the badges are images from the network.
     notebook.cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
-    page = {"title": _title(notebook, executed), "css": _css(), "source": executed.name}
+    page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
     page["error"] = outcome(directory, name).get("error", "")
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
     write_atomically(directory / f"{name}.html", body)
@@ -56,20 +56,21 @@ def render_index(directory: Path, name: str) -> Path:
             runs.append(row | {"record": record})
         else:
             source = directory / "executed" / f"{entry}.ipynb"
-            row["title"] = _title(nbformat.read(source, as_version=4), source) if source.exists() else entry
+            row["title"] = title(nbformat.read(source, as_version=4), source) if source.exists() else entry
             reports.append(row)
     hosts = sorted({record.environment["host"] for record in records.values() if record.environment})
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())
-    page = template.render(name=name, runs=runs, reports=reports, hosts=hosts, css=markupsafe.Markup(_css()))
+    page = template.render(name=name, runs=runs, reports=reports, hosts=hosts, css=markupsafe.Markup(css()))
     write_atomically(directory / "index.html", page)
     return directory / "index.html"
 
 
-def _title(notebook, path: Path) -> str:
+def title(notebook, path: Path) -> str:
     """The notebook's first heading."""
     headings = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
     return next((line.lstrip("# ") for line in headings if line.startswith("# ")), path.stem)
 
 
-def _css() -> str:
+def css() -> str:
+    """The style of every page."""
     return (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")

@@ -1,0 +1,169 @@
+"""What git keeps of runs: a suite's records and reports, the page that sets them beside the paper, and the README's tables."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jinja2
+import markupsafe
+import nbformat
+
+from effnetlib.claims import MIME, NOT_TESTABLE
+from effnetlib.errors import EffnetlibError
+from effnetlib.planning import find_plan, load_plans
+from effnetlib.recipe import Recipe
+from effnetlib.records import Record, load_records, published_folder, write_atomically
+from effnetlib.render import TEMPLATES, css, outcome, render_index, title
+from effnetlib.topology import GIB
+
+KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
+
+
+def publish(suite: Path) -> Path:
+    """Replaces `outputs/published/SUITE` by the records, figures and executed reports of a suite's folder, all of them or none,
+    and then writes the companion page and the README's tables anew.
+
+    Args:
+      suite: the folder of its outputs.
+
+    Returns:
+      The companion page.
+
+    Raises:
+      EffnetlibError: there is no report to publish, or one that failed.
+    """
+    reports = [path.stem for path in sorted(suite.glob("executed/*.json")) if not outcome(suite, path.stem)["run"]]
+    if not reports:
+        raise EffnetlibError(f"{suite} holds no executed reports: run its suite first")
+    if failed := [name for name in reports if outcome(suite, name)["error"]]:
+        raise EffnetlibError(f"the report {failed[0]} of {suite} failed: {outcome(suite, failed[0])['error']}")
+    published = published_folder()
+    with tempfile.TemporaryDirectory(dir=published, prefix=f".{suite.name}-") as scratch:
+        new = Path(scratch) / suite.name
+        for name in reports:
+            for path in (f"{name}.html", f"executed/{name}.ipynb", f"executed/{name}.json"):
+                _copy(suite / path, new / path)
+        for path in suite.glob("figures/*.png"):
+            _copy(path, new / "figures" / path.name)
+        for path in (path for name in KEPT_OF_A_RUN for path in suite.glob(f"runs/*/{name}")):
+            _copy(path, new / path.relative_to(suite))
+        render_index(new, suite.name)
+        shutil.rmtree(published / suite.name, ignore_errors=True)
+        new.rename(published / suite.name)
+    write_readme(published.parent.parent / "README.md", published)
+    return render_companion(published)
+
+
+def verdicts(published: Path) -> list[dict]:
+    """What every published report says of a claim: the fields of `effnetlib.claims.Verdict`, and `suite` and `report`. Where
+    one suite can test a claim, those that cannot are left out."""
+    found = []
+    for path in sorted(published.glob("*/executed/*.ipynb")):
+        where = {"suite": path.parent.parent.name, "report": path.stem}
+        notebook = nbformat.read(path, as_version=4)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+        found += [output.data[MIME] | where for output in outputs if MIME in output.get("data", {})]
+    tested = {each["claim"] for each in found if each["verdict"] != NOT_TESTABLE}
+    kept = [each for each in found if each["verdict"] != NOT_TESTABLE or each["claim"] not in tested]
+    return sorted(kept, key=lambda each: each["report"])
+
+
+def render_companion(published: Path) -> Path:
+    """Writes `index.html` of the published folder: each claim, the paper's figure, ours, the verdict, and where to look."""
+    suites = [
+        {
+            "name": path.parent.name,
+            "reports": [(name.stem, _title(name)) for name in sorted(path.parent.glob("executed/*.ipynb"))],
+            "records": load_records(path.parent / "runs"),
+        }
+        for path in sorted(published.glob("*/index.html"))
+    ]
+    plans = sorted(load_plans(published / "plans"), key=lambda plan: (plan.variant, plan.global_batch_size))
+    template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "companion.html.j2").read_text())
+    page = template.render(
+        verdicts=verdicts(published), suites=suites, plans=plans, gib=GIB, css=markupsafe.Markup(css())
+    )
+    write_atomically(published / "index.html", page)
+    return published / "index.html"
+
+
+def readme_tables(published: Path) -> dict[str, str]:
+    """The tables of the README, as Markdown, by the name that its markers give them."""
+    return {
+        "laptop": "\n".join(_laptop(load_records(published / "laptop/runs"))),
+        "claims": "\n".join(_claims(verdicts(published))),
+        "plans": "\n".join(_plans(published)),
+    }
+
+
+def write_readme(readme: Path, published: Path) -> None:
+    """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the README."""
+    write_atomically(readme, with_tables(readme.read_text(), readme_tables(published)))
+
+
+def with_tables(text: str, tables: dict[str, str]) -> str:
+    """The text with its marked tables replaced.
+
+    Raises:
+      EffnetlibError: a table has no place in the text.
+    """
+    for name, table in tables.items():
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not marked.search(text):
+            raise EffnetlibError(f"the README has no place for the table {name}: <!-- table: {name} --> … <!-- end -->")
+        text = marked.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
+    return text
+
+
+LAPTOP_RUNS = ("rmsprop-64", "lars-64", "rmsprop-256", "lars-256", "one-device", "eight-devices", "one-device-bfloat16")
+README_PLANS = (
+    ("b2-4096-rmsprop", "v3:8x8x1"),
+    ("b2-32768-lars", "v3:32x16x1"),
+    ("b5-4096-rmsprop", "v3:8x8x1"),
+    ("b5-65536-lars", "v3:32x16x1"),
+    ("b0-1024-lars", "v5e:2x4"),
+)
+
+
+def _laptop(records: list[Record]) -> Iterator[str]:
+    by_name = {record.name: record for record in records}
+    yield "| run | epochs | steps | devices | peak top-1 | final top-1 | images/s |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in LAPTOP_RUNS:
+        recipe, result = by_name[name].recipe, by_name[name].result
+        yield (
+            f"| `{name}` | {recipe.epochs:g} | {recipe.total_steps} | {by_name[name].environment['devices']} "
+            f"| {100 * result['peak_top1']:.1f} % | {100 * result['final_top1']:.1f} % | {result['images_per_second']:.0f} |"
+        )
+
+
+def _claims(found: list[dict]) -> Iterator[str]:
+    yield "| claim | verdict | ours | report |"
+    yield "|---|---|---|---|"
+    for each in found:
+        link = f"[{each['report']}](outputs/published/{each['suite']}/executed/{each['report']}.ipynb)"
+        ours = each["why"] if each["verdict"] == NOT_TESTABLE else each["ours"]
+        yield f"| {each['claim']} | **{each['verdict']}** | {ours} | {link} |"
+
+
+def _plans(published: Path) -> Iterator[str]:
+    plans = load_plans(published / "plans")
+    yield "| recipe | slice | GiB a device | step, ms | all-reduce | images/s | minutes |"
+    yield "|---|---|---|---|---|---|---|"
+    for preset, topology in README_PLANS:
+        plan = find_plan(plans, Recipe.preset(preset), topology)
+        yield (
+            f"| `{preset}` | {topology} | {plan.hbm_bytes / GIB:.2f} | {1e3 * plan.step_seconds:.1f} "
+            f"| {plan.all_reduce_share:.1%} | {plan.images_per_second:,.0f} | {plan.minutes:.0f} |"
+        )
+
+
+def _title(path: Path) -> str:
+    return title(nbformat.read(path, as_version=4), path)
+
+
+def _copy(source: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, to)
