@@ -135,8 +135,10 @@ def _pip(*what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     importlib.invalidate_caches()
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["it said nothing"]
+        said = [line.strip() for line in done.stderr.splitlines() if "error: " in line.lower()] or [
+            f"code {done.returncode}"
+        ]
         raise FailedError(
-            f"pip could not install {', '.join(what)}: {said[-1].removeprefix('ERROR: ')} (on Kaggle, the internet is switched "
-            "on in the settings of the session)"
+            f"pip could not install {', '.join(what)}: {said[0].removeprefix('ERROR: ')} (on Kaggle, is the session's internet "
+            "on?)"
         )

@@ -55,13 +55,13 @@ def public(url: str) -> str:
     >>> public("git@github.com:me/fork.git"), public("https://me:token@github.com/me/fork")
     ('https://github.com/me/fork', 'https://github.com/me/fork')
     >>> public("ssh://git@example.org:2222/me/fork.git"), public("/srv/fork.git")
-    ('https://example.org/me/fork', 'file:///srv/fork.git')
+    ('https://example.org/me/fork', 'file://localhost/srv/fork.git')
     """
     if short := re.fullmatch(r"(?:[^@/]*@)?([^:/]+):(?!//)(.+)", url):
         url = f"ssh://{short[1]}/{short[2]}"
     parts = urlsplit(url)
     if parts.scheme in ("", "file"):
-        return (ROOT / parts.path).resolve().as_uri()
+        return f"file://localhost{(ROOT / parts.path).resolve()}"  # setuptools takes no address without a host
     host = parts.hostname if parts.scheme == "ssh" else parts.netloc.rpartition("@")[2]
     return f"https://{host}{parts.path.removesuffix('/').removesuffix('.git')}"
 

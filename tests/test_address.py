@@ -34,8 +34,8 @@ def test_every_file_holds_the_address_that_the_project_states():
         ("https://git.example.org:8443/me/fork", "https://git.example.org:8443/me/fork"),
         ("git@github.com:me/fork.git", "https://github.com/me/fork"),
         ("ssh://git@github.com:22/me/fork.git", "https://github.com/me/fork"),
-        ("/srv/fork.git", "file:///srv/fork.git"),
-        ("file:///srv/fork.git", "file:///srv/fork.git"),
+        ("/srv/fork.git", "file://localhost/srv/fork.git"),
+        ("file:///srv/fork.git", "file://localhost/srv/fork.git"),
     ],
 )
 def test_an_address_is_one_that_anybody_can_read(url, public):
@@ -75,4 +75,4 @@ def test_a_fork_is_rewritten_by_one_command_once(tmp_path):
     # Kaggle and Colab read from GitHub alone.
     git("remote", "set-url", "origin", "/srv/fork.git")
     run()
-    assert "The repository: file:///srv/fork.git" in (tmp_path / "notebooks/train.ipynb").read_text()
+    assert "The repository: file://localhost/srv/fork.git" in (tmp_path / "notebooks/train.ipynb").read_text()
