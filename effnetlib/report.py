@@ -177,4 +177,4 @@ def show(figure, path: Path | str, alt: str) -> Image:
         path = outputs_folder() / path
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, drawn.getvalue())
-    return Image(data=drawn.getvalue(), alt=alt)
+    return Image(data=drawn.getvalue(), metadata={"alt": alt})  # IPython 7, Colab's, has no parameter for it
