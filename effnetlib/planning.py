@@ -115,6 +115,21 @@ class Plan:
         fields = json.loads(text)
         return cls(**fields | {"collectives": tuple(Collective(**each) for each in fields["collectives"])})
 
+    def row(self) -> dict:
+        """The figures that a table of several plans shows, by the names of its columns."""
+        row = {"devices": self.devices, "images a device": self.batch_per_device, "fits": self.fits}
+        if not self.fits:
+            return row | {"largest batch": self.largest_batch}
+        return row | {
+            "GiB a device": self.hbm_bytes / GIB,
+            "GiB there are": self.hbm_limit_bytes / GIB,
+            "step ms": 1e3 * self.step_seconds,
+            "all-reduce %": 100 * self.all_reduce_share,
+            "images/s": self.images_per_second,
+            "MFU %": 100 * self.mfu,
+            "minutes": self.minutes,
+        }
+
     def table(self) -> str:
         """The figures as lines of text."""
         lines = [

@@ -52,8 +52,10 @@ def publish(suite: Path) -> Path:
         render_index(new, suite.name)
         shutil.rmtree(published / suite.name, ignore_errors=True)
         new.rename(published / suite.name)
-    write_readme(published.parent.parent / "README.md", published)
-    return render_companion(published)
+    readme = published.parent.parent / "README.md"
+    write_atomically(readme, with_tables(readme.read_text(), readme_tables(published)))
+    write_atomically(published / "index.html", companion(published))
+    return published / "index.html"
 
 
 def verdicts(published: Path) -> list[dict]:
@@ -70,8 +72,8 @@ def verdicts(published: Path) -> list[dict]:
     return sorted(kept, key=lambda each: each["report"])
 
 
-def render_companion(published: Path) -> Path:
-    """Writes `index.html` of the published folder: each claim, the paper's figure, ours, the verdict, and where to look."""
+def companion(published: Path) -> str:
+    """The page of the published folder: each claim, the paper's figure, ours, the verdict, and where to look."""
     suites = [
         {
             "name": path.parent.name,
@@ -82,11 +84,9 @@ def render_companion(published: Path) -> Path:
     ]
     plans = sorted(load_plans(published / "plans"), key=lambda plan: (plan.variant, plan.global_batch_size))
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "companion.html.j2").read_text())
-    page = template.render(
+    return template.render(
         verdicts=verdicts(published), suites=suites, plans=plans, gib=GIB, css=markupsafe.Markup(css())
     )
-    write_atomically(published / "index.html", page)
-    return published / "index.html"
 
 
 def readme_tables(published: Path) -> dict[str, str]:
@@ -98,13 +98,8 @@ def readme_tables(published: Path) -> dict[str, str]:
     }
 
 
-def write_readme(readme: Path, published: Path) -> None:
-    """Replaces what stands between `<!-- table: NAME -->` and `<!-- end -->` in the README."""
-    write_atomically(readme, with_tables(readme.read_text(), readme_tables(published)))
-
-
 def with_tables(text: str, tables: dict[str, str]) -> str:
-    """The text with its marked tables replaced.
+    """The text with what stands between `<!-- table: NAME -->` and `<!-- end -->` replaced by the table of that name.
 
     Raises:
       EffnetlibError: a table has no place in the text.

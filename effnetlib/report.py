@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 from effnetlib.errors import EffnetlibError
 from effnetlib.records import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
@@ -159,6 +160,15 @@ def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int
         axis.imshow(image)
         axis.set_title(title, fontsize=8)
     return figure
+
+
+def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> Styler:
+    """A table to read: thousands set apart, so many decimals, a word for what is missing, no index.
+
+    Args:
+      table: a row a line. A column of integers stays one where some are missing, for which pandas would show 1,024.00.
+    """
+    return table.convert_dtypes().style.format(precision=precision, thousands=",", na_rep=missing).hide()
 
 
 def show(figure, path: Path | str, alt: str) -> Image:

@@ -191,7 +191,7 @@ def test_four_hosts_are_stopped_and_two_others_go_on_with_the_losses_of_one_proc
     run = tmp_path / "outputs/run"
     four = launched(4, 1, tiny, tmp_path)
     deadline = time.monotonic() + 400
-    while not (run / "metrics.jsonl").exists() or '"step": 2' not in (run / "metrics.jsonl").read_text():
+    while not (run / "metrics.jsonl").exists() or '"kind": "eval"' not in (run / "metrics.jsonl").read_text():
         assert time.monotonic() < deadline and four.poll() is None, four.communicate()[1]
         time.sleep(0.1)
     four.send_signal(signal.SIGTERM)
@@ -202,6 +202,7 @@ def test_four_hosts_are_stopped_and_two_others_go_on_with_the_losses_of_one_proc
         4,
         4,
     )
+    assert stopped.frame("eval")["nseen"].tolist() == [360]
     saved = max(int(path.name) for path in (run / "checkpoints").iterdir())
     assert 2 <= saved < tiny.total_steps
 

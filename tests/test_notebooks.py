@@ -105,6 +105,10 @@ def test_the_pod_plan_draws_the_published_plans(tmp_path):
     images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", ())]
     assert len(images) == 2 and all(o.metadata["image/png"]["alt"] for o in images)
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+    tables = "".join(
+        o["data"]["text/html"] for c in notebook.cells for o in c.get("outputs", ()) if "text/html" in o.get("data", ())
+    )
+    assert ">1,024</td>" in tables and "1,024.00" not in tables
 
 
 def _random_weights(num_classes):

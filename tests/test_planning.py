@@ -70,6 +70,7 @@ def test_what_does_not_fit_says_the_largest_that_does_and_exits_with_1(monkeypat
     assert done.exit_code == 1 and "does not fit v3:2x2x1; a batch of 128 would" in done.stderr
     assert json.loads(done.stdout)["fits"] is False
     assert "does not fit: 17.00 of 16.00 GiB" in made_up(fits=False).table()
+    assert made_up(fits=False).row() == {"devices": 8, "images a device": 32, "fits": False, "largest batch": 128}
 
 
 compiler = pytest.mark.skipif(

@@ -11,6 +11,7 @@ import yaml
 from effnetlib import Recipe, Record, load_records
 from effnetlib.model import count_params
 from effnetlib.planning import find_plan, load_plans
+from effnetlib.publish import companion, readme_tables, verdicts, with_tables
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "outputs/published/laptop"
@@ -79,7 +80,7 @@ def test_the_readme_states_the_published_records():
         assert [cell.strip() for cell in cells.split("|")] == wanted, name
     assert f"{count_params('nano', 10):,} parameters" in readme
     links = re.findall(r"\]\((outputs/[^)]*)\)", readme)
-    assert len(links) == 8 and all((ROOT / link).exists() for link in links)
+    assert len(links) >= 8 and all((ROOT / link).exists() for link in links)
     photos = Record.load(ROOT / "outputs/published/photos/runs/photos")
     assert photos.status == "completed" and not photos.environment["git_commit"].endswith("+changes")
     report = (ROOT / "outputs/published/photos/11_photographs.html").read_text()
@@ -96,7 +97,18 @@ def test_what_is_published_is_complete_small_and_good_enough():
     plain = {record.name: record.result["peak_top1"] for record in records}
     assert plain["rmsprop-64"] >= 0.97 and plain["lars-64"] >= 0.97
     assert sum(path.stat().st_size for path in PUBLISHED.rglob("*") if path.is_file()) < 5_000_000
-    assert not list(PUBLISHED.rglob("checkpoints")) and not list(PUBLISHED.rglob("*.ipynb"))
+    assert not list(PUBLISHED.rglob("checkpoints"))
+
+
+def test_the_readme_and_the_companion_page_are_what_make_publish_writes():
+    published, readme = ROOT / "outputs/published", (ROOT / "README.md").read_text()
+    assert with_tables(readme, readme_tables(published)) == readme, "make publish"
+    assert companion(published) == (published / "index.html").read_text(), "make publish"
+    names = [
+        name for each in verdicts(published) for name in (f"{each['report']}.html", f"executed/{each['report']}.ipynb")
+    ]
+    places = [published / each["suite"] for each in verdicts(published) for _ in range(2)]
+    assert all((place / name).exists() for place, name in zip(places, names, strict=True))
 
 
 def test_the_readme_states_the_published_bench():

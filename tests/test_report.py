@@ -9,7 +9,17 @@ import pytest
 from effnetlib import EffnetlibError, Recipe, Record
 from effnetlib.records import outputs_folder
 from effnetlib.render import render_html, render_index
-from effnetlib.report import best_rates, conditions, curves, over_seeds, results, search_records, show, suite_records
+from effnetlib.report import (
+    best_rates,
+    conditions,
+    curves,
+    over_seeds,
+    results,
+    search_records,
+    show,
+    styled,
+    suite_records,
+)
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
@@ -151,3 +161,8 @@ def test_reports_of_a_suite_that_nobody_ran_here_show_the_published_records(caps
     (outputs_folder() / "laptop/runs").mkdir(parents=True)
     with pytest.raises(EffnetlibError, match="effnetlib run notebooks/suites/laptop.yaml"):
         suite_records("laptop")
+
+
+def test_integers_stay_integers_in_a_table_that_lacks_some():
+    html = styled(pd.DataFrame([{"devices": 1024, "step ms": 34.567}, {"step ms": 1.0}]), missing="none").to_html()
+    assert all(f">{cell}</td>" in html for cell in ("1,024", "34.57", "none", "1.00"))

@@ -1,0 +1,91 @@
+import json
+
+import nbformat
+import pytest
+from test_report import made_up, outcome
+
+from effnetlib import EffnetlibError, publish
+from effnetlib.claims import warmup
+from effnetlib.records import outputs_folder
+from effnetlib.render import render_html
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A published folder and a README of a made-up project."""
+    published = tmp_path / "project/outputs/published"
+    published.mkdir(parents=True)
+    (tmp_path / "project/README.md").write_text("before\n<!-- table: claims -->\n\nold\n\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(publish, "published_folder", lambda: published)
+    tables = publish.readme_tables
+    monkeypatch.setattr(publish, "readme_tables", lambda folder: {"claims": tables(folder)["claims"]})
+    monkeypatch.setattr(publish, "_laptop", lambda _: [])
+    monkeypatch.setattr(publish, "_plans", lambda _: [])
+    return published
+
+
+def report_of(top1, without, name="03_schedules"):
+    """A suite with one run and one executed report, which shows a verdict."""
+    folder = outcome(name, run=False)
+    shown = nbformat.v4.new_output("display_data", data=warmup(top1, without)._repr_mimebundle_())
+    cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), nbformat.v4.new_code_cell(outputs=[shown])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"executed/{name}.ipynb")
+    render_html(folder, name)
+    return folder
+
+
+def test_what_is_published_is_records_reports_and_what_they_say(project):
+    made_up("lars-64-seed0")
+    suite = report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
+    (suite / "runs/lars-64-seed0/checkpoints").mkdir()
+    (suite / "runs/lars-64-seed0/checkpoints/big").write_text("")
+    (suite / "lars-64-seed0.html").write_text("a run's page")
+    page = publish.publish(suite)
+    kept = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
+    assert kept == {
+        "index.html", "suite/index.html", "suite/03_schedules.html", "suite/executed/03_schedules.ipynb",
+        "suite/executed/03_schedules.json", "suite/runs/lars-64-seed0/run.json", "suite/runs/lars-64-seed0/metrics.jsonl",
+    }  # fmt: skip
+    assert page == project / "index.html" and "Warm-up is needed" in page.read_text()
+    assert 'class="completed">supported' in page.read_text() and "+30.00 points" in page.read_text()
+    readme = (project.parent.parent / "README.md").read_text()
+    assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
+    assert "| **supported** |" in readme and "outputs/published/suite/executed/03_schedules.ipynb" in readme
+    publish.publish(suite)
+    assert (project.parent.parent / "README.md").read_text() == readme
+    assert not [path for path in project.iterdir() if path.name.startswith(".")]
+
+
+def test_a_claim_that_one_suite_tested_is_not_untestable(project):
+    for suite, runs in (("small", 1), ("large", 3)):
+        executed = project / suite / "executed"
+        executed.mkdir(parents=True)
+        shown = nbformat.v4.new_output("display_data", data=warmup([0.5] * runs, [0.5] * runs)._repr_mimebundle_())
+        cells = [nbformat.v4.new_code_cell(outputs=[shown])]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), executed / "03_schedules.ipynb")
+    (found,) = publish.verdicts(project)
+    assert found["suite"] == "large" and found["verdict"] == "not supported at this scale"
+
+
+def test_nothing_is_published_of_a_suite_that_failed_or_never_ran(project):
+    made_up("lars-64-seed0")
+    suite = report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
+    publish.publish(suite)
+    before = (project / "suite/03_schedules.html").read_bytes()
+    (suite / "executed/03_schedules.json").write_text(
+        json.dumps({"run": False, "error": "ValueError: made up", "key": ""})
+    )
+    with pytest.raises(EffnetlibError, match="the report 03_schedules of .* failed: ValueError: made up"):
+        publish.publish(suite)
+    assert (project / "suite/03_schedules.html").read_bytes() == before
+    with pytest.raises(EffnetlibError, match="holds no executed reports: run its suite first"):
+        publish.publish(outputs_folder() / "other")
+
+
+def test_a_table_without_a_place_is_a_sentence():
+    assert (
+        publish.with_tables("<!-- table: a -->\nx\n<!-- end -->", {"a": "y"})
+        == "<!-- table: a -->\n\ny\n\n<!-- end -->"
+    )
+    with pytest.raises(EffnetlibError, match="no place for the table b"):
+        publish.with_tables("", {"b": "y"})
