@@ -41,7 +41,7 @@ class Verdict:
 
     def _repr_mimebundle_(self, **_):
         rows = "".join(
-            f'<tr><th style="text-align: left">{name}</th><td style="text-align: left">{escape(value)}</td></tr>'
+            f'<tr><th style="text-align: left">{name}</th><td style="text-align: left; white-space: normal">{escape(value)}</td></tr>'
             for name, value in asdict(self).items()
         )
         text = "\n".join(f"{name:8}{value}" for name, value in asdict(self).items())

@@ -45,7 +45,7 @@ def publish(suite: Path) -> Path:
         for name in reports:
             for path in (f"{name}.html", f"executed/{name}.ipynb", f"executed/{name}.json"):
                 _copy(suite / path, new / path)
-        for path in suite.glob("figures/*.png"):
+        for path in suite.glob("figures/*.*"):
             _copy(path, new / "figures" / path.name)
         for path in (path for name in KEPT_OF_A_RUN for path in suite.glob(f"runs/*/{name}")):
             _copy(path, new / path.relative_to(suite))

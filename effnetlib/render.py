@@ -1,6 +1,7 @@
 """From executed notebooks to HTML: one self-contained page a notebook, and the index page of a suite."""
 
 import json
+import re
 from pathlib import Path
 
 import jinja2
@@ -37,6 +38,8 @@ def render_html(directory: Path, name: str) -> Path:
     page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
     page["error"] = outcome(directory, name).get("error", "")
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
+    # A heading may break at its underscores, or columns would be as wide as the names of their fields.
+    body = re.sub(r"(<th\b[^>]*>)([^<]*)", lambda heading: heading[1] + heading[2].replace("_", "_<wbr>"), body)
     write_atomically(directory / f"{name}.html", body)
     return directory / f"{name}.html"
 
@@ -73,4 +76,5 @@ def title(notebook, path: Path) -> str:
 
 def css() -> str:
     """The style of every page."""
-    return (TEMPLATES / "style.css").read_text() + HtmlFormatter().get_style_defs(".highlight")
+    light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
+    return f"{(TEMPLATES / 'style.css').read_text()}{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"

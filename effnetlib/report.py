@@ -172,16 +172,17 @@ def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> St
 
 
 def show(figure, path: Path | str, alt: str) -> Image:
-    """A figure as an image with alternative text, also written to a PNG file.
+    """A figure as an image with alternative text, also written to a file.
 
     Args:
       figure: a matplotlib figure or axes, or a seaborn grid.
-      path: of the file, relative to the outputs folder.
+      path: of the file, relative to the outputs folder; its suffix is the format: .png, or .jpg, a tenth of it, for photographs.
       alt: what the figure shows, for who cannot see it.
     """
     figure = getattr(figure, "figure", figure)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110, bbox_inches="tight", facecolor="white")
+    form = Path(path).suffix[1:]
+    figure.savefig(drawn, format=form, dpi=110, bbox_inches="tight", facecolor="white", pil_kwargs={"quality": 85})
     plt.close(figure)  # or the notebook would show it a second time, without the text
     if is_main_process():
         path = outputs_folder() / path

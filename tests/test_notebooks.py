@@ -158,4 +158,6 @@ def test_photographs_are_augmented_predicted_and_counted(tmp_path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(output.get("text", "") for output in outputs)
     assert "of 6 right" in text and "waited for images more than 5%" in text and "worst in photos: 50%" in text
-    assert sum("image/png" in output.get("data", ()) for output in outputs) == 4
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
+    photographs = [output for output in outputs if "image/jpeg" in output.get("data", ())]
+    assert len(photographs) == 2 and all(output.metadata["image/jpeg"]["alt"] for output in photographs)

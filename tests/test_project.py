@@ -47,6 +47,14 @@ def test_the_oldest_versions_are_those_that_the_project_allows():
     assert [oldest[name] for name in ("jax", "jaxlib", "flax", "optax")] == ["0.7.2", "0.7.2", "0.11.2", "0.2.8"]
 
 
+def test_citation_and_changelog_state_the_projects_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    stated = re.search(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert citation["version"] == stated == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    assert "2011.00071" in citation["references"][0]["url"]
+
+
 def test_make_help_lists_every_target():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     listed = subprocess.run(
