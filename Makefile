@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help env reproduce test lint lab lock publish chaos
+.PHONY: help env reproduce test lint lab lock publish chaos bench
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -46,3 +46,13 @@ publish:  ## copy a suite's records, reports and figures (SUITE=laptop) to outpu
 
 chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes outputs/published/chaos.json
 	$(BIN)/python tests/chaos.py --faults 60 --minutes 15 --record outputs/published/chaos.json
+
+BENCH_STAMP := .venv-bench/.installed
+
+bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for 20 minutes; writes outputs/published/bench.json
+	$(BIN)/python -m tests.bench --record outputs/published/bench.json
+
+$(BENCH_STAMP): tests/bench/requirements.txt requirements.lock
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c requirements.lock
+	@touch $@
