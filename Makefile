@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos rehearse
+.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench rehearse
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -67,3 +67,13 @@ rehearse: $(STAMP)  ## run every notebook alone as on Colab (IMAGE=kaggle: on Ka
 
 chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes outputs/published/chaos.json
 	$(BIN)/python tests/chaos.py --faults 60 --minutes 15 --record outputs/published/chaos.json
+
+BENCH_STAMP := .venv-bench/.installed
+
+bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for 20 minutes; writes outputs/published/bench.json
+	$(BIN)/python -m tests.bench --record outputs/published/bench.json
+
+$(BENCH_STAMP): tests/bench/requirements.txt requirements.lock
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c requirements.lock
+	@touch $@

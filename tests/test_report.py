@@ -151,7 +151,9 @@ def test_index_lists_runs_reports_and_status():
 def test_figures_are_kept_with_their_text():
     figure, _ = plt.subplots()
     image = show(figure, "suite/figures/x.png", "nothing at all")
-    assert image.metadata == {"alt": "nothing at all"} and (outputs_folder() / "suite/figures/x.png").stat().st_size > 100
+    assert (
+        image.metadata == {"alt": "nothing at all"} and (outputs_folder() / "suite/figures/x.png").stat().st_size > 100
+    )
     assert not plt.get_fignums()
 
 
