@@ -30,7 +30,7 @@ except metadata.PackageNotFoundError:
     if not (checkout / "effnetlib/session.py").exists():
         checkout = Path.home() / "effnetlib-checkout"
     if not checkout.exists() and subprocess.run(["git", "clone", "--quiet", "--depth=1", address, checkout]).returncode:
-        raise SystemExit(f"{address} cannot be fetched: on Kaggle, switch the session's internet on")
+        raise SystemExit(f"{address} cannot be fetched: on Kaggle, switch the session's internet on") from None
     sys.path.append(str(checkout))
     from effnetlib import session
 
