@@ -61,20 +61,24 @@ def _assignment(text: str) -> tuple[str, object]:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path), required=False)
-def report(directory):
-    """Render the HTML reports and the index of DIRECTORY (a suite's outputs; outputs/laptop if none is given) anew from
-    its executed notebooks."""
-    from effnetlib.records import outputs_folder
-    from effnetlib.render import render_html, render_index
+@click.argument("directories", type=click.Path(path_type=Path), nargs=-1, metavar="[DIR]...")
+@click.option("--price", type=click.FloatRange(0), help="Dollars a chip and hour, in the paper against ours.")
+def report(directories, price):
+    """Render reports of what is there already; nothing is trained.
 
-    directory = directory or outputs_folder() / "laptop"
-    executed = sorted(directory.glob("executed/*.ipynb"))
-    if not executed:
-        raise EffnetlibError(f"{directory} holds no executed notebooks: run a suite first")
-    for notebook in executed:
-        render_html(directory, notebook.stem)
-    click.echo(render_index(directory, directory.absolute().name))
+    One DIR, a suite's outputs (outputs/laptop if none is given): its executed reports anew as HTML, and the index. Where there
+    are records and no reports yet, as in a folder from a pod, the paper's tables are drawn up against them.
+
+    Two or more DIR, runs' folders (or without the seed, as in lars-64: all its seeds): one page that compares them."""
+    from effnetlib.pages import compare, report_suite
+    from effnetlib.records import outputs_folder
+
+    if len(directories) > 1:
+        if price is not None:
+            raise EffnetlibError("--price is for the paper against ours, and not for a comparison of runs")
+        click.echo(compare(directories))
+    else:
+        click.echo(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
 
 
 @main.command()

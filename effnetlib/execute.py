@@ -84,11 +84,11 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
         if entry.is_run:
             settled.append(settle(entry))
             if settled[-1].status == "preempted":
-                render_index(suite.directory, suite.name)
+                render_index(suite.directory, suite.directory.name)
                 return settled
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
-    render_index(suite.directory, suite.name)
+    render_index(suite.directory, suite.directory.name)
     return settled
 
 
@@ -121,7 +121,10 @@ def _key(suite: Suite, entry: Entry) -> str:
     draws it or a record that it reads."""
     files = [suite.notebook_path(entry)]
     if not entry.is_run:
-        files += sorted(Path(__file__).parent.rglob("*.py")) + sorted(suite.directory.glob("runs/*/run.json"))
+        runs = suite.directory / "runs"
+        named = (runs / run / "run.json" for run in entry.parameters.get("runs", ()))  # may lie in another suite
+        files += sorted(Path(__file__).parent.rglob("*.py"))
+        files += sorted({*runs.glob("*/run.json"), *(path for path in named if path.is_file())})
     digest = hashlib.sha256(json.dumps(dict(entry.parameters), sort_keys=True).encode())
     for file in files:
         digest.update(file.read_bytes())

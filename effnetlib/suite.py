@@ -106,6 +106,24 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     return suite
 
 
+def report_alone(name: str, notebook: str, **parameters) -> Suite:
+    """A suite of one report and no runs, for records that are there already.
+
+    Args:
+      name: the suite's folder, under outputs/ or absolute.
+      notebook: one of this checkout's.
+
+    Raises:
+      EffnetlibError: this package runs from no checkout.
+    """
+    notebooks = Path(__file__).parent.parent / "notebooks"
+    if not (notebooks / f"{notebook}.ipynb").is_file():
+        raise EffnetlibError(
+            f"this effnetlib has no notebooks beside it ({notebooks}): install it from a checkout, with pip install --editable ."
+        )
+    return Suite(name, notebooks, (), (Entry(notebook, notebook, {**parameters, "suite": name}),))
+
+
 def _items(content: Mapping, key: str) -> list:
     items = content.get(key) or []
     if not isinstance(items, list):

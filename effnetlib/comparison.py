@@ -1,0 +1,113 @@
+"""Runs beside each other, of one suite or of several: what they were given, what came out, and how sure the difference is."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from effnetlib.claims import MIN_SEEDS, contrast
+from effnetlib.errors import EffnetlibError
+from effnetlib.records import Record
+from effnetlib.report import curves, results
+
+CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit")
+
+
+def load(paths: Sequence[Path]) -> list[Record]:
+    """The records to compare.
+
+    Args:
+      paths: a run's folder each, or one without its seed (`lars-64`, where there are `lars-64-seed0` …): all its seeds.
+
+    Raises:
+      EffnetlibError: a path is neither, a record cannot be read or was never evaluated, or there is only one.
+    """
+    found = {}
+    for path in paths:
+        folders = [path] if (path / "run.json").exists() else sorted(path.parent.glob(f"{path.name}-seed*"))
+        if not folders:
+            raise EffnetlibError(f"{path} is not the folder of a run: run.json is missing")
+        found |= {folder.resolve(): Record.load(folder) for folder in folders}
+    for record in found.values():
+        if not any(row["kind"] == "eval" for row in record.metrics):
+            raise EffnetlibError(f"the run {record.directory} has not been evaluated yet (it is {record.status})")
+    if len(found) < 2:
+        raise EffnetlibError(f"a comparison wants two runs or more, and {', '.join(map(str, paths))} is one")
+    return list(found.values())
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """A name for each run: that of its folder, with as much of the path before it as tells equal names apart."""
+    parts = [[part for part in record.directory.absolute().parts if part != "runs"] for record in records]
+    depth = 1
+    while len({tuple(each[-depth:]) for each in parts}) < len(parts):
+        depth += 1
+    return ["/".join(each[-depth:]) for each in parts]
+
+
+def points(records: Sequence[Record]) -> list[str]:
+    """The point of each run: its label without the seed."""
+    return [
+        label.removesuffix(record.name) + record.point for label, record in zip(labels(records), records, strict=True)
+    ]
+
+
+def settings(records: Sequence[Record]) -> pd.DataFrame:
+    """What differs between the points, a row a field and a column a point: the recipe, the data, and the circumstances. Where the
+    runs of a point differ among themselves, all their values."""
+    table = pd.DataFrame(
+        [
+            asdict(record.recipe)
+            | {f"{split} data": value for split, value in record.data.get("fingerprints", {}).items()}
+            | {name: record.environment.get(name) for name in CIRCUMSTANCES}
+            for record in records
+        ]
+    ).map(str)
+    by_point = table.groupby(points(records), sort=False).agg(lambda values: ", ".join(dict.fromkeys(values))).T
+    differs = by_point.nunique(axis=1) > 1
+    return by_point[differs].rename_axis("setting").reset_index()
+
+
+OUTCOMES = ("peak_top1", "peak_epoch", "final_top1", "raw_final_top1", "seconds_to_peak", "images_per_second")
+
+
+def outcomes(records: Sequence[Record]) -> pd.DataFrame:
+    """A row a run: its point and what came out; nothing yet for one that is under way."""
+    table = results(records).reindex(columns=["status", "seed", *OUTCOMES, "eval_examples"])
+    table["status"] = [record.status for record in records]
+    table.insert(0, "run", labels(records))
+    table.insert(1, "point", points(records))
+    return table.reset_index(drop=True)
+
+
+def difference(records: Sequence[Record]) -> str:
+    """One sentence on the final top-1 of two points; what it would take where it cannot be told."""
+    table = outcomes(records).dropna(subset=["final_top1"])
+    values = {point: list(rows["final_top1"]) for point, rows in table.groupby("point", sort=False)}
+    if len(values) != 2:
+        return f"{len(values)} points have a result; a difference with its interval is given of two."
+    (first, ours), (second, theirs) = values.items()
+    if min(len(ours), len(theirs)) < MIN_SEEDS:
+        gap = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
+        return f"Final top-1 of {first} minus {second}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds each that may be chance."
+    return f"Final top-1 of {first} minus {second}: {contrast((1, ours), (-1, theirs)).points()}."
+
+
+def draw(records: Sequence[Record]) -> Figure:
+    """Loss and top-1 against epochs, and top-1 against time: a line a run, a colour a point."""
+    named = list(zip(labels(records), points(records), records, strict=True))
+    table = {
+        kind: pd.concat([curves([record], kind).assign(run=run, point=point) for run, point, record in named])
+        for kind in ("train", "eval")
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    drawn = (("train", "epoch", "loss"), ("eval", "epoch", "ema_top1"), ("eval", "seconds", "ema_top1"))
+    for axes, (kind, x, y) in zip(panels, drawn, strict=True):
+        sns.lineplot(table[kind], x=x, y=y, hue="point", units="run", estimator=None, legend=axes is panels[0], ax=axes)
+        axes.set(ylabel="training loss" if y == "loss" else "top-1 (moving average)")
+    panels[0].legend(fontsize=8)
+    return figure

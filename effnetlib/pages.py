@@ -1,0 +1,82 @@
+"""Pages from what is there already: a suite's reports anew, the paper against a folder of records, a comparison of runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from effnetlib import comparison, execute
+from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.records import load_records, outputs_folder
+from effnetlib.render import outcome, render_html, render_index
+from effnetlib.suite import Suite, report_alone
+
+AGAINST_PAPER = "13_paper_against_ours"
+COMPARISON = "14_comparison"
+NAMED_POINTS = 3  # of a comparison, in the name of its folder
+
+
+def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
+    """Renders the executed reports of a suite's folder anew, and its index. Where it has records and no executed report, or
+    that of the paper against ours, this one is executed, unless it is as new as the records.
+
+    Args:
+      directory: the suite's folder, or `runs` in it.
+      chip_hour: dollars a chip and hour, for the paper against ours.
+
+    Returns:
+      The index page.
+
+    Raises:
+      EffnetlibError: the folder holds neither, or is a run's.
+    """
+    if directory.name == "runs":
+        directory = directory.parent
+    if (directory / "run.json").exists():
+        raise EffnetlibError(
+            f"{directory} is one run: name another beside it to compare them, or its suite's folder for reports"
+        )
+    executed = [path.stem for path in sorted(directory.glob("executed/*.ipynb"))]
+    reports = [name for name in executed if not outcome(directory, name).get("run", True)]
+    has_records = any(directory.glob("runs/*/run.json"))
+    if has_records and (not reports or AGAINST_PAPER in reports):
+        if not any(record.status == "completed" for record in load_records(directory / "runs")):
+            raise EffnetlibError(f"{directory} holds records, but no completed one that can be read")
+        _execute(
+            report_alone(_name(directory), AGAINST_PAPER, **({} if chip_hour is None else {"chip_hour": chip_hour}))
+        )
+    elif not executed:
+        raise EffnetlibError(
+            f"{directory} holds no executed notebooks and no records (runs/NAME/run.json): run a suite first"
+        )
+    elif chip_hour is not None:
+        raise EffnetlibError(f"--price is for {AGAINST_PAPER}, which is not among the reports of {directory}")
+    for name in executed:
+        render_html(directory, name)
+    return render_index(directory, directory.absolute().name)
+
+
+def compare(paths: Sequence[Path]) -> Path:
+    """Executes the comparison of runs, under outputs/comparisons, and returns its page.
+
+    Args:
+      paths: as in `comparison.load`.
+    """
+    records = comparison.load(paths)
+    points = [point.replace("/", "-") for point in dict.fromkeys(comparison.points(records))]
+    more = f"-and-{len(points) - NAMED_POINTS}-more" * (len(points) > NAMED_POINTS)
+    name = f"comparisons/{'-against-'.join(points[:NAMED_POINTS])}{more}"
+    suite = report_alone(name, COMPARISON, runs=[str(record.directory.absolute()) for record in records])
+    _execute(suite)
+    return suite.directory / f"{COMPARISON}.html"
+
+
+def _execute(suite: Suite) -> None:
+    """Executes a suite of one report; one that fails is an error."""
+    (settled,) = execute.execute(suite)
+    if settled.error:
+        raise FailedError(f"the report {settled.entry.name} failed: {settled.error}")
+
+
+def _name(directory: Path) -> str:
+    """What a suite in this folder is called: the path below outputs/, or else the whole."""
+    directory, outputs = directory.absolute(), outputs_folder().absolute()
+    return str(directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory)
