@@ -84,6 +84,21 @@ def rmsprop(
     return optax.rmsprop(learning_rate, decay, eps, initial_scale=1.0, eps_in_sqrt=True, momentum=momentum)
 
 
+# What a recipe's `optimizer` may be, at one learning rate. A new one is a function like those above, and a line here.
+OPTIMIZERS = {
+    "lars": lambda recipe, learning_rate: lars(
+        learning_rate,
+        weight_decay=recipe.lars_weight_decay,
+        momentum=recipe.momentum,
+        trust_coefficient=recipe.lars_trust_coefficient,
+        eps=recipe.lars_eps,
+    ),
+    "rmsprop": lambda recipe, learning_rate: rmsprop(
+        learning_rate, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps
+    ),
+}
+
+
 def l2_penalty(params) -> jax.Array:
     """``sum(|v|^2 / 2)`` over every parameter but batch norm's gamma and beta (so biases count), a float32 scalar."""
 

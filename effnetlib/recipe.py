@@ -13,6 +13,7 @@ from effnetlib.data.sources import SUBSETS, DataInfo, describe
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import groups_fit, nearest_group_size
 from effnetlib.model import VARIANTS
+from effnetlib.optim import OPTIMIZERS
 from effnetlib.parameters import check_parameters
 from effnetlib.presets import preset_fields
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
@@ -21,7 +22,7 @@ CHOICES = {
     "subset": SUBSETS,
     "variant": tuple(VARIANTS),
     "augmentation": AUGMENTATIONS,
-    "optimizer": ("lars", "rmsprop"),
+    "optimizer": OPTIMIZERS,
     "decay": ("polynomial", "exponential"),
     "precision": ("bfloat16", "float32"),
 }
@@ -48,7 +49,7 @@ class Recipe:
         steps; runs of few steps want less.
       epochs: passes over the training set (350 in the paper).
       eval_every_epochs: epochs between evaluations; the last step is always evaluated.
-      optimizer: "lars" or "rmsprop" (TensorFlow's semantics).
+      optimizer: "lars" or "rmsprop" (TensorFlow's semantics); the names in `effnetlib.optim.OPTIMIZERS`.
       lr_per_256: learning rate for 256 examples; scaled linearly with the global batch.
       decay: "polynomial" or "exponential".
       warmup_epochs: epochs of linear warm-up from zero.

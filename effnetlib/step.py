@@ -1,4 +1,4 @@
-"""The train step: its state, the model and optimizer that a recipe means, and the pure function itself."""
+"""The train step: its state, the model that a recipe means, and the pure function itself."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from effnetlib.data.images import normalize
 from effnetlib.mesh import batch_sharding, replicated, shapes_of
 from effnetlib.model import EfficientNet
-from effnetlib.optim import ema_update, l2_penalty, lars, rmsprop
+from effnetlib.optim import OPTIMIZERS, ema_update, l2_penalty
 from effnetlib.recipe import Recipe
 
 
@@ -42,19 +42,6 @@ def build_model(recipe: Recipe, key: jax.Array) -> EfficientNet:
     )
 
 
-def build_optimizer(recipe: Recipe, learning_rate: jax.typing.ArrayLike) -> optax.GradientTransformation:
-    """The recipe's optimizer at one learning rate."""
-    if recipe.optimizer == "lars":
-        return lars(
-            learning_rate,
-            weight_decay=recipe.lars_weight_decay,
-            momentum=recipe.momentum,
-            trust_coefficient=recipe.lars_trust_coefficient,
-            eps=recipe.lars_eps,
-        )
-    return rmsprop(learning_rate, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps)
-
-
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
     """Mean cross-entropy (nats) against ``(1 - smoothing) * onehot + smoothing / classes``.
 
@@ -75,13 +62,14 @@ def make_train_step(recipe: Recipe):
     share one compiled program.
     """
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0))))
+    optimizer = OPTIMIZERS[recipe.optimizer]
 
     def init(key):
         _, params, batch_stats = nnx.split(build_model(recipe, key), nnx.Param, nnx.BatchStat)
         params, batch_stats = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
         # The averages start as copies: buffers shared with the parameters could not be donated.
         averages = jax.tree.map(jnp.copy, (params, batch_stats))
-        return TrainState(jnp.int32(0), params, batch_stats, build_optimizer(recipe, 0.0).init(params), *averages)
+        return TrainState(jnp.int32(0), params, batch_stats, optimizer(recipe, 0.0).init(params), *averages)
 
     def step(state, batch, key, lr):
         step_key = jax.random.fold_in(key, state.step)
@@ -95,7 +83,7 @@ def make_train_step(recipe: Recipe):
             return loss + recipe.loss_weight_decay * l2_penalty(params), (loss, logits, batch_stats)
 
         grads, (loss, logits, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = build_optimizer(recipe, lr).update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer(recipe, lr).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         done = state.step + 1
         ema_params, ema_batch_stats = ema_update(

@@ -13,7 +13,7 @@ from conftest import run_once
 from flax import nnx
 from test_prepare import by_class
 
-from effnetlib import EfficientNet, Recipe, Record, checkpoints, weights
+from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, checkpoints, weights
 from effnetlib.data.prepare import prepare
 from effnetlib.parameters import notebook_parameters
 from effnetlib.recipe import TRAIN_PARAMETERS
@@ -23,7 +23,7 @@ from effnetlib.suite import load_suite
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-READ_NO_SUITE = ("09_pod_plan", "10_pretrained", "11_photographs")
+READ_NO_SUITE = ("09_pod_plan", "10_pretrained", "11_photographs", "15_adding_an_optimizer")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -161,3 +161,19 @@ def test_photographs_are_augmented_predicted_and_counted(tmp_path):
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
     photographs = [output for output in outputs if "image/jpeg" in output.get("data", ())]
     assert len(photographs) == 2 and all(output.metadata["image/jpeg"]["alt"] for output in photographs)
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_only_a_notebook_knows_trains_beside_lars(tmp_path):
+    settings = dict(directory="mine", epochs=0.3, lars_rates=[1.0], lamb_rates=[0.04])
+    notebook = _execute("15_adding_an_optimizer", tmp_path, **settings)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert [o.metadata["image/png"]["alt"] for o in outputs if "image/png" in o.get("data", ())]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "outputs/mine/runs").glob("*/run.json"))]
+    assert [(run["recipe"]["optimizer"], run["status"]) for run in runs] == [
+        ("lamb", "completed"),
+        ("lars", "completed"),
+    ]
+    with pytest.raises(EffnetlibError, match="optimizer 'lamb' is unknown"):
+        Recipe(**runs[0]["recipe"])
