@@ -55,7 +55,7 @@ class Progress:
 
         figure = Figure(figsize=(5, 2.2), layout="constrained")
         axes = figure.subplots()
-        axes.plot(epochs, top1, marker="o")
+        axes.plot(epochs, top1, marker="o", clip_on=False)
         axes.set(xlabel="epoch", ylabel="top-1 (moving average)", xlim=(0, None), ylim=(0, 1))
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=100, facecolor="white")
