@@ -1,7 +1,9 @@
-"""Progress of long work: in place in a notebook, a plain line now and then elsewhere."""
+"""Progress of long work: in place in a notebook, a plain line now and then elsewhere; and a curve where somebody watches."""
 
+import io
 import sys
 import time
+from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -29,8 +31,11 @@ class Progress:
         self.start = time.perf_counter()
         self.shown = 0.0
         self.values = {}
-        self.display = None
-        self.in_notebook = "ipykernel" in sys.modules and _has_kernel()
+        self.displays = {}
+        kernel = _kernel()
+        self.in_notebook = kernel is not None
+        # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
+        self.watched = getattr(kernel, "_allow_stdin", False)
         self.interval = 0.5 if self.in_notebook else 15.0
 
     def update(self, step: int, **values) -> None:
@@ -40,6 +45,21 @@ class Progress:
         if now - self.shown >= self.interval or step == self.total:
             self.shown = now
             self._show(self.line(step, now - self.start))
+
+    def draw(self, epochs: Sequence[float], top1: Sequence[float]) -> None:
+        """Draws top-1 against epochs in place, where somebody watches the notebook."""
+        if not self.watched:
+            return
+        from IPython.display import Image
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 2.2), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(epochs, top1, marker="o", clip_on=False)
+        axes.set(xlabel="epoch", ylabel="top-1 (moving average)", xlim=(0, None), ylim=(0, 1))
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=100, facecolor="white")
+        self._display("curve", *Image(drawn.getvalue(), alt="Top-1 against epochs, so far")._repr_mimebundle_())
 
     def line(self, step: int, elapsed: float) -> str:
         rate = (step - self.first) / elapsed if elapsed else 0.0
@@ -51,15 +71,21 @@ class Progress:
         if not self.in_notebook:
             print(line, flush=True)
             return
+        self._display("line", {"text/plain": line})
+
+    def _display(self, name: str, content: dict, metadata: dict | None = None) -> None:
         from IPython.display import display
 
-        if self.display is None:
-            self.display = display({"text/plain": line}, raw=True, display_id=True)
+        if name in self.displays:
+            self.displays[name].update(content, metadata=metadata, raw=True)
         else:
-            self.display.update({"text/plain": line}, raw=True)
+            self.displays[name] = display(content, metadata=metadata, raw=True, display_id=True)
 
 
-def _has_kernel() -> bool:
+def _kernel():
+    """The Jupyter kernel that this process is, if it is one."""
+    if "ipykernel" not in sys.modules:
+        return None
     from IPython import get_ipython
 
-    return getattr(get_ipython(), "kernel", None) is not None
+    return getattr(get_ipython(), "kernel", None)

@@ -237,6 +237,8 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
                    top1=raw.top1, top5=raw.top5, loss=raw.loss,
                    ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
         progress.update(step, top1=ema.top1)
+        evaluated = [row for row in record.metrics if row["kind"] == "eval"]
+        progress.draw([row["epoch"] for row in evaluated], [row["ema_top1"] for row in evaluated])
         checkpoint(step, ema.top1)
 
     def stop_if_asked(step: int) -> None:
@@ -245,7 +247,9 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             clock.stop_lap("train_seconds")
             checkpoint(step)
             checkpoints.wait_until_finished()
-            raise PreemptedError(f"stopped at step {step} of {total} ({reason}); saved, and the same command goes on")
+            raise PreemptedError(
+                f"stopped at step {step} of {total} ({reason}); saved, and the same command or cell, run again, goes on"
+            )
 
     if first in eval_steps and not any(row["kind"] == "eval" and row["step"] == first for row in record.metrics):
         evaluate(first)  # the run was stopped between this step and its evaluation

@@ -1,7 +1,10 @@
 import ast
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -51,6 +54,13 @@ def test_every_parameter_is_seen_by_papermill_with_type_and_help(path):
 def test_the_training_notebook_has_every_field_of_the_recipe():
     seen = set(papermill.inspect_notebook(str(FOLDER / "train.ipynb")))
     assert seen == set(TRAIN_PARAMETERS) and seen > {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_papermill_lists_every_parameter_of_the_training_notebook_with_its_type_and_what_it_means():
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(FOLDER / "train.ipynb")]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in TRAIN_PARAMETERS:
+        assert re.search(rf"^  {name}: (Optional\[)?(str|int|float)\]? \(default .*\)\s+\w", listed, re.M), name
 
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "suites").glob("*.yaml")), ids=lambda path: path.stem)
