@@ -30,7 +30,7 @@ class Verdict:
       claim: in one sentence. paper: what the paper states of it. ours: our figures, with n and spread.
       verdict: SUPPORTED, NOT_SUPPORTED or NOT_TESTABLE. why: what counts as support, or why it cannot be tested.
 
-    In a notebook it shows itself, and leaves itself in the executed notebook for the suite's index page to collect.
+    In a notebook it shows itself, and leaves itself in the executed notebook for the companion page and the README to collect.
     """
 
     claim: str
@@ -120,19 +120,22 @@ def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
     return Verdict(claim, paper, ours, _judged(min(loses.low, more.low, ahead.low) > 0), rule)
 
 
-def better(claim: str, paper: str, ours: tuple[str, Sequence[float]], other: tuple[str, Sequence[float]]) -> Verdict:
-    """Whether one way is better than another: the interval of the difference of final top-1 lies above 0.
+def better(
+    claim: str, paper: str, ours: tuple[str, Sequence[float]], other: tuple[str, Sequence[float]], margin: float = 0.0
+) -> Verdict:
+    """Whether one way is better than another, or worse by less than a margin: the interval of the difference of final top-1 lies
+    above 0, or above minus the margin.
 
     Args:
       claim, paper: as in `Verdict`.
       ours, other: (name, final top-1 of the seeds) of the way that the claim favours, and of the other.
     """
-    rule = f"the interval of {ours[0]} minus {other[0]} lies above 0"
+    rule = f"the interval of {ours[0]} minus {other[0]} lies above {f'{-100 * margin:.0f} point' if margin else 0}"
     if few := _few_seeds((ours[1], other[1])):
         return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
     difference = contrast((1, ours[1]), (-1, other[1]))
     figures = f"{ours[0]}: {mean_and_spread(ours[1])}; {other[0]}: {mean_and_spread(other[1])}; difference {difference.points()}"
-    return Verdict(claim, paper, figures, _judged(difference.low > 0), rule)
+    return Verdict(claim, paper, figures, _judged(difference.low > -margin), rule)
 
 
 def polynomial_decay(polynomial: Sequence[float], exponential: Sequence[float]) -> Verdict:
@@ -203,16 +206,13 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
 
 def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:
     """bfloat16 convolutions cost no accuracy: less than MARGIN. Takes the final top-1 of each."""
-    claim = "bfloat16 convolutions cost no accuracy"
-    paper = "no loss of accuracy (section 3; no figures known to us)"
-    rule = f"the interval of bfloat16 minus float32 lies above {-100 * MARGIN:.0f} point"
-    if few := _few_seeds((bfloat16, float32)):
-        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
-    difference = contrast((1, bfloat16), (-1, float32))
-    figures = (
-        f"bfloat16: {mean_and_spread(bfloat16)}; float32: {mean_and_spread(float32)}; difference {difference.points()}"
+    return better(
+        "bfloat16 convolutions cost no accuracy",
+        "no loss of accuracy (section 3; no figures known to us)",
+        ("bfloat16", bfloat16),
+        ("float32", float32),
+        MARGIN,
     )
-    return Verdict(claim, paper, figures, _judged(difference.low > -MARGIN), rule)
 
 
 def _judged(holds: bool) -> str:
