@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from effnetlib.collectives import Collective, collectives, seconds
 from effnetlib.errors import EffnetlibError
@@ -27,7 +26,7 @@ from effnetlib.model import multiply_adds
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import outputs_folder, write_atomically
-from effnetlib.step import build_model, lower_train_step
+from effnetlib.step import lower_train_step, make_train_step
 from effnetlib.topology import GIB, chip_of, devices_of
 
 LINE_SECONDS = 15.0
@@ -270,11 +269,11 @@ def _compile_train(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
 
 def _compile_evaluation(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
     """The compiled evaluation step, or None where the compiler runs out of memory."""
-    model = nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0)))
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    init, _, graphdef = make_train_step(recipe)
+    state = jax.eval_shape(init, jax.random.key(0))
     lowered = lower_eval_step(
         graphdef,
-        (nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)),
+        (state.params, state.batch_stats),
         batch=recipe.global_batch_size,
         size=recipe.resolution,
         mesh=make_mesh(recipe.num_groups, devices),
