@@ -50,7 +50,8 @@ def publish(suite: Path) -> Path:
         for path in (path for name in KEPT_OF_A_RUN for path in suite.glob(f"runs/*/{name}")):
             _copy(path, new / path.relative_to(suite))
         render_index(new, suite.name)
-        shutil.rmtree(published / suite.name, ignore_errors=True)
+        if (published / suite.name).exists():
+            (published / suite.name).rename(Path(scratch) / "before")
         new.rename(published / suite.name)
     readme = published.parent.parent / "README.md"
     write_atomically(readme, with_tables(readme.read_text(), readme_tables(published)))
