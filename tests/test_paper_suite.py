@@ -157,7 +157,7 @@ def test_seed_and_place_of_imagenet_are_no_deviations_and_other_runs_have_no_row
 
 def test_dawnbench_counts_the_seconds_and_dollars_to_93_percent():
     reached = made_up("reached", "b2-4096-rmsprop", top5=0.94)  # 0.84 after one minute, 0.94 after two
-    never = made_up("never", devices=8, kind="TPU v5 lite", top5=0.92)
+    never = made_up("never", "b2-4096-rmsprop", devices=8, kind="TPU v5 lite", top5=0.92)
     assert chips(reached) == 64 and chips(never) == 8
     table = dawnbench([reached, never], chip_hour=3.0).set_index("what")
     assert table.loc["reached", "seconds"] == 120.0
