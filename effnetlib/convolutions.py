@@ -176,6 +176,13 @@ def _kernel_gradient_as_product(x, cotangent):
     return jax.lax.dot_general(x, cotangent, pixels, preferred_element_type=jnp.float32)
 
 
+def _kernel_gradient_on_cpu(x, cotangent):
+    # The first operand is copied, with its rows and columns exchanged: it should be the one of fewer channels.
+    if x.shape[-1] > cotangent.shape[-1]:
+        return _kernel_gradient_as_product(cotangent, x).T
+    return _kernel_gradient_as_product(x, cotangent)
+
+
 def _kernel_gradient_as_convolution(x, cotangent):
     return jax.lax.conv_general_dilated(
         x, cotangent, (1, 1), "VALID", dimension_numbers=("CHWN", "IHWO", "HWNC"), preferred_element_type=jnp.float32
@@ -185,7 +192,7 @@ def _kernel_gradient_as_convolution(x, cotangent):
 def _pointwise_backward(residuals, cotangent):
     x, kernel = residuals
     default = _kernel_gradient_as_product if _narrow(kernel) else _kernel_gradient_as_convolution
-    of_kernel = jax.lax.platform_dependent(x, cotangent, cpu=_kernel_gradient_as_product, default=default)
+    of_kernel = jax.lax.platform_dependent(x, cotangent, cpu=_kernel_gradient_on_cpu, default=default)
     return pointwise_conv(cotangent, kernel.T), of_kernel
 
 

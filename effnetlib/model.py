@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effnetlib.activation import normalized_swish
 from effnetlib.convolutions import conv_init, depthwise_conv, full_conv, pointwise_conv
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.norm import GroupedBatchNorm
@@ -142,6 +143,10 @@ def _drop(x, rate, key, shape):
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+def _norm_swish(norm, x, train):
+    return normalized_swish(x, *norm.coefficients(x, train=train))
+
+
 class MBConv(nnx.Module):
     """Inverted bottleneck: expand 1x1, depthwise k x k, squeeze-and-excite, project 1x1, skip with drop path."""
 
@@ -164,7 +169,7 @@ class MBConv(nnx.Module):
     def __call__(self, x, *, train, key):
         y = x
         if self.spec.expansion != 1:
-            y = jax.nn.swish(self.expand_norm(self.expand(y), train=train).astype(self.dtype))
+            y = _norm_swish(self.expand_norm, self.expand(y), train)
         y = depthwise_conv(y, self.depthwise[...], self.spec.stride)
         y = self.se(y, *self.depthwise_norm.coefficients(y, train=train))
         y = self.project_norm(self.project(y), train=train).astype(self.dtype)
@@ -222,11 +227,10 @@ class EfficientNet(nnx.Module):
         self.classifier = nnx.Linear(head, num_classes, kernel_init=_dense_init, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> jax.Array:
-        x = self.stem(images)
-        x = jax.nn.swish(self.stem_norm(x, train=train).astype(self.dtype))
+        x = _norm_swish(self.stem_norm, self.stem(images), train)
         for i, block in enumerate(self.blocks):
             x = block(x, train=train, key=jax.random.fold_in(key, i) if train else None)
-        x = jax.nn.swish(self.head_norm(self.head(x), train=train).astype(self.dtype))
+        x = _norm_swish(self.head_norm, self.head(x), train)
         x = x.mean((1, 2), dtype=jnp.float32)
         if train:
             x = _drop(x, self.dropout, jax.random.fold_in(key, len(self.blocks)), x.shape)

@@ -34,6 +34,7 @@ PROGRAM = (
     "model",
     "norm",
     "convolutions",
+    "activation",
     "squeeze_excite",
     "step",
     "optim",

@@ -4,14 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from effnetlib.activation import spatial, swish_and_slope, through_norm
 from effnetlib.convolutions import conv_init
-
-
-def _swish_and_slope(x, mean, scale, shift):
-    z = (x.astype(jnp.float32) - mean) * scale + shift
-    # The sigmoid. XLA takes a tanh as cheap enough to be computed in each of the fusions that want it, and jax.nn.sigmoid not.
-    sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * z)
-    return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 def gate(squeezed, weights):
@@ -28,31 +22,43 @@ def gated_swish(x, mean, scale, shift, weights):
     The backward pass is the chain rule's, with its sums in another order. The gradient of a spatial mean is the same for all
     pixels, so what batch norm's gradients need of it are sums over pixels that the forward pass already knows; the others come
     with the sum that the gate needs. One pass over x and the cotangent makes all of them, where autodiff makes two that wait
-    for one another: 8 % of a step's memory traffic on a TPU, by its compiler's count.
+    for one another: 8 % of a step's memory traffic on a TPU, by its compiler's count. On CPU, where a sum is a pass of its own
+    whatever its order, it is the chain rule as it stands.
     """
     return _gated_swish_forward(x, mean, scale, shift, weights)[0]
 
 
 def _gated_swish_forward(x, mean, scale, shift, weights):
-    y, slope = _swish_and_slope(x, mean, scale, shift)
-    factor, gate_vjp = jax.vjp(gate, _spatial(jnp.mean, y), weights)
-    sums = _spatial(jnp.mean, slope), _spatial(jnp.mean, slope * (x - mean))
-    return y.astype(x.dtype) * factor.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, sums)
+    y, slope = swish_and_slope(x, mean, scale, shift)
+    factor, gate_vjp = jax.vjp(gate, spatial(jnp.mean, y), weights)
+
+    def sums(x, mean, slope):
+        return spatial(jnp.mean, slope), spatial(jnp.mean, slope * (x - mean))
+
+    def none(x, mean, slope):
+        return jnp.zeros_like(mean), jnp.zeros_like(mean)
+
+    kept = jax.lax.platform_dependent(x, mean, slope, cpu=none, default=sums)
+    return y.astype(x.dtype) * factor.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, kept)
 
 
 def _gated_swish_backward(residuals, cotangent):
-    x, mean, scale, shift, factor, gate_vjp, (slope_mean, slope_x_mean) = residuals
-    y, slope = _swish_and_slope(x, mean, scale, shift)
-    of_gate = _spatial(jnp.sum, cotangent * y)
-    of_squeezed, of_weights = gate_vjp(of_gate)
-    of_shift = factor * _spatial(jnp.sum, cotangent * slope) + of_squeezed * slope_mean
-    of_scale = factor * _spatial(jnp.sum, cotangent * slope * (x - mean)) + of_squeezed * slope_x_mean
+    x, mean, scale, shift, factor, gate_vjp, kept = residuals
+    y, slope = swish_and_slope(x, mean, scale, shift)
+    of_squeezed, of_weights = gate_vjp(spatial(jnp.sum, cotangent * y))
     of_z = (cotangent * factor + of_squeezed / (x.shape[1] * x.shape[2])) * slope
-    return (of_z * scale).astype(x.dtype), -scale * of_shift, of_scale, of_shift, of_weights
 
+    def with_sums(x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept):
+        slope_mean, slope_x_mean = kept
+        of_shift = factor * spatial(jnp.sum, cotangent * slope) + of_squeezed * slope_mean
+        of_scale = factor * spatial(jnp.sum, cotangent * slope * (x - mean)) + of_squeezed * slope_x_mean
+        return (of_z * scale).astype(x.dtype), -scale * of_shift, of_scale, of_shift
 
-def _spatial(reduction, x):
-    return reduction(x, (1, 2), keepdims=True, dtype=jnp.float32)
+    def with_none(x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept):
+        return through_norm(of_z, x, mean, scale)
+
+    arguments = x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept
+    return *jax.lax.platform_dependent(*arguments, cpu=with_none, default=with_sums), of_weights
 
 
 gated_swish.defvjp(_gated_swish_forward, _gated_swish_backward)

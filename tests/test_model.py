@@ -6,6 +6,7 @@ from conftest import run_once
 from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, paper
+from effnetlib.activation import normalized_swish
 from effnetlib.convolutions import (
     NARROW,
     _convolution,
@@ -159,22 +160,57 @@ def test_the_stem_as_patches_is_the_convolution(size):
     np.testing.assert_allclose(full_conv(jnp.float32(x), jnp.float32(k), 2), wanted, atol=1e-5)
 
 
-def test_the_gradients_of_the_gated_swish_are_autodiffs():
-    rng = np.random.default_rng(0)
+@pytest.fixture(params=["cpu", "default"])
+def form(request, monkeypatch):
+    """Runs here what is lowered for CPU, or what is for everything else."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **forms: forms[request.param](*arguments))
+
+
+def swish_arguments(seed=0):
+    rng = np.random.default_rng(seed)
     channel = (4, 1, 1, 6)
     x, mean, scale, shift = (jnp.float32(rng.normal(size=shape)) for shape in ((4, 5, 7, 6), channel, channel, channel))
     weights = [tuple(jnp.float32(rng.normal(size=shape)) for shape in shapes) for shapes in (((6, 2), 2), ((2, 6), 6))]
+    return (x, mean, scale, shift), weights, jnp.float32(rng.normal(size=x.shape))
 
-    def plain(x, mean, scale, shift, weights):
-        y = jax.nn.swish((x - mean) * scale + shift)
-        return y * gate(y.mean((1, 2), keepdims=True), weights)
 
-    arguments = x, mean, scale, shift, weights
-    (wanted, wanted_vjp), (got, got_vjp) = jax.vjp(plain, *arguments), jax.vjp(gated_swish, *arguments)
+def plain_swish(x, mean, scale, shift):
+    z = (x - mean) * scale + shift
+    return z / (1.0 + jnp.exp(-z))
+
+
+def assert_same_values_and_gradients(ours, plain, arguments, cotangent):
+    (wanted, wanted_vjp), (got, got_vjp) = jax.vjp(plain, *arguments), jax.vjp(ours, *arguments)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
-    cotangent = jnp.float32(rng.normal(size=x.shape))
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4),
         got_vjp(cotangent),
         wanted_vjp(cotangent),
     )
+
+
+def test_the_gradients_of_the_normalized_swish_are_autodiffs(form):
+    inputs, _, cotangent = swish_arguments()
+    assert_same_values_and_gradients(normalized_swish, plain_swish, inputs, cotangent)
+
+
+def test_the_gradients_of_the_gated_swish_are_autodiffs(form):
+    inputs, weights, cotangent = swish_arguments()
+
+    def plain(*arguments):
+        *inputs, weights = arguments
+        y = plain_swish(*inputs)
+        return y * gate(y.mean((1, 2), keepdims=True), weights)
+
+    assert_same_values_and_gradients(gated_swish, plain, (*inputs, weights), cotangent)
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(6, 24), (24, 6)])
+def test_the_gradient_of_a_pointwise_kernel_is_the_product_of_pixels(form, channels, filters):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 3, 3, channels)), rng.normal(size=(channels, filters))
+    cotangent = rng.normal(size=(2, 3, 3, filters))
+    _, vjp = jax.vjp(pointwise_conv, jnp.float32(x), jnp.float32(kernel))
+    of_x, of_kernel = vjp(jnp.float32(cotangent))
+    np.testing.assert_allclose(of_kernel, x.reshape(-1, channels).T @ cotangent.reshape(-1, filters), atol=1e-4)
+    np.testing.assert_allclose(of_x, cotangent @ kernel.T, atol=1e-4)
