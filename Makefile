@@ -4,6 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
 export JAX_PLATFORMS ?= cpu
+# A program's temporaries are one large block of memory, which glibc takes from the kernel anew at every step, empty pages and all:
+# a third of a step's time on CPU. So it keeps it, in huge pages. In one arena, for the threads of XLA would each keep another.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 
 .PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench rehearse
 .DEFAULT_GOAL := help

@@ -215,6 +215,7 @@ def environment() -> dict:
         "processes": jax.process_count(),
         "host": f"{platform.system()} {platform.machine()}, {_cpu_model()}, {os.cpu_count()} cores",
         "xla_flags": " ".join(filter(None, (os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "git_commit": _git_commit(),
     }
 

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -20,6 +22,8 @@ from effnetlib.claims import (
 )
 from effnetlib.recipe import Recipe
 from effnetlib.records import ONE_CORE_A_DEVICE, Record
+from effnetlib.report import best_rates, search_records
+from effnetlib.suite import load_suite
 
 HIGH, LOW = [0.80, 0.81, 0.82], [0.50, 0.51, 0.52]
 
@@ -119,3 +123,16 @@ def test_a_verdict_leaves_itself_in_the_notebook():
     nbformat.validate(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=[output])]))
     assert json.loads(json.dumps(shown[MIME]))["verdict"] == SUPPORTED
     assert "<th" in shown["text/html"] and SUPPORTED in shown["text/html"] and SUPPORTED in shown["text/plain"]
+
+
+def test_the_cifar10_suite_trains_what_won_its_search():
+    suite = load_suite(Path(__file__).parent.parent / "notebooks/suites/cifar10.yaml")
+    winners = best_rates(search_records("cifar10"))
+    assert winners["inside"].all() and set(winners["rates"]) <= {5, 6}
+    trained = {}
+    for entry in suite.runs:
+        if not entry.name.startswith("search-"):
+            trained.setdefault(re.sub(r"-seed\d+$", "", entry.name), set()).add(entry.parameters["lr_per_256"])
+    assert all(trained[point] == {winners.loc[point, "lr_per_256"]} for point in winners.index)
+    others = set(trained) - set(winners.index)
+    assert len(others) == 7 and all(trained[point] == trained["lars-128"] for point in others)
