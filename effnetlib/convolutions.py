@@ -177,7 +177,9 @@ def _kernel_gradient_as_product(x, cotangent):
 
 
 def _kernel_gradient_on_cpu(x, cotangent):
-    # The first operand is copied, with its rows and columns exchanged: it should be the one of fewer channels.
+    # The first operand is copied, with its rows and columns exchanged: it should be the one of fewer channels. Products of bfloat16
+    # summed in float32 are there only where the compiler optimizes.
+    x, cotangent = x.astype(jnp.float32), cotangent.astype(jnp.float32)
     if x.shape[-1] > cotangent.shape[-1]:
         return _kernel_gradient_as_product(cotangent, x).T
     return _kernel_gradient_as_product(x, cotangent)

@@ -15,7 +15,9 @@ effnetlib.simulate_devices(8)
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
-    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one for all workers
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
