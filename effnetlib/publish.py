@@ -1,5 +1,6 @@
 """What git keeps of runs: a suite's records and reports, the page that sets them beside the paper, and the README's tables."""
 
+import json
 import re
 import shutil
 import tempfile
@@ -96,6 +97,7 @@ def readme_tables(published: Path) -> dict[str, str]:
         "laptop": "\n".join(_laptop(load_records(published / "laptop/runs"))),
         "claims": "\n".join(_claims(verdicts(published))),
         "plans": "\n".join(_plans(published)),
+        "speed": "\n".join(_speed(json.loads((published / "bench.json").read_text())["measurements"])),
     }
 
 
@@ -157,6 +159,22 @@ def _plans(published: Path) -> Iterator[str]:
             f"| `{preset}` | {topology} | {plan.hbm_bytes / GIB:.2f} | {1e3 * plan.step_seconds:.1f} "
             f"| {plan.all_reduce_share:.1%} | {plan.images_per_second:,.0f} | {plan.minutes:.0f} |"
         )
+
+
+def _speed(measurements: list[dict]) -> Iterator[str]:
+    """The ratios of `make bench`, and what has not run."""
+    yield "| side by side | median | least to greatest | aim |"
+    yield "|---|---|---|---|"
+    for each in measurements:
+        if each["unit"] != "times":
+            continue
+        aims = (("at least", each["at_least"]), ("at most", each["at_most"]))
+        aim = ", ".join(f"{word} {value:g}" for word, value in aims if value is not None)
+        met = {True: ": met", False: ": **missed**", None: ""}[each["met"]]
+        figures = (
+            f"{each['median']:.3g} | {each['min']:.3g} to {each['max']:.3g}" if each["values"] else f"{each['note']} | "
+        )
+        yield f"| {each['name']} | {figures} | {aim}{met} |"
 
 
 def _title(path: Path) -> str:
