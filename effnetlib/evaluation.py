@@ -99,6 +99,9 @@ class Evaluator:
         self.split = split
         self.batches = dict(batch=batch, size=size, augmentation=augmentation, sharding=batch_sharding(mesh))
         self.graphdef, self.mesh, self.step = graphdef, mesh, None
+        # CPU devices share a pool of threads. Where several programs are under way whose devices wait for one another, it can
+        # run out, and all wait for ever (seen with two devices on two cores).
+        self.one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def compile(self, weights) -> None:
         """Compiles the step for weights of these shapes, so that the first evaluation is not slower than the rest."""
@@ -117,7 +120,10 @@ class Evaluator:
         weights = jax.device_put(weights, everywhere)
         sums = [jax.device_put(_zeros(), everywhere) for _ in weights]
         for number, batch in enumerate(eval_batches(self.split, **self.batches), 1):
-            sums = [self.step(each, total, batch) for each, total in zip(weights, sums, strict=True)]
+            for i, each in enumerate(weights):
+                sums[i] = self.step(each, sums[i], batch)
+                if self.one_at_a_time:
+                    jax.block_until_ready(sums[i])
             if progress:
                 progress.update(number)
         results = [EvalResult(**{name: value.item() for name, value in total.items()}) for total in sums]
