@@ -21,6 +21,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "readme_tables", lambda folder: {"claims": tables(folder)["claims"]})
     monkeypatch.setattr(publish, "_laptop", lambda _: [])
     monkeypatch.setattr(publish, "_plans", lambda _: [])
+    monkeypatch.setattr(publish, "_speed", lambda _: [])
     return published
 
 
