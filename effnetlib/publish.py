@@ -44,8 +44,9 @@ def publish(suite: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=published, prefix=f".{suite.name}-") as scratch:
         new = Path(scratch) / suite.name
         for name in reports:
-            for path in (f"{name}.html", f"executed/{name}.ipynb", f"executed/{name}.json"):
+            for path in (f"{name}.html", f"executed/{name}.json"):
                 _copy(suite / path, new / path)
+            _copy_notebook(suite / f"executed/{name}.ipynb", new / f"executed/{name}.ipynb")
         for path in suite.glob("figures/*.*"):
             _copy(path, new / "figures" / path.name)
         for path in (path for name in KEPT_OF_A_RUN for path in suite.glob(f"runs/*/{name}")):
@@ -179,6 +180,14 @@ def _speed(published: Path) -> Iterator[str]:
 
 def _title(path: Path) -> str:
     return title(nbformat.read(path, as_version=4), path)
+
+
+def _copy_notebook(source: Path, to: Path) -> None:
+    """Without the folders of the machine that executed it, which papermill writes down."""
+    notebook = nbformat.read(source, as_version=4)
+    stated = notebook.metadata.get("papermill", {})
+    stated.update({key: Path(stated[key]).name for key in ("input_path", "output_path") if key in stated})
+    nbformat.write(notebook, to)
 
 
 def _copy(source: Path, to: Path) -> None:

@@ -40,16 +40,17 @@ class Runs:
     """Whole small runs, each in a process and a folder of its own; what one has compiled no other compiles."""
 
     def __init__(self, folder: Path):
-        self.folder, self.count, self.name = folder, 0, ""
+        self.folder, self.count = folder, 0
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.environ = cache | {"EFFNETLIB_OUTPUTS": str(folder)}
 
-    def _next(self):
-        self.count += 1
-        self.name = f"run-{self.count}"
+    @property
+    def name(self) -> str:
+        """Of the present run's folder; a bare number papermill would take for one."""
+        return f"run-{self.count}"
 
     def _timing(self, arguments):
         _output(arguments, self.environ)
@@ -58,7 +59,7 @@ class Runs:
 
     def plain(self, parameters: dict, devices: int | None = None, eval_devices: int | None = None) -> dict:
         """The clock of a run by `effnetlib.train`."""
-        self._next()
+        self.count += 1
         simulate = f"effnetlib.simulate_devices({devices}); " if devices else ""
         program = (
             f"import effnetlib; {simulate}effnetlib.train(effnetlib.Recipe.from_parameters({parameters!r}), "
@@ -68,7 +69,7 @@ class Runs:
 
     def papermill(self, parameters: dict) -> dict:
         """The clock of the same run by train.ipynb under papermill."""
-        self._next()
+        self.count += 1
         given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
         notebook = ["notebooks/train.ipynb", str(self.folder / f"{self.name}.ipynb"), "--no-progress-bar"]
         return self._timing(["-m", "papermill", *notebook, *given, "-p", "directory", self.name])
