@@ -30,7 +30,8 @@ def report_of(top1, without, name="03_schedules"):
     folder = outcome(name, run=False)
     shown = nbformat.v4.new_output("display_data", data=warmup(top1, without)._repr_mimebundle_())
     cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), nbformat.v4.new_code_cell(outputs=[shown])]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"executed/{name}.ipynb")
+    metadata = {"papermill": {"input_path": f"/home/someone/{name}.ipynb", "version": "2"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"executed/{name}.ipynb")
     render_html(folder, name)
     return folder
 
@@ -49,6 +50,8 @@ def test_what_is_published_is_records_reports_and_what_they_say(project):
     }  # fmt: skip
     assert page == project / "index.html" and "Warm-up is needed" in page.read_text()
     assert 'class="completed">supported' in page.read_text() and "+30.00 points" in page.read_text()
+    notebook = nbformat.read(project / "suite/executed/03_schedules.ipynb", as_version=4)
+    assert notebook.metadata.papermill == {"input_path": "03_schedules.ipynb", "version": "2"}
     readme = (project.parent.parent / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
     assert "| **supported** |" in readme and "outputs/published/suite/executed/03_schedules.ipynb" in readme
