@@ -1,6 +1,7 @@
 """The convolutions of the model, each in the form that suits the platform that it is compiled for."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,10 @@ import jax.numpy as jnp
 # What is not called a convolution gets another layout, a row of pixels along the lanes, which the first layers (large maps,
 # few channels) fill: about a sixth less memory traffic for B0's whole step, by the compiler's count.
 NARROW = 64
+
+# Bytes of an array that the cores of a CPU keep close; and a multiple of the devices that sums over a batch are ready for.
+CACHE = 2**21
+SHARES = 8
 
 # Every convolution starts from N(0, sqrt(2 / fan_out)), not truncated.
 conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -32,55 +37,86 @@ def _same_padding(size, kernel, stride):
     return total // 2, total - total // 2, out
 
 
+def _met(size, kernel, stride):
+    """``(first, end)`` of the kernel's taps in one direction that meet more than padding, and what `_same_padding` says of these
+    alone. On a map smaller than the kernel they are few: of 5, one where the map is one pixel wide."""
+    before, after, out = _same_padding(size, kernel, stride)
+    first, end = max(before - (out - 1) * stride, 0), min(before + size, kernel)
+    return (first, end), (before - first, after - (kernel - end), out)
+
+
 def _shifted(x, i, j, stride, out_h, out_w):
     return x[:, i : i + (out_h - 1) * stride + 1 : stride, j : j + (out_w - 1) * stride + 1 : stride]
 
 
-def _shifted_products(x, kernel, stride):
+def _shifted_products(x, kernel, stride, on_cpu):
     """``sum_ij shift_ij(x) * kernel[i, j]``, summed in float32 as a convolution does."""
-    size = kernel.shape[0]
-    top, bottom, out_h = _same_padding(x.shape[1], size, stride)
-    left, right, out_w = _same_padding(x.shape[2], size, stride)
+    (i0, i1), (top, bottom, out_h) = _met(x.shape[1], len(kernel), stride)
+    (j0, j1), (left, right, out_w) = _met(x.shape[2], len(kernel), stride)
     x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    kernel = kernel.astype(jnp.float32)
-    taps = [(i, j) for i in range(size) for j in range(size)]
-    return sum(_shifted(x, i, j, stride, out_h, out_w) * kernel[i, j, 0] for i, j in taps).astype(x.dtype)
+    if on_cpu:
+        # Else its compiler takes what meets no padding from before it, and so writes what that is computed from as well.
+        x = jax.lax.optimization_barrier(x)
+    kernel = kernel[i0:i1, j0:j1, 0].astype(jnp.float32)
+    taps = [(i, j) for i in range(i1 - i0) for j in range(j1 - j0)]
+    return sum(_shifted(x, i, j, stride, out_h, out_w) * kernel[i, j] for i, j in taps).astype(x.dtype)
 
 
-def _shifted_products_backward(x, kernel, cotangent, stride, in_loop):
+def _shifted_products_backward(x, kernel, cotangent, stride, on_cpu):
     """Of x: the products of the dilated cotangent with the kernel turned round. Of the kernel: a sum over the image a tap."""
-    size = kernel.shape[0]
-    _, height, width, _ = x.shape
-    top, bottom, out_h = _same_padding(height, size, stride)
-    left, right, out_w = _same_padding(width, size, stride)
+    height, width = x.shape[1:3]
+    (i0, i1), (top, bottom, out_h) = _met(height, len(kernel), stride)
+    (j0, j1), (left, right, out_w) = _met(width, len(kernel), stride)
+    met = i1 - i0, j1 - j0
 
-    def around(before, extent, out):
-        low = size - 1 - before
-        return low, extent + size - 1 - low - ((out - 1) * stride + 1), stride - 1
+    def around(taps, before, extent, out):
+        low = taps - 1 - before
+        return low, extent + taps - 1 - low - ((out - 1) * stride + 1), stride - 1
 
     dilated = jax.lax.pad(
         cotangent,
         jnp.zeros([], cotangent.dtype),
-        ((0, 0, 0), around(top, height, out_h), around(left, width, out_w), (0, 0, 0)),
+        ((0, 0, 0), around(met[0], top, height, out_h), around(met[1], left, width, out_w), (0, 0, 0)),
     )
-    taps = [(i, j) for i in range(size) for j in range(size)]
-    turned = kernel[::-1, ::-1, 0].astype(jnp.float32)
+    taps = [(i, j) for i in range(met[0]) for j in range(met[1])]
+    turned = kernel[i0:i1, j0:j1, 0][::-1, ::-1].astype(jnp.float32)
     of_x = sum(_shifted(dilated, i, j, 1, height, width) * turned[i, j] for i, j in taps).astype(x.dtype)
+
     padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    span_h, span_w = (out_h - 1) * stride + 1, (out_w - 1) * stride + 1
+    if on_cpu:
+        of_taps = _tap_sums_in_strips(padded, cotangent, stride, met)
+    else:
+        shifted = (_shifted(padded, i, j, stride, out_h, out_w) for i, j in taps)
+        of_taps = jnp.stack([(each.astype(jnp.float32) * cotangent).sum((1, 2)) for each in shifted]).sum(1)
+    of_kernel = of_taps.reshape(*met, 1, -1).astype(kernel.dtype)
+    return of_x, jnp.pad(of_kernel, ((i0, len(kernel) - i1), (j0, len(kernel) - j1), (0, 0), (0, 0)))
 
-    # On CPU a loop over the taps, not an unrolled sum: fewer reductions to compile, and a nano step 1.8 times as fast. The
-    # batch is summed after it, so that devices that share the batch meet once and not at every tap. A TPU does the unrolled
-    # one in a single pass.
-    def of_tap(tap):
-        window = jax.lax.dynamic_slice(
-            padded, (0, tap // size, tap % size, 0), (x.shape[0], span_h, span_w, x.shape[3])
-        )
-        return (window[:, ::stride, ::stride].astype(jnp.float32) * cotangent).sum((1, 2))
 
-    taps = range(size * size)
-    of_taps = jax.lax.map(of_tap, jnp.array(taps)) if in_loop else jnp.stack([of_tap(tap) for tap in taps])
-    return of_x, of_taps.sum(1).reshape(kernel.shape).astype(kernel.dtype)
+def _tap_sums_in_strips(padded, cotangent, stride, taps):
+    """``sum_bhw shift_ij(padded) * cotangent`` of every tap: float32 ``[taps, C]``.
+
+    In loops over strips of rows, which stay in a CPU's cache, and over the taps of each: up to a third faster than tap after tap
+    over all rows, and fewer reductions to compile than unrolled.
+    """
+    batch, out_h, out_w, channels = cotangent.shape
+    row = batch * out_w * channels * 4
+    strip = max(rows for rows in range(1, out_h + 1) if out_h % rows == 0 and rows * row <= max(CACHE, row))
+    # Summed in shares of the batch, so that devices that share it meet once after the loops, and not in them.
+    shares = math.gcd(batch, SHARES)
+    window = (batch, (strip - 1) * stride + 1, (out_w - 1) * stride + 1, channels)
+
+    def of_strip(first):
+        part = jax.lax.dynamic_slice_in_dim(cotangent, first, strip, axis=1)
+
+        def of_tap(tap):
+            start = (0, first * stride + tap // taps[1], tap % taps[1], 0)
+            shifted = jax.lax.dynamic_slice(padded, start, window)[:, ::stride, ::stride]
+            products = shifted.astype(jnp.float32) * part
+            return products.reshape(shares, -1, *products.shape[1:]).sum((1, 2, 3))
+
+        return jax.lax.map(of_tap, jnp.arange(taps[0] * taps[1]))
+
+    return jax.lax.map(of_strip, jnp.arange(0, out_h, strip)).sum((0, 2))
 
 
 def _convolution_backward(x, kernel, cotangent, stride):
@@ -118,10 +154,13 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     Returns:
       ``[batch, ceil(height / stride), ceil(width / stride), C]``, x's dtype.
     """
-    of_products = functools.partial(_shifted_products, stride=stride)
+
+    def of_products(on_cpu):
+        return functools.partial(_shifted_products, stride=stride, on_cpu=on_cpu)
+
     of_convolution = functools.partial(_convolution, stride=stride)
-    default = of_products if x.shape[-1] < NARROW else of_convolution
-    return jax.lax.platform_dependent(x, kernel, cpu=of_products, default=default)
+    default = of_products(on_cpu=False) if x.shape[-1] < NARROW else of_convolution
+    return jax.lax.platform_dependent(x, kernel, cpu=of_products(on_cpu=True), default=default)
 
 
 def _forward(x, kernel, stride):
@@ -130,12 +169,12 @@ def _forward(x, kernel, stride):
 
 def _backward(stride, residuals, cotangent):
     # Differentiating through the choice would keep the residuals of both forms, so each platform has its own backward pass.
-    def of_products(in_loop):
-        return functools.partial(_shifted_products_backward, stride=stride, in_loop=in_loop)
+    def of_products(on_cpu):
+        return functools.partial(_shifted_products_backward, stride=stride, on_cpu=on_cpu)
 
     of_convolution = functools.partial(_convolution_backward, stride=stride)
-    default = of_products(in_loop=False) if cotangent.shape[-1] < NARROW else of_convolution
-    return jax.lax.platform_dependent(*residuals, cotangent, cpu=of_products(in_loop=True), default=default)
+    default = of_products(on_cpu=False) if cotangent.shape[-1] < NARROW else of_convolution
+    return jax.lax.platform_dependent(*residuals, cotangent, cpu=of_products(on_cpu=True), default=default)
 
 
 depthwise_conv.defvjp(_forward, _backward)

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,19 +7,18 @@ import pytest
 from conftest import run_once
 from flax import nnx
 
-from effnetlib import EfficientNet, EffnetlibError, paper
+from effnetlib import EfficientNet, EffnetlibError, convolutions, make_mesh, paper
 from effnetlib.activation import normalized_swish
 from effnetlib.convolutions import (
     NARROW,
     _convolution,
-    _convolution_backward,
     _kernel_gradient_as_convolution,
     _kernel_gradient_as_product,
-    _shifted_products,
     depthwise_conv,
     full_conv,
     pointwise_conv,
 )
+from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
 from effnetlib.squeeze_excite import gate, gated_swish
 
@@ -106,22 +107,6 @@ def test_unknown_variant():
         EfficientNet("b9")
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("size", [1, 2, 7, 8])
-def test_both_forms_of_the_depthwise_convolution_agree(kernel, stride, size):
-    rng = np.random.default_rng(0)
-    x = jnp.array(rng.normal(size=(2, size, size + 1, 4)), jnp.float32)
-    k = jnp.array(rng.normal(size=(kernel, kernel, 1, 4)), jnp.float32)
-    wanted, wanted_vjp = jax.vjp(lambda x, k: _convolution(x, k, stride), x, k)
-    got, got_vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, k)
-    np.testing.assert_allclose(got, wanted, atol=1e-5)
-    np.testing.assert_allclose(_shifted_products(x, k, stride), wanted, atol=1e-5)
-    for form in (got_vjp(wanted), _convolution_backward(x, k, wanted, stride)):
-        for ours, theirs in zip(form, wanted_vjp(wanted), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-3)
-
-
 def test_both_forms_of_the_pointwise_gradient_are_float32_and_agree():
     rng = np.random.default_rng(0)
     x, cotangent = (jnp.array(rng.normal(size=(2, 5, 7, channels)), jnp.bfloat16) for channels in (4, 6))
@@ -164,6 +149,42 @@ def test_the_stem_as_patches_is_the_convolution(size):
 def form(request, monkeypatch):
     """Runs here what is lowered for CPU, or what is for everything else."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **forms: forms[request.param](*arguments))
+
+
+@pytest.mark.parametrize(("form", "channels"), [("cpu", 4), ("default", 4), ("default", NARROW)], indirect=["form"])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("size", [1, 2, 7, 8])
+def test_every_form_of_the_depthwise_convolution_is_the_convolution(kernel, stride, size, channels, form, monkeypatch):
+    two_rows = 2 * 2 * (size + 1) * channels * 4  # of the batch
+    monkeypatch.setattr(convolutions, "CACHE", two_rows)
+    rng = np.random.default_rng(0)
+    x = jnp.array(rng.normal(size=(2, size, size + 1, channels)), jnp.float32)
+    k = jnp.array(rng.normal(size=(kernel, kernel, 1, channels)), jnp.float32)
+    wanted, wanted_vjp = jax.vjp(lambda x, k: _convolution(x, k, stride), x, k)
+    got, got_vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, k)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    for ours, theirs in zip(got_vjp(wanted), wanted_vjp(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_devices_that_share_a_batch_meet_once_for_the_gradient_of_a_depthwise_kernel(monkeypatch):
+    monkeypatch.setattr(convolutions, "CACHE", 0)
+    mesh = make_mesh(8)
+    sharded, everywhere = batch_sharding(mesh), replicated(mesh)
+
+    def of_kernel(x, kernel):
+        return jax.grad(lambda kernel: jnp.sum(depthwise_conv(x, kernel, 1) ** 2))(kernel)
+
+    shapes = (
+        jax.ShapeDtypeStruct((16, 4, 4, 8), "float32", sharding=sharded),
+        jax.ShapeDtypeStruct((3, 3, 1, 8), "float32", sharding=everywhere),
+    )
+    program = jax.jit(of_kernel, out_shardings=everywhere).lower(*shapes).compile().as_text()
+    loops, entry = program.split("\nENTRY")
+    collective = re.compile(r" (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(")
+    assert " while(" in entry and not collective.search(loops)
+    assert collective.findall(entry) == ["all-reduce"]
 
 
 def swish_arguments(seed=0):
