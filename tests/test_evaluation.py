@@ -1,4 +1,7 @@
+import os
+import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -64,3 +67,38 @@ def test_a_wrong_count_is_not_reported(monkeypatch):
     monkeypatch.setattr(sys.modules["effnetlib.evaluation"], "eval_batches", lambda split, **_: iter(()))
     with pytest.raises(RuntimeError, match="counted 0 examples, not the 8"):
         evaluate(Linear(), split, batch=8, size=8, augmentation="none")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process is kept to one core on Linux only")
+def test_two_devices_on_one_core_do_not_wait_for_ever():
+    # Several weights, whose programs do not depend on one another, and a model for which the devices meet often.
+    code = """
+        import os
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        import effnetlib
+        effnetlib.simulate_devices(2)
+        from flax import nnx
+        from effnetlib.data import load
+        from effnetlib.data.sources import Split
+        from effnetlib.evaluation import Evaluator
+
+        class Meeting(nnx.Module):
+            def __init__(self):
+                self.layer = nnx.Linear(192, 10, rngs=nnx.Rngs(0))
+
+            def __call__(self, images):
+                images = images.reshape(len(images), -1)
+                for _ in range(24):
+                    images = images - images.mean(0)
+                return self.layer(images)
+
+        graphdef, params = nnx.split(Meeting(), nnx.Param)
+        split = Split(200, [], "", load("digits", "eval").example)
+        mesh = effnetlib.make_mesh(2)
+        evaluator = Evaluator(graphdef, split, batch=2, size=8, augmentation="none", mesh=mesh)
+        for _ in range(3):
+            print([result.nseen for result in evaluator(*[(nnx.to_pure_dict(params),)] * 4)])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.stdout == 3 * "[200, 200, 200, 200]\n", done.stderr[-500:]
