@@ -1,7 +1,9 @@
 """The parameters of a notebook, read and checked: papermill injects whatever it is given, and only warns."""
 
 import ast
+import math
 import re
+import typing
 from collections.abc import Iterable, Mapping
 
 import yaml
@@ -33,29 +35,48 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
     """A notebook's known parameters, from its ``globals()``.
 
     Raises:
-      EffnetlibError: its parameters cell, or the one that papermill injected after it, assigns another name. These are the
-        run of cells right before the caller's that hold nothing but assignments and imports.
+      EffnetlibError: its parameters cell, or the one that papermill injected after it, assigns another name, or a value that is
+        not what the parameters cell says it is. These are the run of cells right before the caller's that hold nothing but
+        assignments and imports.
     """
     known = list(known)
+    hints = {}
     for source in reversed(namespace.get("In", [])[:-1]):
         assigned = _assigned(source)
         if assigned is None:
             break
         check_parameters(assigned, known)
-    return {name: namespace[name] for name in known if name in namespace}
+        hints |= {name: eval(hint, dict(namespace)) for name, hint in assigned.items() if hint}
+    found = {name: namespace[name] for name in known if name in namespace}
+    return found | {name: typed(name, found[name], hint) for name, hint in hints.items()}
 
 
-def _assigned(source: str) -> list[str] | None:
-    """The names that a cell assigns; None if it does anything else."""
+def typed(name: str, value, hint):
+    """`value` as `hint` says, which is a type or an Optional one; an integer is allowed for a float. Anything else is an
+    EffnetlibError that calls it `name`."""
+    kinds = typing.get_args(hint) or (hint,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
+    if type(value) is float and not math.isfinite(value):
+        raise EffnetlibError(f"{name} must be a finite number, and is {value}")
+    return value
+
+
+def _assigned(source: str) -> dict[str, str | None] | None:
+    """The names that a cell assigns, and the types that it says they have; None if it does anything else."""
     try:
         statements = ast.parse(source).body
     except SyntaxError:  # a magic
         return None
-    names = []
+    names = {}
     for statement in statements:
-        if isinstance(statement, ast.Assign | ast.AnnAssign):
-            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            names += [target.id for target in targets if isinstance(target, ast.Name)]
+        if isinstance(statement, ast.Assign):
+            names |= {target.id: None for target in statement.targets if isinstance(target, ast.Name)}
+        elif isinstance(statement, ast.AnnAssign):
+            names[statement.target.id] = ast.unparse(statement.annotation)
         elif not isinstance(statement, ast.Import | ast.ImportFrom):
             return None
     return names

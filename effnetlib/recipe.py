@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import typing
 from collections.abc import Mapping
 
@@ -14,7 +13,7 @@ from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import groups_fit, nearest_group_size
 from effnetlib.model import VARIANTS
 from effnetlib.optim import OPTIMIZERS
-from effnetlib.parameters import check_parameters
+from effnetlib.parameters import check_parameters, typed
 from effnetlib.presets import preset_fields
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
 
@@ -111,7 +110,7 @@ class Recipe:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name)))
+            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), _HINTS[field.name]))
         self.validate()
 
     @classmethod
@@ -282,16 +281,3 @@ TRAIN_OPTIONS = (
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
 
 _HINTS = typing.get_type_hints(Recipe)
-
-
-def _typed(name: str, value):
-    """`value` as the field's type, integers allowed for floats; anything else is an EffnetlibError."""
-    kinds = typing.get_args(_HINTS[name]) or (_HINTS[name],)
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
-    if type(value) is float and not math.isfinite(value):
-        raise EffnetlibError(f"{name} must be a finite number, and is {value}")
-    return value

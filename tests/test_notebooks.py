@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import jax
 import nbformat
@@ -87,6 +88,26 @@ def test_a_mistyped_parameter_is_seen_inside_the_notebook():
     cells[2] = "# Parameters\nsiute = 'mine'"
     with pytest.raises(ValueError, match="no parameter 'siute': did you mean suite?"):
         notebook_parameters({"suite": "laptop", "siute": "mine", "In": cells}, ["suite"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [("suite", 3, r"suite must be str, and is 3 \(int\)"), ("count", True, r"count must be int or None, and is True \(bool\)"),
+     ("count", 2.0, "count must be int or None"), ("hours", "8", "hours must be float"), ("runs", "a", "runs must be list"),
+     ("hours", float("nan"), "hours must be a finite number")],
+)  # fmt: skip
+def test_a_parameter_is_what_its_cell_says_it_is(name, value, sentence):
+    values = {"suite": "mine", "hours": 8, "count": None, "runs": [], "Optional": Optional}
+    cells = [
+        "suite: str = 'a'\nhours: float = 1.0\ncount: Optional[int] = None\nruns: list = []",
+        "hours = 8",
+        "caller",
+    ]
+    known = ["suite", "hours", "count", "runs"]
+    got = notebook_parameters(values | {"In": cells}, known)
+    assert got == {"suite": "mine", "hours": 8.0, "count": None, "runs": []} and type(got["hours"]) is float
+    with pytest.raises(ValueError, match=sentence):
+        notebook_parameters(values | {name: value, "In": cells}, known)
 
 
 def _execute(notebook, outputs, **parameters):
