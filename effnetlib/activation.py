@@ -58,7 +58,8 @@ def anew(x):
 
 def through_norm(of_z, x, mean, scale):
     """The cotangents of x, mean, scale and shift, from that of ``z = (x - mean) * scale + shift``."""
-    of_shift = spatial(jnp.sum, of_z)
+    # The barrier: XLA would sum over the batch anew, where it sums these over it.
+    of_shift = jax.lax.optimization_barrier(spatial(jnp.sum, of_z))
     # Of x and not of x - mean, which would be one more array to write and to read.
     of_scale = spatial(jnp.sum, of_z * x) - mean * of_shift
     return (of_z * scale).astype(x.dtype), -scale * of_shift, of_scale, of_shift
