@@ -32,7 +32,7 @@ def measure(parts, contenders: peers.Peers, folder: Path) -> list[Measurement]:
         ("cpu", "32 px", lambda: peers.on_cpu(contenders, 32, 128, small, rounds=7, seconds=4.0)),
         ("cpu", "224 px", lambda: peers.on_cpu(contenders, 224, 16, {"pytorch": 1.0}, rounds=7, seconds=4.0)),
         ("gpu", "against timm", lambda: peers.on_gpu(contenders)),
-        ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=5)),
+        ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=7)),
         ("overheads", "batch-norm groups", lambda: overheads.batch_norm_groups(rounds=7)),
         ("overheads", "evaluation", lambda: overheads.evaluation(runs, rounds=3)),
         ("overheads", "logging", lambda: overheads.loop(rounds=5)),

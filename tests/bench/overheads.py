@@ -76,7 +76,7 @@ class Runs:
 
 
 def papermill(runs: Runs, rounds: int) -> list[Measurement]:
-    parameters = {"preset": "digits-64-rmsprop", "epochs": 10, "eval_every_epochs": 10}
+    parameters = {"preset": "digits-64-rmsprop", "epochs": 20, "eval_every_epochs": 20}
 
     def milliseconds(timing):
         return 1e3 * timing["train_seconds"] / timing["steps"]
