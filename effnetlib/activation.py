@@ -29,7 +29,7 @@ def _forward(*inputs):
 
 def _backward(inputs, cotangent):
     def cpu_form(x, mean, scale, shift, cotangent):
-        _, slope = swish_and_slope(anew(x), mean, scale, shift)
+        _, slope = swish_and_slope(barrier_on_cpu(x), mean, scale, shift)
         return through_norm(cotangent * slope, x, mean, scale)
 
     def autodiff(*arguments):
@@ -50,9 +50,9 @@ def swish_and_slope(x, mean, scale, shift):
     return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
-def anew(x):
-    """x; on CPU, what is computed from it is computed again, where XLA would keep the tanh of the forward pass, an array to write
-    and to read."""
+def barrier_on_cpu(x):
+    """x, beyond which XLA does not look on CPU: where several passes want what x or they are computed from, above all a tanh, each
+    computes it, and none writes it for the others to read."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 

@@ -5,6 +5,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from effnetlib.activation import barrier_on_cpu
 
 # A TPU's convolution lays the channels along 128 lanes, so an array of 32 channels takes four times its bytes in memory.
 # What is not called a convolution gets another layout, a row of pixels along the lanes, which the first layers (large maps,
@@ -49,17 +52,19 @@ def _shifted(x, i, j, stride, out_h, out_w):
     return x[:, i : i + (out_h - 1) * stride + 1 : stride, j : j + (out_w - 1) * stride + 1 : stride]
 
 
-def _shifted_products(x, kernel, stride, on_cpu):
-    """``sum_ij shift_ij(x) * kernel[i, j]``, summed in float32 as a convolution does."""
+def _sum_of_taps(padded, kernel, stride, out_h, out_w):
+    """``sum_ij shift_ij(padded) * kernel[i, j]`` of a ``[rows, columns, C]`` kernel, summed in float32 as a convolution does."""
+    kernel = kernel.astype(jnp.float32)
+    taps = np.ndindex(kernel.shape[:2])
+    return sum(_shifted(padded, i, j, stride, out_h, out_w) * kernel[i, j] for i, j in taps).astype(padded.dtype)
+
+
+def _shifted_products(x, kernel, stride):
+    """The convolution as products of the shifted image, of the taps that meet it."""
     (i0, i1), (top, bottom, out_h) = _met(x.shape[1], len(kernel), stride)
     (j0, j1), (left, right, out_w) = _met(x.shape[2], len(kernel), stride)
-    x = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
-    if on_cpu:
-        # Else its compiler takes what meets no padding from before it, and so writes what that is computed from as well.
-        x = jax.lax.optimization_barrier(x)
-    kernel = kernel[i0:i1, j0:j1, 0].astype(jnp.float32)
-    taps = [(i, j) for i in range(i1 - i0) for j in range(j1 - j0)]
-    return sum(_shifted(x, i, j, stride, out_h, out_w) * kernel[i, j] for i, j in taps).astype(x.dtype)
+    padded = barrier_on_cpu(jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))))
+    return _sum_of_taps(padded, kernel[i0:i1, j0:j1, 0], stride, out_h, out_w)
 
 
 def _shifted_products_backward(x, kernel, cotangent, stride, on_cpu):
@@ -78,15 +83,13 @@ def _shifted_products_backward(x, kernel, cotangent, stride, on_cpu):
         jnp.zeros([], cotangent.dtype),
         ((0, 0, 0), around(met[0], top, height, out_h), around(met[1], left, width, out_w), (0, 0, 0)),
     )
-    taps = [(i, j) for i in range(met[0]) for j in range(met[1])]
-    turned = kernel[i0:i1, j0:j1, 0][::-1, ::-1].astype(jnp.float32)
-    of_x = sum(_shifted(dilated, i, j, 1, height, width) * turned[i, j] for i, j in taps).astype(x.dtype)
+    of_x = _sum_of_taps(dilated, kernel[i0:i1, j0:j1, 0][::-1, ::-1], 1, height, width)
 
     padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     if on_cpu:
         of_taps = _tap_sums_in_strips(padded, cotangent, stride, met)
     else:
-        shifted = (_shifted(padded, i, j, stride, out_h, out_w) for i, j in taps)
+        shifted = (_shifted(padded, i, j, stride, out_h, out_w) for i, j in np.ndindex(met))
         of_taps = jnp.stack([(each.astype(jnp.float32) * cotangent).sum((1, 2)) for each in shifted]).sum(1)
     of_kernel = of_taps.reshape(*met, 1, -1).astype(kernel.dtype)
     return of_x, jnp.pad(of_kernel, ((i0, len(kernel) - i1), (j0, len(kernel) - j1), (0, 0), (0, 0)))
@@ -154,13 +157,10 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     Returns:
       ``[batch, ceil(height / stride), ceil(width / stride), C]``, x's dtype.
     """
-
-    def of_products(on_cpu):
-        return functools.partial(_shifted_products, stride=stride, on_cpu=on_cpu)
-
+    of_products = functools.partial(_shifted_products, stride=stride)
     of_convolution = functools.partial(_convolution, stride=stride)
-    default = of_products(on_cpu=False) if x.shape[-1] < NARROW else of_convolution
-    return jax.lax.platform_dependent(x, kernel, cpu=of_products(on_cpu=True), default=default)
+    default = of_products if x.shape[-1] < NARROW else of_convolution
+    return jax.lax.platform_dependent(x, kernel, cpu=of_products, default=default)
 
 
 def _forward(x, kernel, stride):

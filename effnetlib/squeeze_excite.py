@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effnetlib.activation import anew, spatial, swish_and_slope, through_norm
+from effnetlib.activation import barrier_on_cpu, spatial, swish_and_slope, through_norm
 from effnetlib.convolutions import conv_init
 
 
@@ -45,7 +45,7 @@ def _gated_swish_forward(x, mean, scale, shift, weights):
 def _gated_swish_backward(residuals, cotangent):
     x, mean, scale, shift, factor, gate_vjp, kept = residuals
     y, _ = swish_and_slope(x, mean, scale, shift)
-    _, slope = swish_and_slope(anew(x), mean, scale, shift)
+    _, slope = swish_and_slope(barrier_on_cpu(x), mean, scale, shift)
     of_squeezed, of_weights = gate_vjp(spatial(jnp.sum, cotangent * y))
     of_z = (cotangent * factor + of_squeezed / (x.shape[1] * x.shape[2])) * slope
 
