@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import QUICK
 from test_prepare import by_class
 
 from effnetlib import Recipe, Record, paper
@@ -95,9 +96,8 @@ def test_each_recipe_starts(variant, optimizer, photographs):
     recipes = [reduced(preset, photographs) for preset in presets]
     (program,) = {recipe.replace(lr_per_256=1.0, warmup_epochs=5.0) for recipe in recipes}
     mesh, key = make_mesh(program.num_groups, jax.devices()[:1]), jax.random.key(0)
-    quick = {"xla_backend_optimization_level": 0}
     init, lowered, _, _ = lower_train_step(program, mesh)
-    init, step = init.lower(key).compile(quick), lowered.compile(quick)
+    init, step = init.lower(key).compile(QUICK), lowered.compile(QUICK)
     for preset, recipe in zip(presets, recipes, strict=True):
         state = init(key)
         rates = np.asarray(Recipe.preset(preset).schedule(np.arange(1, 3)))

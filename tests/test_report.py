@@ -3,7 +3,9 @@ import re
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
@@ -13,6 +15,7 @@ from effnetlib.report import (
     best_rates,
     conditions,
     curves,
+    image_grid,
     over_seeds,
     results,
     search_records,
@@ -148,13 +151,17 @@ def test_index_lists_runs_reports_and_status():
     assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
 
 
-def test_figures_are_kept_with_their_text():
-    figure, _ = plt.subplots()
-    image = show(figure, "suite/figures/x.png", "nothing at all")
-    assert (
-        image.metadata == {"alt": "nothing at all"} and (outputs_folder() / "suite/figures/x.png").stat().st_size > 100
-    )
-    assert not plt.get_fignums()
+def test_figures_are_kept_with_their_text_in_256_colours_or_as_photographs():
+    figure, axes = plt.subplots()
+    axes.set_facecolor("#123456")
+    image = show(figure, "suite/figures/x.png", "nothing but a colour")
+    assert image.metadata == {"alt": "nothing but a colour"} and not plt.get_fignums()
+    with PIL.Image.open(outputs_folder() / "suite/figures/x.png") as kept:
+        assert kept.mode == "P"
+        middle, corner = (kept.width // 2, kept.height // 2), (0, 0)
+        assert [kept.convert("RGB").getpixel(at) for at in (middle, corner)] == [(0x12, 0x34, 0x56), (255, 255, 255)]
+    photograph = show(image_grid([np.zeros((8, 8, 3), np.uint8)], ["black"], 1), "suite/figures/x.jpg", "black")
+    assert photograph.data.startswith(b"\xff\xd8") and (outputs_folder() / "suite/figures/x.jpg").exists()
 
 
 def test_reports_of_a_suite_that_nobody_ran_here_show_the_published_records(capsys):

@@ -29,8 +29,8 @@ def measure(parts, contenders: peers.Peers, folder: Path) -> list[Measurement]:
     runs = overheads.Runs(folder)
     small = {"pytorch": 1.2, "keras": 5.0}
     steps: list[tuple[str, str, Callable[[], list[Measurement]]]] = [
-        ("cpu", "32 px", lambda: peers.on_cpu(contenders, 32, 128, small, rounds=7, seconds=4.0)),
-        ("cpu", "224 px", lambda: peers.on_cpu(contenders, 224, 16, {"pytorch": 1.0}, rounds=7, seconds=4.0)),
+        ("cpu", "32 px", lambda: peers.on_cpu(contenders, 32, 128, small, rounds=15, seconds=3.0)),
+        ("cpu", "224 px", lambda: peers.on_cpu(contenders, 224, 16, {"pytorch": 1.0}, rounds=15, seconds=3.0)),
         ("gpu", "against timm", lambda: peers.on_gpu(contenders)),
         ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=7)),
         ("overheads", "batch-norm groups", lambda: overheads.batch_norm_groups(rounds=7)),
