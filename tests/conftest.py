@@ -1,9 +1,12 @@
 """Eight simulated devices for every test, and one compilation cache, so that equal programs are compiled once."""
 
 import os
+import signal
 
 import pytest
 
+# In the background of a shell it is ignored, by this process and by all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax

@@ -64,11 +64,13 @@ def made_up(fits):
     return Plan("v3:2x2x1", 8, 4, "b0", 256, 32, "0" * 12, fits, 128, hbm_bytes=17 << 30, hbm_limit_bytes=16 << 30)
 
 
-def test_what_does_not_fit_says_the_largest_that_does_and_exits_with_1(monkeypatch):
+def test_what_does_not_fit_says_the_largest_that_does_and_exits_with_1(monkeypatch, capsys):
     monkeypatch.setattr(planning, "plan", lambda *_, **__: made_up(fits=False))
-    done = click.testing.CliRunner().invoke(main, ["plan", "b0-256-lars", "--topology", "v3:2x2x1", "--json"])
-    assert done.exit_code == 1 and "does not fit v3:2x2x1; a batch of 128 would" in done.stderr
-    assert json.loads(done.stdout)["fits"] is False
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "b0-256-lars", "--topology", "v3:2x2x1", "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "does not fit v3:2x2x1; a batch of 128 would" in said.err
+    assert json.loads(said.out)["fits"] is False
     assert "does not fit: 17.00 of 16.00 GiB" in made_up(fits=False).table()
     assert made_up(fits=False).row() == {"devices": 8, "images a device": 32, "fits": False, "largest batch": 128}
 
@@ -96,7 +98,7 @@ def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
 def test_bad_input_is_a_sentence_before_anything_is_compiled(arguments, sentence, monkeypatch):
     monkeypatch.setattr(planning, "_compile_train", None)
     done = click.testing.CliRunner().invoke(main, ["plan", *arguments])
-    assert done.exit_code == 2 and sentence in done.stderr
+    assert done.exit_code == 2 and sentence in done.output
 
 
 @compiler
