@@ -5,8 +5,6 @@ import signal
 
 import pytest
 
-# In the background of a shell it is ignored, by this process and by all that it starts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -14,6 +12,8 @@ import jax
 import effnetlib
 
 effnetlib.simulate_devices(8)
+# In the background of a shell it is ignored, by this process and by all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
