@@ -24,7 +24,7 @@ from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, outputs_folder, write_atomically
+from effnetlib.records import Record, outputs_folder, published_folder, write_atomically
 from effnetlib.render import outcome, render_html, render_index
 from effnetlib.stopping import TRY_AGAIN, signals_to
 from effnetlib.suite import Entry, Suite
@@ -118,13 +118,14 @@ def _outcome(entry: Entry, key: str, error: str) -> dict:
 
 def _key(suite: Suite, entry: Entry) -> str:
     """Changes when the entry must be executed anew: its notebook or parameters, and for a report also the library that
-    draws it or a record that it reads."""
+    draws it, a record that it reads, or a published plan."""
     files = [suite.notebook_path(entry)]
     if not entry.is_run:
         runs = suite.directory / "runs"
         named = (runs / run / "run.json" for run in entry.parameters.get("runs", ()))  # may lie in another suite
         files += sorted(Path(__file__).parent.rglob("*.py"))
         files += sorted({*runs.glob("*/run.json"), *(path for path in named if path.is_file())})
+        files += sorted((published_folder() / "plans").glob("*.json"))
     digest = hashlib.sha256(json.dumps(dict(entry.parameters), sort_keys=True).encode())
     for file in files:
         digest.update(file.read_bytes())

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
-from effnetlib.execute import execute
+from effnetlib.execute import _key, execute
 from effnetlib.records import outputs_folder
 from effnetlib.suite import load_suite
 
@@ -104,6 +104,16 @@ def test_bad_usage_of_the_command_line(folder):
         done = CliRunner().invoke(main, arguments)
         assert (done.exit_code, done.exception.__class__) == (2, SystemExit), done.output
         assert sentence in done.output and len(done.output.splitlines()) == 1
+
+
+def test_a_report_is_drawn_anew_when_a_plan_has_been_published(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("effnetlib.execute.published_folder", lambda: tmp_path)
+    suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [07_throughput]"))
+    before = [_key(suite, entry) for entry in (*suite.runs, *suite.reports)]
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans/b0.json").write_text("{}")
+    after = [_key(suite, entry) for entry in (*suite.runs, *suite.reports)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
 
 
 def test_an_unwritable_outputs_folder(folder, tmp_path, monkeypatch):
