@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 
-import click.testing
 import pytest
 
 from effnetlib import EffnetlibError, Plan, Recipe, plan, planning, topology
@@ -95,10 +94,11 @@ def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
         (["b9-256-lars", "--topology", "v3:2x2x1"], "did you mean b"),
     ],
 )
-def test_bad_input_is_a_sentence_before_anything_is_compiled(arguments, sentence, monkeypatch):
+def test_bad_input_is_a_sentence_before_anything_is_compiled(arguments, sentence, monkeypatch, capsys):
     monkeypatch.setattr(planning, "_compile_train", None)
-    done = click.testing.CliRunner().invoke(main, ["plan", *arguments])
-    assert done.exit_code == 2 and sentence in done.output
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *arguments])
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @compiler
