@@ -29,7 +29,7 @@ def _forward(*inputs):
 
 def _backward(inputs, cotangent):
     def cpu_form(x, mean, scale, shift, cotangent):
-        _, slope = swish_and_slope(barrier_on_cpu(x), mean, scale, shift)
+        _, slope = swish_and_slope(barrier(x, "cpu"), mean, scale, shift)
         return through_norm(cotangent * slope, x, mean, scale)
 
     def autodiff(*arguments):
@@ -50,10 +50,11 @@ def swish_and_slope(x, mean, scale, shift):
     return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
-def barrier_on_cpu(x):
-    """x, beyond which XLA does not look on CPU: where several passes want what x or they are computed from, above all a tanh, each
-    computes it, and none writes it for the others to read."""
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+def barrier(x, *platforms):
+    """x, or a tuple of arrays, beyond which XLA does not look on these platforms. Where several passes over activations want the
+    same of them, a tanh above all, each then computes it, and none writes it, in float32, for the others to read. A pass that
+    waits for another's sum gets it in one tuple with x: what is behind a barrier with it comes after it."""
+    return jax.lax.platform_dependent(x, **dict.fromkeys(platforms, jax.lax.optimization_barrier), default=lambda x: x)
 
 
 def through_norm(of_z, x, mean, scale):

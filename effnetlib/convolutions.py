@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effnetlib.activation import barrier_on_cpu
+from effnetlib.activation import barrier
 
 # A TPU's convolution lays the channels along 128 lanes, so an array of 32 channels takes four times its bytes in memory.
 # What is not called a convolution gets another layout, a row of pixels along the lanes, which the first layers (large maps,
@@ -17,6 +17,8 @@ NARROW = 64
 # Bytes of an array that the cores of a CPU keep close; and a multiple of the devices that sums over a batch are ready for.
 CACHE = 2**21
 SHARES = 8
+
+SMALL = 14
 
 # Every convolution starts from N(0, sqrt(2 / fan_out)), not truncated.
 conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -63,28 +65,41 @@ def _shifted_products(x, kernel, stride):
     """The convolution as products of the shifted image, of the taps that meet it."""
     (i0, i1), (top, bottom, out_h) = _met(x.shape[1], len(kernel), stride)
     (j0, j1), (left, right, out_w) = _met(x.shape[2], len(kernel), stride)
-    padded = barrier_on_cpu(jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))))
-    return _sum_of_taps(padded, kernel[i0:i1, j0:j1, 0], stride, out_h, out_w)
+    padded = barrier(jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0))), "cpu", "cuda")
+    return barrier(_sum_of_taps(padded, kernel[i0:i1, j0:j1, 0], stride, out_h, out_w), "cuda")
 
 
-def _shifted_products_backward(x, kernel, cotangent, stride, on_cpu):
-    """Of x: the products of the dilated cotangent with the kernel turned round. Of the kernel: a sum over the image a tap."""
-    height, width = x.shape[1:3]
-    (i0, i1), (top, bottom, out_h) = _met(height, len(kernel), stride)
-    (j0, j1), (left, right, out_w) = _met(width, len(kernel), stride)
+def _image_gradient_of_products(x, kernel, cotangent, stride):
+    """The cotangent of `_shifted_products`' x. A pixel meets every stride-th tap, from a first one that its place decides: so the
+    gradient is a sum of taps for each of ``stride * stride`` places, interlaced."""
+    height, width, channels = x.shape[1:]
+    (i0, i1), (top, _, out_h) = _met(height, len(kernel), stride)
+    (j0, j1), (left, _, out_w) = _met(width, len(kernel), stride)
+    taps = kernel[i0:i1, j0:j1, 0]
+    (i0, rows), (j0, columns) = ((before // stride, (before + extent - 1) // stride - before // stride + 1)
+                                 for before, extent in ((top, height), (left, width)))  # fmt: skip
+
+    def of_place(i, j):
+        met = taps[i::stride, j::stride][::-1, ::-1]
+        if not met.size:
+            return jnp.zeros((len(x), rows, columns, channels), x.dtype)
+        low_i, low_j = len(met) - 1 - i0, met.shape[1] - 1 - j0
+        padding = (0, 0, 0), (low_i, i0 + rows - out_h, 0), (low_j, j0 + columns - out_w, 0), (0, 0, 0)
+        return _sum_of_taps(jax.lax.pad(cotangent, jnp.zeros([], x.dtype), padding), met, 1, rows, columns)
+
+    if stride == 1:
+        return barrier(of_place(0, 0), "cuda")
+    places = jnp.stack([jnp.stack([of_place(i, j) for j in range(stride)], 3) for i in range(stride)], 2)
+    interlaced = places.reshape(len(x), rows * stride, columns * stride, channels)
+    i0, j0 = top - i0 * stride, left - j0 * stride
+    return barrier(interlaced[:, i0 : i0 + height, j0 : j0 + width], "cuda")
+
+
+def _kernel_gradient_of_products(x, kernel, cotangent, stride, on_cpu):
+    """The cotangent of `_shifted_products`' kernel: a sum over the image a tap."""
+    (i0, i1), (top, bottom, out_h) = _met(x.shape[1], len(kernel), stride)
+    (j0, j1), (left, right, out_w) = _met(x.shape[2], len(kernel), stride)
     met = i1 - i0, j1 - j0
-
-    def around(taps, before, extent, out):
-        low = taps - 1 - before
-        return low, extent + taps - 1 - low - ((out - 1) * stride + 1), stride - 1
-
-    dilated = jax.lax.pad(
-        cotangent,
-        jnp.zeros([], cotangent.dtype),
-        ((0, 0, 0), around(met[0], top, height, out_h), around(met[1], left, width, out_w), (0, 0, 0)),
-    )
-    of_x = _sum_of_taps(dilated, kernel[i0:i1, j0:j1, 0][::-1, ::-1], 1, height, width)
-
     padded = jnp.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     if on_cpu:
         of_taps = _tap_sums_in_strips(padded, cotangent, stride, met)
@@ -92,7 +107,7 @@ def _shifted_products_backward(x, kernel, cotangent, stride, on_cpu):
         shifted = (_shifted(padded, i, j, stride, out_h, out_w) for i, j in np.ndindex(met))
         of_taps = jnp.stack([(each.astype(jnp.float32) * cotangent).sum((1, 2)) for each in shifted]).sum(1)
     of_kernel = of_taps.reshape(*met, 1, -1).astype(kernel.dtype)
-    return of_x, jnp.pad(of_kernel, ((i0, len(kernel) - i1), (j0, len(kernel) - j1), (0, 0), (0, 0)))
+    return jnp.pad(of_kernel, ((i0, len(kernel) - i1), (j0, len(kernel) - j1), (0, 0), (0, 0)))
 
 
 def _tap_sums_in_strips(padded, cotangent, stride, taps):
@@ -122,12 +137,15 @@ def _tap_sums_in_strips(padded, cotangent, stride, taps):
     return jax.lax.map(of_strip, jnp.arange(0, out_h, strip)).sum((0, 2))
 
 
-def _convolution_backward(x, kernel, cotangent, stride):
-    """What JAX's own rule does, but for the dtype of the kernel's gradient: float32, see `pointwise_conv`."""
-    (of_x,) = jax.vjp(lambda x: _convolution(x, kernel, stride), x)[1](cotangent)
+def _image_gradient_of_convolution(x, kernel, cotangent, stride):
+    return jax.vjp(lambda x: _convolution(x, kernel, stride), x)[1](cotangent)[0]
+
+
+def _kernel_gradient_of_convolution(x, kernel, cotangent, stride):
+    """What JAX's own rule does, but for the dtype: float32, see `pointwise_conv`."""
     padding = [_same_padding(extent, len(kernel), stride)[:2] for extent in x.shape[1:3]]
     # The batch is what is summed over, so it takes the place of the channels.
-    of_kernel = jax.lax.conv_general_dilated(
+    return jax.lax.conv_general_dilated(
         x,
         cotangent,
         (1, 1),
@@ -137,7 +155,10 @@ def _convolution_backward(x, kernel, cotangent, stride):
         batch_group_count=x.shape[-1],
         preferred_element_type=jnp.float32,
     )
-    return of_x, of_kernel
+
+
+def _cudnn_is_slow(shape, kernel, stride):
+    return stride > 1 or (len(kernel) == 3 and shape[1] <= SMALL)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -159,8 +180,13 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """
     of_products = functools.partial(_shifted_products, stride=stride)
     of_convolution = functools.partial(_convolution, stride=stride)
-    default = of_products if x.shape[-1] < NARROW else of_convolution
-    return jax.lax.platform_dependent(x, kernel, cpu=of_products, default=default)
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=of_products,
+        cuda=of_products if _cudnn_is_slow(x.shape, kernel, stride) else of_convolution,
+        default=of_products if x.shape[-1] < NARROW else of_convolution,
+    )
 
 
 def _forward(x, kernel, stride):
@@ -169,12 +195,21 @@ def _forward(x, kernel, stride):
 
 def _backward(stride, residuals, cotangent):
     # Differentiating through the choice would keep the residuals of both forms, so each platform has its own backward pass.
-    def of_products(on_cpu):
-        return functools.partial(_shifted_products_backward, stride=stride, on_cpu=on_cpu)
+    def backward(image_gradient, kernel_gradient):
+        return lambda *arguments: (image_gradient(*arguments, stride), kernel_gradient(*arguments, stride))
 
-    of_convolution = functools.partial(_convolution_backward, stride=stride)
-    default = of_products(on_cpu=False) if cotangent.shape[-1] < NARROW else of_convolution
-    return jax.lax.platform_dependent(*residuals, cotangent, cpu=of_products(on_cpu=True), default=default)
+    of_convolution = backward(_image_gradient_of_convolution, _kernel_gradient_of_convolution)
+    of_products = backward(_image_gradient_of_products, functools.partial(_kernel_gradient_of_products, on_cpu=False))
+    x, kernel = residuals
+    return jax.lax.platform_dependent(
+        *residuals,
+        cotangent,
+        cpu=backward(_image_gradient_of_products, functools.partial(_kernel_gradient_of_products, on_cpu=True)),
+        cuda=backward(_image_gradient_of_products, _kernel_gradient_of_convolution)
+        if _cudnn_is_slow(x.shape, kernel, stride)
+        else of_convolution,
+        default=of_products if x.shape[-1] < NARROW else of_convolution,
+    )
 
 
 depthwise_conv.defvjp(_forward, _backward)
@@ -197,9 +232,8 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
             x, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return jax.lax.platform_dependent(
-        x, kernel.astype(x.dtype), cpu=jnp.matmul, default=jnp.matmul if _narrow(kernel) else convolution
-    )
+    default = jnp.matmul if _narrow(kernel) else convolution
+    return jax.lax.platform_dependent(x, kernel.astype(x.dtype), cpu=jnp.matmul, cuda=jnp.matmul, default=default)
 
 
 def _narrow(kernel):
@@ -233,7 +267,9 @@ def _kernel_gradient_as_convolution(x, cotangent):
 def _pointwise_backward(residuals, cotangent):
     x, kernel = residuals
     default = _kernel_gradient_as_product if _narrow(kernel) else _kernel_gradient_as_convolution
-    of_kernel = jax.lax.platform_dependent(x, cotangent, cpu=_kernel_gradient_on_cpu, default=default)
+    of_kernel = jax.lax.platform_dependent(
+        x, cotangent, cpu=_kernel_gradient_on_cpu, cuda=_kernel_gradient_as_product, default=default
+    )
     return pointwise_conv(cotangent, kernel.T), of_kernel
 
 

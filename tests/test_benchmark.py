@@ -25,7 +25,7 @@ def do_round(steps):
         raise SystemExit("out of memory")
     return 10.0 * steps
 
-serve(lambda: ({"step_seconds": 0.5, "versions": {"stub": "1"}, "arguments": sys.argv[1:]}, do_round))
+serve(lambda: ({"step_seconds": 0.5, "versions": {"stub": "1"}, "device": "CPU", "arguments": sys.argv[1:]}, do_round))
 """
 
 
@@ -81,9 +81,11 @@ def test_a_contestant_that_ends_says_why_in_one_sentence(stub):
 def test_comparisons_have_all_their_lines(stub, tmp_path):
     class Stubs(peers.Peers):
         def start(self, library, size, batch, gpu=False):
-            if gpu:
-                raise ContestantError("no such device")
+            assert not gpu
             return Contestant(library, sys.executable, [stub])
+
+        def _python(self, library):
+            return sys.executable  # whose jax has no CUDA, and which has no torch
 
     on_cpu = peers.on_cpu(Stubs(print, tmp_path), 32, 128, {"pytorch": 1.2, "keras": 5.0}, rounds=2, seconds=1.0)
     assert [each.values for each in on_cpu] == [[20.0, 20.0]] * 3 + [[1.0, 1.0]] * 2
@@ -92,13 +94,38 @@ def test_comparisons_have_all_their_lines(stub, tmp_path):
     assert len(on_gpu) == 3 and all(each.values == [] and each.note == "no GPU here: not run" for each in on_gpu)
 
 
-def test_a_batch_that_does_not_fit_ends_the_search():
-    def rate(batch):
-        if batch > 256:
-            raise ContestantError("out of memory")
-        return 10.0 * batch
+def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_path):
+    running = []
 
-    assert peers.largest_that_pays(rate, (64, 128, 256, 512, 1024)) == 256
+    class Stubs(peers.Peers):
+        def start(self, library, size, batch, gpu=False):
+            if batch > 256 and library == "timm" or len(running) > 1:
+                raise ContestantError("out of memory")
+            contestant = Contestant(library, sys.executable, [stub])
+            running.append(library)
+            close = contestant.close
+            contestant.close = lambda: (running.remove(library), close())
+            return contestant
+
+    def rates(batch):
+        return peers._rates_at(Stubs(print, tmp_path), 32, batch, rounds=2, seconds=1.0, gpu=True)
+
+    assert rates(256) == {"effnetlib": [20.0, 20.0], "timm": [20.0, 20.0]}
+    assert rates(512) == {"effnetlib": [20.0, 20.0]} and not running
+
+
+def test_the_search_goes_on_as_long_as_a_larger_batch_pays_one_side():
+    asked = []
+
+    def rates(batch):
+        asked.append(batch)
+        return {"ours": [10.0 * min(batch, 256)] * 3, "theirs": [500.0]}
+
+    assert peers.largest_that_pays(rates, (64, 128, 256, 512, 1024)) == {
+        "ours": (256, [2560.0] * 3),
+        "theirs": (64, [500.0]),
+    }
+    assert asked == [64, 128, 256, 512]
 
 
 def test_libraries_are_called_with_what_the_command_line_says(tmp_path, monkeypatch):

@@ -137,6 +137,19 @@ def test_the_form_follows_the_platform_that_is_compiled_for(channels):
     assert convolutions == (2 if channels == NARROW else 0)
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "convolutions"), [(14, 3, 1, 0), (15, 3, 1, 1), (14, 5, 1, 1), (15, 5, 2, 0)]
+)
+def test_a_gpu_convolves_where_its_library_is_fast(size, kernel, stride, convolutions):
+    def convolve(x, depthwise, pointwise):
+        return pointwise_conv(depthwise_conv(x, depthwise, stride), pointwise)
+
+    traced = jax.jit(convolve).trace(
+        jnp.ones((1, size, size, 64)), jnp.ones((kernel, kernel, 1, 64)), jnp.ones((64, 64))
+    )
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution") == convolutions
+
+
 @pytest.mark.parametrize("size", [7, 8])
 def test_the_stem_as_patches_is_the_convolution(size):
     rng = np.random.default_rng(0)
@@ -145,16 +158,22 @@ def test_the_stem_as_patches_is_the_convolution(size):
     np.testing.assert_allclose(full_conv(jnp.float32(x), jnp.float32(k), 2), wanted, atol=1e-5)
 
 
-@pytest.fixture(params=["cpu", "default"])
+@pytest.fixture(params=["cpu", "cuda", "default"])
 def form(request, monkeypatch):
-    """Runs here what is lowered for CPU, or what is for everything else."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **forms: forms[request.param](*arguments))
+    """Runs here what is lowered for CPU, for an NVIDIA GPU, or for everything else."""
+
+    def choose(*arguments, **forms):
+        return forms.get(request.param, forms["default"])(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
 
 
-@pytest.mark.parametrize(("form", "channels"), [("cpu", 4), ("default", 4), ("default", NARROW)], indirect=["form"])
+@pytest.mark.parametrize(
+    ("form", "channels"), [("cpu", 4), ("cuda", 4), ("default", 4), ("default", NARROW)], indirect=["form"]
+)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5])
-@pytest.mark.parametrize("size", [1, 2, 7, 8])
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 16])
 def test_every_form_of_the_depthwise_convolution_is_the_convolution(kernel, stride, size, channels, form, monkeypatch):
     two_rows = 2 * 2 * (size + 1) * channels * 4  # of the batch
     monkeypatch.setattr(convolutions, "CACHE", two_rows)

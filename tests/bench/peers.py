@@ -1,7 +1,11 @@
 """A training step of B0 beside those of other libraries."""
 
+import os
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from .contestant import ROOT, Contestant, ContestantError
 from .measurement import Measurement, in_turn, ratio
 
 BENCH_PYTHON = ROOT / ".venv-bench/bin/python"
+ASKS_FOR_GPU = {"effnetlib": "import jax; jax.devices('cuda')", "timm": "import torch; torch.cuda.current_device()"}
 NO_GPU = "no GPU here: not run"
 SAME_RATE = 1.03  # a larger batch that gives no more than this pays no more
 
@@ -24,15 +29,24 @@ class Peers:
     def __init__(self, say: Callable[[str], None], cache: Path):
         self.say, self.cache = say, cache
         self.versions = {}
+        self.device = None  # of the last contestant
+
+    def sees_gpu(self, library: str) -> bool:
+        command = [self._python(library), "-c", ASKS_FOR_GPU[library]]
+        return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True).returncode == 0
 
     def start(self, library: str, size: int, batch: int, gpu: bool = False) -> Contestant:
         self.say(f"{library} at {size} px, batch {batch}: compiling and warming up")
-        python = sys.executable if library == "effnetlib" else BENCH_PYTHON
         arguments = ["tests.bench.steps", library, "--size", str(size), "--batch", str(batch), *["--gpu"] * gpu]
         environ = {"JAX_PLATFORMS": "cuda" if gpu else "cpu", "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
-        contestant = Contestant(library, python, arguments, environ)
-        self.versions[library] = contestant.facts["versions"]
+        if gpu:
+            environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leaves memory to the other side
+        contestant = Contestant(library, self._python(library), arguments, environ)
+        self.versions[library], self.device = contestant.facts["versions"], contestant.facts["device"]
         return contestant
+
+    def _python(self, library):
+        return sys.executable if library == "effnetlib" else BENCH_PYTHON
 
 
 def _rate(contestant: Contestant, seconds: float) -> float:
@@ -63,52 +77,68 @@ def on_cpu(
 
 def on_gpu(peers: Peers) -> list[Measurement]:
     """Ours against timm where both see a GPU. Elsewhere the same lines, saying so, after a rehearsal of it all on CPU."""
-    try:
-        for library in ("effnetlib", "timm"):
-            peers.start(library, 64, 8, gpu=True).close()
-    except ContestantError as error:
-        peers.say(f"no GPU for all, so what would be measured is rehearsed on CPU ({error})")
+    blind = [library for library in ASKS_FOR_GPU if not peers.sees_gpu(library)]
+    if blind:
+        peers.say(f"no GPU for {' and '.join(blind)}, so what would be measured is rehearsed on CPU")
         rehearsed = _largest_batches(peers, size=32, batches=(2,), rounds=1, seconds=0.1, gpu=False)
         return [Measurement(each.name, each.unit, note=NO_GPU) for each in rehearsed]
-    return _largest_batches(
-        peers, size=224, batches=(64, 128, 256, 512, 1024, 2048, 4096), rounds=3, seconds=10.0, gpu=True
-    )
+    return _largest_batches(peers, size=224, batches=(256, 512, 1024), rounds=5, seconds=2.0, gpu=True)
 
 
 def _largest_batches(peers: Peers, size: int, batches, rounds: int, seconds: float, gpu: bool) -> list[Measurement]:
-    def rate(library, batch):
-        # A process a round: two of them do not fit one GPU's memory.
-        with peers.start(library, size, batch, gpu) as contestant:
-            return _rate(contestant, seconds)
+    def rates(batch):
+        return _rates_at(peers, size, batch, rounds, seconds, gpu)
 
-    batch = {
-        name: largest_that_pays(lambda batch, name=name: rate(name, batch), batches) for name in ("effnetlib", "timm")
-    }
+    found = largest_that_pays(rates, batches)
     where = "B0, 224 px, largest batch that pays, bfloat16 on GPU:"
     names = {"effnetlib": f"{where} effnetlib", "timm": f"{where} timm, compiled, channels-last, AMP"}
-    note = ", ".join(f"{name} at batch {batch[name]}" for name in names)
-    rates = in_turn(
-        "images/s",
-        rounds,
-        {line: lambda name=name: rate(name, batch[name]) for name, line in names.items()},
-        note,
-    )
-    return [*rates, ratio(f"{where} effnetlib over timm", *rates, at_least=1.0)]
+    note = f"{peers.device}; " + ", ".join(f"{library} at batch {found[library][0]}" for library in names)
+    measured = [Measurement(name, "images/s", found[library][1], note=note) for library, name in names.items()]
+    return [*measured, ratio(f"{where} effnetlib over timm", *measured, at_least=1.0, note=note)]
 
 
-def largest_that_pays(rate: Callable[[int], float], batches) -> int:
-    """The last of the growing batches that still raised the rate; one that does not run, most likely for its memory, ends it.
+def _rates_at(peers: Peers, size: int, batch: int, rounds: int, seconds: float, gpu: bool) -> dict[str, list[float]]:
+    """Each library's rates at a batch; a library that does not run at it, most likely for its memory, is left out."""
 
-    >>> largest_that_pays({32: 100.0, 64: 150.0, 128: 151.0}.get, (32, 64, 128))
-    64
+    def start(library):
+        return peers.start(library, size, batch, gpu)
+
+    try:
+        with ExitStack() as stack, ThreadPoolExecutor() as pool:
+            # At the same time, for each compiles for a minute or two.
+            contestants = list(pool.map(lambda library: stack.enter_context(start(library)), ASKS_FOR_GPU))
+            turns = {each.name: lambda each=each: _rate(each, seconds) for each in contestants}
+            found = {each.name: each.values for each in in_turn("images/s", rounds, turns)}
+    except ContestantError as error:
+        peers.say(f"batch {batch}: one after the other, since side by side {error}")
+        found = {}
+        for library in ASKS_FOR_GPU:
+            try:
+                with start(library) as contestant:
+                    found[library] = [_rate(contestant, seconds) for _ in range(rounds)]
+            except ContestantError as error:
+                peers.say(f"batch {batch}: {error}")
+    for library, values in found.items():
+        peers.say(f"batch {batch}: {library} {statistics.median(values):,.0f} images/s")
+    return found
+
+
+def largest_that_pays(
+    rates: Callable[[int], dict[str, list[float]]], batches: Iterable[int]
+) -> dict[str, tuple[int, list[float]]]:
+    """By name, the last of the growing batches that still raised the median of its rates, and these.
+
+    >>> largest_that_pays({8: {"a": [1.0], "b": [2.0]}, 16: {"a": [1.5], "b": [2.01]}, 32: {"a": [1.51]}}.get, (8, 16, 32))
+    {'a': (16, [1.5]), 'b': (8, [2.0])}
     """
-    best, best_rate = batches[0], rate(batches[0])
-    for batch in batches[1:]:
-        try:
-            found = rate(batch)
-        except ContestantError:
+    best = {}
+    for batch in batches:
+        better = {
+            name: (batch, values)
+            for name, values in rates(batch).items()
+            if name not in best or statistics.median(values) >= SAME_RATE * statistics.median(best[name][1])
+        }
+        if not better:
             break
-        if found < best_rate * SAME_RATE:
-            break
-        best, best_rate = batch, found
+        best |= better
     return best

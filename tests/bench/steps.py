@@ -10,6 +10,7 @@ weights. Images are on the device before the clock starts. On CPU all are float3
 import argparse
 import importlib.metadata
 import os
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -121,6 +122,13 @@ def _versions() -> dict:
     return {name: installed[name] for name in PACKAGES if name in installed}
 
 
+def _device(gpu: bool) -> str:
+    if not gpu:
+        return "CPU"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", choices=LIBRARIES)
@@ -133,7 +141,7 @@ def main() -> None:
         run = LIBRARIES[options.library](options.size, options.batch, options.gpu)
         run(2)
         rate = images_per_second(run, 2, options.batch)
-        facts = {"versions": _versions(), "step_seconds": options.batch / rate}
+        facts = {"versions": _versions(), "device": _device(options.gpu), "step_seconds": options.batch / rate}
         return facts, lambda steps: images_per_second(run, steps, options.batch)
 
     serve(prepare)
