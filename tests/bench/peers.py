@@ -82,7 +82,7 @@ def on_gpu(peers: Peers) -> list[Measurement]:
         peers.say(f"no GPU for {' and '.join(blind)}, so what would be measured is rehearsed on CPU")
         rehearsed = _largest_batches(peers, size=32, batches=(2,), rounds=1, seconds=0.1, gpu=False)
         return [Measurement(each.name, each.unit, note=NO_GPU) for each in rehearsed]
-    return _largest_batches(peers, size=224, batches=(256, 512, 1024), rounds=5, seconds=2.0, gpu=True)
+    return _largest_batches(peers, size=224, batches=(256, 1024), rounds=7, seconds=2.0, gpu=True)
 
 
 def _largest_batches(peers: Peers, size: int, batches, rounds: int, seconds: float, gpu: bool) -> list[Measurement]:
