@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import __main__ as bench
 from bench import peers
 from bench.contestant import Contestant, ContestantError
 from bench.measurement import Measurement, ratio, table
@@ -90,7 +91,7 @@ def test_comparisons_have_all_their_lines(stub, tmp_path):
     on_cpu = peers.on_cpu(Stubs(print, tmp_path), 32, 128, {"pytorch": 1.2, "keras": 5.0}, rounds=2, seconds=1.0)
     assert [each.values for each in on_cpu] == [[20.0, 20.0]] * 3 + [[1.0, 1.0]] * 2
     assert [each.at_least for each in on_cpu] == [None, None, None, 1.2, 5.0]
-    on_gpu = peers.on_gpu(Stubs(print, tmp_path))
+    on_gpu = peers.on_gpu(Stubs(print, tmp_path), 224, 256)
     assert len(on_gpu) == 3 and all(each.values == [] and each.note == "no GPU here: not run" for each in on_gpu)
 
 
@@ -98,34 +99,37 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
     running = []
 
     class Stubs(peers.Peers):
+        def sees_gpu(self, library):
+            return True
+
         def start(self, library, size, batch, gpu=False):
-            if batch > 256 and library == "timm" or len(running) > 1:
+            if batch > 256 and (library == "timm" or running):
                 raise ContestantError("out of memory")
+            self.device = "a GPU"
             contestant = Contestant(library, sys.executable, [stub])
             running.append(library)
             close = contestant.close
             contestant.close = lambda: (running.remove(library), close())
             return contestant
 
-    def rates(batch):
-        return peers._rates_at(Stubs(print, tmp_path), 32, batch, rounds=2, seconds=1.0, gpu=True)
+    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, 256)
+    assert ours.values == theirs.values == [40.0] * 7 and both.values == [1.0] * 7 and both.note == "a GPU"
+    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, 1024)
+    assert ours.values == [40.0] * 7 and theirs.values == both.values == [] and not running
+    assert theirs.note == "does not run at this batch" and "batch 1,024" in theirs.name
 
-    assert rates(256) == {"effnetlib": [20.0, 20.0], "timm": [20.0, 20.0]}
-    assert rates(512) == {"effnetlib": [20.0, 20.0]} and not running
 
+def test_what_was_measured_outlasts_what_stops_the_rest(tmp_path, monkeypatch):
+    def measure(*_):
+        yield [Measurement("done", "s", [1.0])]
+        raise ContestantError("nobody is here")
 
-def test_the_search_goes_on_as_long_as_a_larger_batch_pays_one_side():
-    asked = []
-
-    def rates(batch):
-        asked.append(batch)
-        return {"ours": [10.0 * min(batch, 256)] * 3, "theirs": [500.0]}
-
-    assert peers.largest_that_pays(rates, (64, 128, 256, 512, 1024)) == {
-        "ours": (256, [2560.0] * 3),
-        "theirs": (64, [500.0]),
-    }
-    assert asked == [64, 128, 256, 512]
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["bench", "--record", str(tmp_path / "new/bench.json")])
+    with pytest.raises(SystemExit, match="^the bench stopped: nobody is here$"):
+        bench.main()
+    record = json.loads((tmp_path / "new/bench.json").read_text())
+    assert [each["name"] for each in record["measurements"]] == ["done"] and record["environment"]["jax"]
 
 
 def test_libraries_are_called_with_what_the_command_line_says(tmp_path, monkeypatch):
@@ -160,7 +164,7 @@ def test_the_published_record_has_every_line():
     assert aims[f"{large} pytorch"] == (1.0, None)
     assert aims["nano step of a whole run: papermill over plain"] == (None, 1.02)
     assert aims["import of effnetlib with its model, norm and optimizers"] == (None, 2.0)
-    for start in ("B0, 224 px, largest batch that pays", "nano on 8 devices", "evaluation's share", "nano step: in the loop",
+    for start in ("B0, 224 px, batch 256, bfloat16 on GPU", "B0, 224 px, batch 1,024, bfloat16 on GPU", "nano on 8 devices", "evaluation's share", "nano step: in the loop",
                   "checkpoint of B0", "B0 until its first step is done"):  # fmt: skip
         assert any(name.startswith(start) for name in found), start
     assert all(each["values"] or each["note"] == peers.NO_GPU for each in found.values())

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from effnetlib.progress import duration
@@ -25,14 +25,16 @@ from .measurement import Measurement, table
 PARTS = ("cpu", "gpu", "overheads")
 
 
-def measure(parts, contenders: peers.Peers, folder: Path) -> list[Measurement]:
+def measure(parts, contenders: peers.Peers, folder: Path) -> Iterator[list[Measurement]]:
+    """One after the other, as each is done."""
     runs = overheads.Runs(folder)
     small = {"pytorch": 1.2, "keras": 5.0}
     steps: list[tuple[str, str, Callable[[], list[Measurement]]]] = [
         ("cpu", "32 px", lambda: peers.on_cpu(contenders, 32, 128, small, rounds=15, seconds=3.0)),
         ("cpu", "224 px", lambda: peers.on_cpu(contenders, 224, 16, {"pytorch": 1.0}, rounds=15, seconds=3.0)),
-        ("gpu", "against timm", lambda: peers.on_gpu(contenders)),
-        ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=7)),
+        ("gpu", "batch 256", lambda: peers.on_gpu(contenders, 224, 256)),
+        ("gpu", "batch 1,024", lambda: peers.on_gpu(contenders, 224, 1024)),
+        ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=13)),
         ("overheads", "batch-norm groups", lambda: overheads.batch_norm_groups(rounds=7)),
         ("overheads", "evaluation", lambda: overheads.evaluation(runs, rounds=3)),
         ("overheads", "logging", lambda: overheads.loop(rounds=5)),
@@ -40,12 +42,10 @@ def measure(parts, contenders: peers.Peers, folder: Path) -> list[Measurement]:
         ("overheads", "compilation", lambda: overheads.compilation(folder, rounds=3)),
         ("overheads", "imports", lambda: overheads.imports(rounds=5)),
     ]
-    measurements = []
     for part, what, step in steps:
         if part in parts:
             contenders.say(f"{part}: {what}")
-            measurements += step()
-    return measurements
+            yield step()
 
 
 def main() -> None:
@@ -58,25 +58,29 @@ def main() -> None:
     def say(what):
         print(f"{duration(time.monotonic() - start)} {what}", flush=True)
 
+    measurements = []
+
+    def record():
+        return {
+            "environment": environment() | {"load_at_start": load, "peers": contenders.versions},
+            "seconds": round(time.monotonic() - start),
+            "measurements": [each.to_dict() for each in measurements],
+        }
+
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             contenders = peers.Peers(say, Path(folder) / "compiled")
-            measurements = measure(options.only or PARTS, contenders, Path(folder))
+            for found in measure(options.only or PARTS, contenders, Path(folder)):
+                measurements += found
+                if options.record:  # again and again: what has been measured outlasts what stops the rest
+                    options.record.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(options.record, json.dumps(record(), indent=2) + "\n")
     except ContestantError as error:
         sys.exit(f"the bench stopped: {error}")
-    record = {
-        "environment": environment() | {"load_at_start": load, "peers": contenders.versions},
-        "seconds": round(time.monotonic() - start),
-        "measurements": [each.to_dict() for each in measurements],
-    }
-    if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.record, json.dumps(record, indent=2) + "\n")
-    where = record["environment"]
-    print(
-        f"\n{where['host']}; jax {where['jax']}; load at the start {load:.2f}; {duration(record['seconds'])} in all\n"
-    )
-    print(table(record["measurements"]))
+    done = record()
+    where = done["environment"]
+    print(f"\n{where['host']}; jax {where['jax']}; load at the start {load:.2f}; {duration(done['seconds'])} in all\n")
+    print(table(done["measurements"]))
 
 
 if __name__ == "__main__":

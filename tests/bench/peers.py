@@ -1,10 +1,9 @@
 """A training step of B0 beside those of other libraries."""
 
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ from .measurement import Measurement, in_turn, ratio
 BENCH_PYTHON = ROOT / ".venv-bench/bin/python"
 ASKS_FOR_GPU = {"effnetlib": "import jax; jax.devices('cuda')", "timm": "import torch; torch.cuda.current_device()"}
 NO_GPU = "no GPU here: not run"
-SAME_RATE = 1.03  # a larger batch that gives no more than this pays no more
+DOES_NOT_RUN = "does not run at this batch"
 
 
 class Peers:
@@ -75,30 +74,32 @@ def on_cpu(
     return [*rates, *ratios]
 
 
-def on_gpu(peers: Peers) -> list[Measurement]:
+def on_gpu(peers: Peers, size: int, batch: int) -> list[Measurement]:
     """Ours against timm where both see a GPU. Elsewhere the same lines, saying so, after a rehearsal of it all on CPU."""
+    where = f"B0, {size} px, batch {batch:,}, bfloat16 on GPU:"
+    names = {"effnetlib": f"{where} effnetlib", "timm": f"{where} timm, compiled, channels-last, AMP"}
     blind = [library for library in ASKS_FOR_GPU if not peers.sees_gpu(library)]
     if blind:
         peers.say(f"no GPU for {' and '.join(blind)}, so what would be measured is rehearsed on CPU")
-        rehearsed = _largest_batches(peers, size=32, batches=(2,), rounds=1, seconds=0.1, gpu=False)
-        return [Measurement(each.name, each.unit, note=NO_GPU) for each in rehearsed]
-    return _largest_batches(peers, size=224, batches=(256, 1024), rounds=7, seconds=2.0, gpu=True)
+        found, note = _gpu_rates(peers, 32, 2, rounds=1, seconds=0.1, gpu=False), NO_GPU
+        found = dict.fromkeys(found, [])
+    else:
+        found = _gpu_rates(peers, size, batch, rounds=7, seconds=2.0, gpu=True)
+        note = peers.device
+    measured = [
+        Measurement(name, "images/s", found.get(library, []), note=note if library in found else DOES_NOT_RUN)
+        for library, name in names.items()
+    ]
+    both = all(each.values for each in measured)
+    over = f"{where} effnetlib over timm"
+    return [
+        *measured,
+        ratio(over, *measured, at_least=1.0, note=note) if both else Measurement(over, "times", note=note),
+    ]
 
 
-def _largest_batches(peers: Peers, size: int, batches, rounds: int, seconds: float, gpu: bool) -> list[Measurement]:
-    def rates(batch):
-        return _rates_at(peers, size, batch, rounds, seconds, gpu)
-
-    found = largest_that_pays(rates, batches)
-    where = "B0, 224 px, largest batch that pays, bfloat16 on GPU:"
-    names = {"effnetlib": f"{where} effnetlib", "timm": f"{where} timm, compiled, channels-last, AMP"}
-    note = f"{peers.device}; " + ", ".join(f"{library} at batch {found[library][0]}" for library in names)
-    measured = [Measurement(name, "images/s", found[library][1], note=note) for library, name in names.items()]
-    return [*measured, ratio(f"{where} effnetlib over timm", *measured, at_least=1.0, note=note)]
-
-
-def _rates_at(peers: Peers, size: int, batch: int, rounds: int, seconds: float, gpu: bool) -> dict[str, list[float]]:
-    """Each library's rates at a batch; a library that does not run at it, most likely for its memory, is left out."""
+def _gpu_rates(peers: Peers, size: int, batch: int, rounds: int, seconds: float, gpu: bool) -> dict[str, list[float]]:
+    """Images a second of each library; one that does not run at this batch, most likely for its memory, is left out."""
 
     def start(library):
         return peers.start(library, size, batch, gpu)
@@ -108,37 +109,14 @@ def _rates_at(peers: Peers, size: int, batch: int, rounds: int, seconds: float, 
             # At the same time, for each compiles for a minute or two.
             contestants = list(pool.map(lambda library: stack.enter_context(start(library)), ASKS_FOR_GPU))
             turns = {each.name: lambda each=each: _rate(each, seconds) for each in contestants}
-            found = {each.name: each.values for each in in_turn("images/s", rounds, turns)}
+            return {each.name: each.values for each in in_turn("images/s", rounds, turns)}
     except ContestantError as error:
-        peers.say(f"batch {batch}: one after the other, since side by side {error}")
-        found = {}
-        for library in ASKS_FOR_GPU:
-            try:
-                with start(library) as contestant:
-                    found[library] = [_rate(contestant, seconds) for _ in range(rounds)]
-            except ContestantError as error:
-                peers.say(f"batch {batch}: {error}")
-    for library, values in found.items():
-        peers.say(f"batch {batch}: {library} {statistics.median(values):,.0f} images/s")
+        peers.say(f"one after the other, since side by side {error}")
+    found = {}
+    for library in ASKS_FOR_GPU:
+        try:
+            with start(library) as contestant:
+                found[library] = [_rate(contestant, seconds) for _ in range(rounds)]
+        except ContestantError as error:
+            peers.say(str(error))
     return found
-
-
-def largest_that_pays(
-    rates: Callable[[int], dict[str, list[float]]], batches: Iterable[int]
-) -> dict[str, tuple[int, list[float]]]:
-    """By name, the last of the growing batches that still raised the median of its rates, and these.
-
-    >>> largest_that_pays({8: {"a": [1.0], "b": [2.0]}, 16: {"a": [1.5], "b": [2.01]}, 32: {"a": [1.51]}}.get, (8, 16, 32))
-    {'a': (16, [1.5]), 'b': (8, [2.0])}
-    """
-    best = {}
-    for batch in batches:
-        better = {
-            name: (batch, values)
-            for name, values in rates(batch).items()
-            if name not in best or statistics.median(values) >= SAME_RATE * statistics.median(best[name][1])
-        }
-        if not better:
-            break
-        best |= better
-    return best
