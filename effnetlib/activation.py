@@ -9,7 +9,7 @@ def normalized_swish(x: jax.Array, mean: jax.Array, scale: jax.Array, shift: jax
     """``swish((x - mean) * scale + shift)`` of ``[batch, height, width, C]`` and three of ``[batch, 1, 1, C]`` (see
     `GroupedBatchNorm.coefficients`), in x's dtype.
 
-    On a TPU autodiff's form has the least memory traffic, by its compiler's count. XLA's for CPU fuses less, and writes and keeps
+    On TPUs and GPUs autodiff's form has the least memory traffic, by their compilers' count. XLA's for CPU fuses less, and writes and keeps
     what autodiff shares between the passes; there the backward pass begins with x anew, and a step is a tenth faster.
     """
 
@@ -51,9 +51,9 @@ def swish_and_slope(x, mean, scale, shift):
 
 
 def barrier(x, *platforms):
-    """x, or a tuple of arrays, beyond which XLA does not look on these platforms. Where several passes over activations want the
-    same of them, a tanh above all, each then computes it, and none writes it, in float32, for the others to read. A pass that
-    waits for another's sum gets it in one tuple with x: what is behind a barrier with it comes after it."""
+    """x, or a tuple of arrays, beyond which XLA does not look on these platforms. Where several passes over the activations want
+    what they are computed from, above all a tanh, each then computes it, and none writes it, in float32, for the others to read.
+    What stands in a tuple with another pass's sum comes after that pass."""
     return jax.lax.platform_dependent(x, **dict.fromkeys(platforms, jax.lax.optimization_barrier), default=lambda x: x)
 
 
