@@ -78,24 +78,21 @@ def on_gpu(peers: Peers, size: int, batch: int) -> list[Measurement]:
     """Ours against timm where both see a GPU. Elsewhere the same lines, saying so, after a rehearsal of it all on CPU."""
     where = f"B0, {size} px, batch {batch:,}, bfloat16 on GPU:"
     names = {"effnetlib": f"{where} effnetlib", "timm": f"{where} timm, compiled, channels-last, AMP"}
+    over = f"{where} effnetlib over timm"
     blind = [library for library in ASKS_FOR_GPU if not peers.sees_gpu(library)]
     if blind:
         peers.say(f"no GPU for {' and '.join(blind)}, so what would be measured is rehearsed on CPU")
-        found, note = _gpu_rates(peers, 32, 2, rounds=1, seconds=0.1, gpu=False), NO_GPU
-        found = dict.fromkeys(found, [])
-    else:
-        found = _gpu_rates(peers, size, batch, rounds=7, seconds=2.0, gpu=True)
-        note = peers.device
-    measured = [
-        Measurement(name, "images/s", found.get(library, []), note=note if library in found else DOES_NOT_RUN)
+        _gpu_rates(peers, 32, 2, rounds=1, seconds=0.1, gpu=False)
+        units = dict.fromkeys(names.values(), "images/s") | {over: "times"}
+        return [Measurement(name, unit, note=NO_GPU) for name, unit in units.items()]
+    found = _gpu_rates(peers, size, batch, rounds=7, seconds=2.0, gpu=True)
+    rates = [
+        Measurement(name, "images/s", found.get(library, []), note=peers.device if library in found else DOES_NOT_RUN)
         for library, name in names.items()
     ]
-    both = all(each.values for each in measured)
-    over = f"{where} effnetlib over timm"
-    return [
-        *measured,
-        ratio(over, *measured, at_least=1.0, note=note) if both else Measurement(over, "times", note=note),
-    ]
+    if len(found) < len(names):
+        return [*rates, Measurement(over, "times", note=DOES_NOT_RUN)]
+    return [*rates, ratio(over, *rates, at_least=1.0, note=peers.device)]
 
 
 def _gpu_rates(peers: Peers, size: int, batch: int, rounds: int, seconds: float, gpu: bool) -> dict[str, list[float]]:
