@@ -39,9 +39,9 @@ def _gated_swish_forward(x, mean, scale, shift, weights):
         return jnp.zeros_like(mean), jnp.zeros_like(mean)
 
     kept = jax.lax.platform_dependent(x, mean, slope, cpu=none, cuda=none, default=sums)
-    x_anew, factor_before = barrier((x, factor), "cuda")
+    x_anew, factor = barrier((x, factor), "cuda")
     y, _ = swish_and_slope(x_anew, mean, scale, shift)
-    return y.astype(x.dtype) * factor_before.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, kept)
+    return y.astype(x.dtype) * factor.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, kept)
 
 
 def _gated_swish_backward(residuals, cotangent):
