@@ -73,7 +73,7 @@ chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes ou
 
 BENCH_STAMP := .venv-bench/.installed
 
-bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for 25 minutes; writes outputs/published/bench.json
+bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for half an hour; writes outputs/published/bench.json
 	$(BIN)/python -m tests.bench --record outputs/published/bench.json
 
 $(BENCH_STAMP): tests/bench/requirements.txt requirements.lock
