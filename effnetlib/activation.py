@@ -9,8 +9,8 @@ def normalized_swish(x: jax.Array, mean: jax.Array, scale: jax.Array, shift: jax
     """``swish((x - mean) * scale + shift)`` of ``[batch, height, width, C]`` and three of ``[batch, 1, 1, C]`` (see
     `GroupedBatchNorm.coefficients`), in x's dtype.
 
-    On TPUs and GPUs autodiff's form has the least memory traffic, by their compilers' count. XLA's for CPU fuses less, and writes and keeps
-    what autodiff shares between the passes; there the backward pass begins with x anew, and a step is a tenth faster.
+    On TPUs and GPUs autodiff's form has the least memory traffic, by their compilers' count. XLA's for CPU fuses less, and writes
+    and keeps what autodiff shares between the passes; there the backward pass begins with x anew, and a step is a tenth faster.
     """
 
     def cpu_form(x, *coefficients):

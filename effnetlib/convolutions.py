@@ -18,9 +18,9 @@ NARROW = 64
 CACHE = 2**21
 SHARES = 8
 
-# On an H200 cuDNN 9's depthwise convolution of bfloat16 is two or three times as fast as the products, save two: of 3x3 on maps up to
-# this (0.98 ms instead of 0.10 on 14x14 of 480 channels, batch 256; measured at 7 and 14, and not slow from 15 on), and, forward
-# only, with stride 2 (0.67 ms instead of 0.30 on 112x112 of 96 channels).
+# On an H200 cuDNN 9's depthwise convolution of bfloat16 is two or three times as fast as the products, save two: of 3x3 on maps
+# up to this (0.98 ms instead of 0.10 on 14x14 of 480 channels, batch 256; measured at 7 and 14, and not slow from 15 on), and,
+# forward only, with stride 2 (0.67 ms instead of 0.30 on 112x112 of 96 channels).
 SMALL = 14
 
 # Every convolution starts from N(0, sqrt(2 / fan_out)), not truncated.

@@ -91,7 +91,7 @@ def test_comparisons_have_all_their_lines(stub, tmp_path):
     on_cpu = peers.on_cpu(Stubs(print, tmp_path), 32, 128, {"pytorch": 1.2, "keras": 5.0}, rounds=2, seconds=1.0)
     assert [each.values for each in on_cpu] == [[20.0, 20.0]] * 3 + [[1.0, 1.0]] * 2
     assert [each.at_least for each in on_cpu] == [None, None, None, 1.2, 5.0]
-    on_gpu = peers.on_gpu(Stubs(print, tmp_path), 224, 256)
+    on_gpu = list(peers.on_gpu(Stubs(print, tmp_path), 224, [256]))
     assert len(on_gpu) == 3 and all(each.values == [] and each.note == "no GPU here: not run" for each in on_gpu)
 
 
@@ -112,16 +112,28 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
             contestant.close = lambda: (running.remove(library), close())
             return contestant
 
-    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, 256)
+    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, [256])
     assert ours.values == theirs.values == [40.0] * 7 and both.values == [1.0] * 7 and both.note == "a GPU"
-    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, 1024)
+    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, [1024])
     assert ours.values == [40.0] * 7 and theirs.values == both.values == [] and not running
     assert theirs.note == "does not run at this batch" and "batch 1,024" in theirs.name
 
 
+def test_a_rehearsal_that_fails_stops_the_bench(tmp_path):
+    class Stubs(peers.Peers):
+        def sees_gpu(self, library):
+            return False
+
+        def start(self, library, size, batch, gpu=False):
+            raise ContestantError("no such library")
+
+    with pytest.raises(ContestantError, match="^the GPU's part could not be rehearsed on CPU$"):
+        list(peers.on_gpu(Stubs(print, tmp_path), 224, [256]))
+
+
 def test_what_was_measured_outlasts_what_stops_the_rest(tmp_path, monkeypatch):
     def measure(*_):
-        yield [Measurement("done", "s", [1.0])]
+        yield Measurement("done", "s", [1.0])
         raise ContestantError("nobody is here")
 
     monkeypatch.setattr(bench, "measure", measure)
@@ -164,8 +176,8 @@ def test_the_published_record_has_every_line():
     assert aims[f"{large} pytorch"] == (1.0, None)
     assert aims["nano step of a whole run: papermill over plain"] == (None, 1.02)
     assert aims["import of effnetlib with its model, norm and optimizers"] == (None, 2.0)
-    for start in ("B0, 224 px, batch 256, bfloat16 on GPU", "B0, 224 px, batch 1,024, bfloat16 on GPU", "nano on 8 devices", "evaluation's share", "nano step: in the loop",
-                  "checkpoint of B0", "B0 until its first step is done"):  # fmt: skip
+    for start in ("B0, 224 px, batch 256, bfloat16 on GPU", "B0, 224 px, batch 1,024, bfloat16 on GPU", "nano on 8 devices",
+                  "evaluation's share", "nano step: in the loop", "checkpoint of B0", "B0 until its first step is done"):  # fmt: skip
         assert any(name.startswith(start) for name in found), start
     assert all(each["values"] or each["note"] == peers.NO_GPU for each in found.values())
     assert {"pytorch", "keras", "timm"} <= record["environment"]["peers"].keys()

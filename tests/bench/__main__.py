@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from effnetlib.progress import duration
@@ -25,15 +25,14 @@ from .measurement import Measurement, table
 PARTS = ("cpu", "gpu", "overheads")
 
 
-def measure(parts, contenders: peers.Peers, folder: Path) -> Iterator[list[Measurement]]:
+def measure(parts, contenders: peers.Peers, folder: Path) -> Iterator[Measurement]:
     """One after the other, as each is done."""
     runs = overheads.Runs(folder)
     small = {"pytorch": 1.2, "keras": 5.0}
-    steps: list[tuple[str, str, Callable[[], list[Measurement]]]] = [
+    steps: list[tuple[str, str, Callable[[], Iterable[Measurement]]]] = [
         ("cpu", "32 px", lambda: peers.on_cpu(contenders, 32, 128, small, rounds=15, seconds=3.0)),
         ("cpu", "224 px", lambda: peers.on_cpu(contenders, 224, 16, {"pytorch": 1.0}, rounds=15, seconds=3.0)),
-        ("gpu", "batch 256", lambda: peers.on_gpu(contenders, 224, 256)),
-        ("gpu", "batch 1,024", lambda: peers.on_gpu(contenders, 224, 1024)),
+        ("gpu", "against timm", lambda: peers.on_gpu(contenders, 224, (256, 1024))),
         ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=13)),
         ("overheads", "batch-norm groups", lambda: overheads.batch_norm_groups(rounds=7)),
         ("overheads", "evaluation", lambda: overheads.evaluation(runs, rounds=3)),
@@ -45,7 +44,7 @@ def measure(parts, contenders: peers.Peers, folder: Path) -> Iterator[list[Measu
     for part, what, step in steps:
         if part in parts:
             contenders.say(f"{part}: {what}")
-            yield step()
+            yield from step()
 
 
 def main() -> None:
@@ -70,8 +69,8 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             contenders = peers.Peers(say, Path(folder) / "compiled")
-            for found in measure(options.only or PARTS, contenders, Path(folder)):
-                measurements += found
+            for each in measure(options.only or PARTS, contenders, Path(folder)):
+                measurements.append(each)
                 if options.record:  # again and again: what has been measured outlasts what stops the rest
                     options.record.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(options.record, json.dumps(record(), indent=2) + "\n")
