@@ -150,6 +150,16 @@ def test_a_gpu_convolves_where_its_library_is_fast(size, kernel, stride, convolu
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution") == convolutions
 
 
+@pytest.mark.parametrize(("batch", "convolutions"), [(256, 2), (1024, 4)])
+def test_a_gpu_finds_the_gradients_of_large_kernels_in_parts(batch, convolutions):
+    def gradients(x, cotangent, kernel):
+        return jax.vjp(lambda *arguments: depthwise_conv(*arguments, 2), x, kernel)[1](cotangent)
+
+    images = (jax.ShapeDtypeStruct((batch, size, size, 96), jnp.bfloat16) for size in (112, 56))
+    traced = jax.jit(gradients).trace(*images, jax.ShapeDtypeStruct((3, 3, 1, 96), jnp.float32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.convolution") == convolutions
+
+
 @pytest.mark.parametrize("size", [7, 8])
 def test_the_stem_as_patches_is_the_convolution(size):
     rng = np.random.default_rng(0)
@@ -177,6 +187,8 @@ def form(request, monkeypatch):
 def test_every_form_of_the_depthwise_convolution_is_the_convolution(kernel, stride, size, channels, form, monkeypatch):
     two_rows = 2 * 2 * (size + 1) * channels * 4  # of the batch
     monkeypatch.setattr(convolutions, "CACHE", two_rows)
+    monkeypatch.setattr(convolutions, "LARGE", 4 * two_rows)
+    monkeypatch.setattr(convolutions, "PART", 3)
     rng = np.random.default_rng(0)
     x = jnp.array(rng.normal(size=(2, size, size + 1, channels)), jnp.float32)
     k = jnp.array(rng.normal(size=(kernel, kernel, 1, channels)), jnp.float32)
