@@ -8,7 +8,7 @@ export JAX_PLATFORMS ?= cpu
 # a third of a step's time on CPU. So it keeps it, in huge pages. In one arena, for the threads of XLA would each keep another.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 
-.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench rehearse
+.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench bench-gpu rehearse
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -75,6 +75,9 @@ BENCH_STAMP := .venv-bench/.installed
 
 bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for half an hour; writes outputs/published/bench.json
 	$(BIN)/python -m tests.bench --record outputs/published/bench.json
+
+bench-gpu: $(STAMP) $(BENCH_STAMP)  ## the part beside timm alone, on a machine with a GPU; writes outputs/published/bench-gpu.json
+	$(BIN)/python -m tests.bench --only gpu --record outputs/published/bench-gpu.json
 
 $(BENCH_STAMP): tests/bench/requirements.txt requirements.lock
 	$(PYTHON) -m venv --clear .venv-bench

@@ -163,12 +163,18 @@ def _plans(published: Path) -> Iterator[str]:
 
 
 def _speed(published: Path) -> Iterator[str]:
-    """The ratios of `make bench`, and what has not run."""
+    """The ratios of `make bench`, with those that a machine with a GPU measured, and what has not run."""
     yield "| side by side | median | least to greatest | aim |"
     yield "|---|---|---|---|"
-    for each in json.loads((published / "bench.json").read_text())["measurements"]:
+    here, on_gpu = (
+        {each["name"]: each for each in json.loads((published / record).read_text())["measurements"]}
+        for record in ("bench.json", "bench-gpu.json")
+    )
+    for name, each in here.items():
         if each["unit"] != "times":
             continue
+        if not each["values"]:
+            each = on_gpu.get(name, each)
         aims = (("at least", each["at_least"]), ("at most", each["at_most"]))
         aim = ", ".join(f"{word} {value:g}" for word, value in aims if value is not None)
         met = {True: ": met", False: ": **missed**", None: ""}[each["met"]]

@@ -164,6 +164,15 @@ def test_our_side_takes_the_steps_of_a_recipe():
     assert int(bench.state.step) == 2
 
 
+def test_the_published_record_of_a_gpu_measures_every_line():
+    record = json.loads((PUBLISHED.parent / "bench-gpu.json").read_text())
+    ratios = [each for each in record["measurements"] if each["unit"] == "times"]
+    assert [each["name"].split(",")[2] for each in ratios] == [" batch 256", " batch 1"]
+    assert all(len(each["values"]) == 7 and each["at_least"] == 1.0 for each in ratios)
+    assert {each["note"] for each in record["measurements"]} == {"NVIDIA H200"}
+    assert not record["environment"]["git_commit"].endswith("+changes")
+
+
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="make bench has not been run")
 def test_the_published_record_has_every_line():
     record = json.loads(PUBLISHED.read_text())
