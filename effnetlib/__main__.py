@@ -114,7 +114,7 @@ def plan(preset, topology, changes, price, as_json):
     if not found.fits:
         raise FailedError(
             f"{preset} does not fit {topology}; "
-            + (f"a batch of {found.largest_batch} would" if found.largest_batch else "nor does one image a device")
+            + (f"a batch of {found.largest_batch} would" if found.largest_batch else "nor would half of it, a quarter and so on")
         )
 
 

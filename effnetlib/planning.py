@@ -306,7 +306,7 @@ def _hbm_bytes(compiled) -> int:
 def _largest_batch(recipe: Recipe, devices: list, limit: int) -> int:
     """Of half the batch, a quarter and so on, the first that fits; 0 where none does."""
     batch, group = recipe.global_batch_size // 2, recipe.batch_norm_batch_size
-    while batch % len(devices) == 0:
+    while batch and batch % len(devices) == 0:
         # The peak learning rate falls with the batch, maybe below end_lr, which a recipe refuses; memory depends on neither.
         smaller = dict(global_batch_size=batch, batch_norm_batch_size=min(batch, group), end_lr=0.0)
         with contextlib.suppress(EffnetlibError):

@@ -59,7 +59,9 @@ class Progress:
         axes.set(xlabel="epoch", ylabel="top-1 (moving average)", xlim=(0, None), ylim=(0, 1))
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=100, facecolor="white")
-        self._display("curve", *Image(drawn.getvalue(), alt="Top-1 against epochs, so far")._repr_mimebundle_())
+        # As metadata: IPython 7, Colab's, has no parameter for it.
+        image = Image(data=drawn.getvalue(), metadata={"alt": "Top-1 against epochs, so far"})
+        self._display("curve", *image._repr_mimebundle_())
 
     def line(self, step: int, elapsed: float) -> str:
         rate = (step - self.first) / elapsed if elapsed else 0.0

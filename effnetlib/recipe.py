@@ -259,7 +259,7 @@ class Recipe:
         if num_devices is not None:
             require(
                 batch % num_devices == 0,
-                f"global_batch_size {batch} does not divide over {num_devices} devices: use a multiple of it",
+                f"global_batch_size {batch} does not divide over {num_devices} devices: use a multiple of {num_devices}",
             )
             require(
                 groups_fit(self.num_groups, num_devices),

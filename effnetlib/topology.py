@@ -65,7 +65,8 @@ def chip_of(topology: str) -> Chip:
     """
     generation = topology.partition(":")[0]
     if generation not in CHIPS:
-        raise EffnetlibError(f"the topology {topology!r} is unknown: {did_you_mean(topology, NAMES)}")
+        known = NAMES if ":" in topology else CHIPS
+        raise EffnetlibError(f"no topology {topology!r} (v3:32x16x1 is one): {did_you_mean(topology, known)}")
     return CHIPS[generation]
 
 
@@ -80,9 +81,11 @@ def devices_of(topology: str) -> list:
             "the compiler for TPUs is not installed: pip install 'effnetlib[plan]' brings it (Linux on x86-64)"
         )
     chip = chip_of(topology)
-    # Without these libtpu looks for a TPU VM's metadata, and keeps a second process out.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Without these libtpu looks for a TPU VM's metadata, writes that it found none, and keeps a second process out. The type of
+    # the machine is any that exists: what is compiled for is the topology.
+    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    for name, value in (here | {"TPU_ACCELERATOR_TYPE": "v3-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     # A v4 chip's two cores are one device to jax, and one of them alone is what is described unless one says so.

@@ -49,7 +49,7 @@ def test_the_papers_models_have_the_papers_multiply_adds():
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("v3:32x16", None), ("v33:2x2x1", "did you mean v3:2x2x1"), ("pod", "choose one of v2:2x2x1")],
+    [("v3:32x16", None), ("v33:2x2x1", "did you mean v3:2x2x1"), ("pod", "choose one of v2, v3, v4, v5e, v5p, v6e$")],
 )
 def test_a_topology_is_a_generation_and_chips(name, sentence):
     if sentence is None:
@@ -120,6 +120,12 @@ def test_the_largest_batch_that_fits_is_found_by_halving(monkeypatch):
     monkeypatch.setattr(planning, "_hbm_bytes", lambda batch: batch * 40 << 20)
     found = plan(Recipe.preset("b0-1024-lars"), "v3:2x2x1")
     assert not found.fits and tried == [1024, 512, 256] and found.largest_batch == 256
+
+
+@compiler
+def test_where_not_even_one_image_fits_the_search_ends(monkeypatch):
+    monkeypatch.setattr(planning, "_compile_train", lambda recipe, devices: None)
+    assert plan(Recipe.preset("b0-4-rmsprop"), "v5e:1x1").largest_batch == 0
 
 
 @compiler
