@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # The lock has no back end but the CPU; and libtpu, which compiles plans, would look for a TPU at every start.
 export JAX_PLATFORMS ?= cpu
 # A program's temporaries are one large block of memory, which glibc takes from the kernel anew at every step, empty pages and all:
-# a third of a step's time on CPU. So it keeps it, in huge pages. In one arena, for the threads of XLA would each keep another.
+# almost half of a step's time on CPU (tuning.json). So it keeps it, in huge pages. In one arena, for the threads of XLA would each keep another.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 
 .PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench bench-gpu rehearse
@@ -58,9 +58,7 @@ lock:  ## renew requirements.lock and requirements-oldest.lock from pyproject.to
 address: $(STAMP)  ## write the address of git's remote into badges and notebooks, for a fork
 	$(BIN)/python notebooks/address.py
 
-SUITE ?= laptop
-
-publish: $(STAMP)  ## publish a suite's records and reports (SUITE=laptop): outputs/published, and the README's tables
+publish: $(STAMP)  ## write the README's tables and the companion page from outputs/published, with SUITE=laptop put there first
 	$(BIN)/effnetlib publish $(SUITE)
 
 IMAGE ?= colab
@@ -77,6 +75,7 @@ bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for half
 	$(BIN)/python -m tests.bench --record outputs/published/bench.json
 
 bench-gpu: $(STAMP) $(BENCH_STAMP)  ## the part beside timm alone, on a machine with a GPU; writes outputs/published/bench-gpu.json
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]" -c requirements.lock
 	$(BIN)/python -m tests.bench --only gpu --record outputs/published/bench-gpu.json
 
 $(BENCH_STAMP): tests/bench/requirements.txt requirements.lock

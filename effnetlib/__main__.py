@@ -82,14 +82,14 @@ def report(directories, price):
 
 
 @main.command()
-@click.argument("suite")
+@click.argument("suite", required=False)
 def publish(suite):
     """Copy records and reports of SUITE (a name: outputs/SUITE) to outputs/published, which git keeps, and write the companion
-    page and the README's tables anew from all that is there."""
-    from effnetlib.publish import publish
+    page and the README's tables anew from all that is there; without SUITE, do the latter alone."""
+    from effnetlib.publish import publish, refresh
     from effnetlib.records import outputs_folder
 
-    click.echo(publish(outputs_folder() / suite))
+    click.echo(publish(outputs_folder() / suite) if suite else refresh())
 
 
 @main.command()
@@ -114,7 +114,11 @@ def plan(preset, topology, changes, price, as_json):
     if not found.fits:
         raise FailedError(
             f"{preset} does not fit {topology}; "
-            + (f"a batch of {found.largest_batch} would" if found.largest_batch else "nor would half of it, a quarter and so on")
+            + (
+                f"a batch of {found.largest_batch} would"
+                if found.largest_batch
+                else "nor would half of it, a quarter and so on"
+            )
         )
 
 

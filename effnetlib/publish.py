@@ -24,7 +24,7 @@ KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
 
 def publish(suite: Path) -> Path:
     """Replaces `outputs/published/SUITE` by the records, figures and executed reports of a suite's folder, all of them or none,
-    and then writes the companion page and the README's tables anew.
+    and then does what `refresh` does.
 
     Args:
       suite: the folder of its outputs.
@@ -55,6 +55,12 @@ def publish(suite: Path) -> Path:
         if (published / suite.name).exists():
             (published / suite.name).rename(Path(scratch) / "before")
         new.rename(published / suite.name)
+    return refresh()
+
+
+def refresh() -> Path:
+    """Writes the companion page, which it returns, and the README's tables anew from all that is published."""
+    published = published_folder()
     readme = published.parent.parent / "README.md"
     write_atomically(readme, with_tables(readme.read_text(), readme_tables(published)))
     write_atomically(published / "index.html", companion(published))

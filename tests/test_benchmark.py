@@ -99,8 +99,8 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
     running = []
 
     class Stubs(peers.Peers):
-        def sees_gpu(self, library):
-            return True
+        def blind(self):
+            return []
 
         def start(self, library, size, batch, gpu=False):
             if batch > 256 and (library == "timm" or running):
@@ -121,14 +121,25 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
 
 def test_a_rehearsal_that_fails_stops_the_bench(tmp_path):
     class Stubs(peers.Peers):
-        def sees_gpu(self, library):
-            return False
+        def blind(self):
+            return ["effnetlib"]
 
         def start(self, library, size, batch, gpu=False):
             raise ContestantError("no such library")
 
     with pytest.raises(ContestantError, match="^the GPU's part could not be rehearsed on CPU$"):
         list(peers.on_gpu(Stubs(print, tmp_path), 224, [256]))
+
+
+def test_a_machine_without_a_gpu_overwrites_no_record_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.Peers, "blind", lambda _: ["effnetlib", "timm"])
+    record = tmp_path / "bench-gpu.json"
+    monkeypatch.setattr(sys, "argv", ["bench", "--only", "gpu", "--record", str(record)])
+    with pytest.raises(
+        SystemExit, match="the bench stopped: no GPU for effnetlib and timm, so there is nothing to record"
+    ):
+        bench.main()
+    assert not record.exists()
 
 
 def test_what_was_measured_outlasts_what_stops_the_rest(tmp_path, monkeypatch):

@@ -139,6 +139,11 @@ def test_the_readme_states_the_published_chaos():
     assert sentence in (ROOT / "README.md").read_text()
 
 
+def test_a_recipe_has_one_published_plan_a_slice():
+    plans = [(plan.recipe_hash, plan.topology) for plan in load_plans(ROOT / "outputs/published/plans")]
+    assert len(plans) == len(set(plans))
+
+
 def test_the_readme_states_the_published_plans():
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` \| (v\w+:\w+) \|(.*)\|$", readme, re.M)

@@ -5,6 +5,7 @@ import pytest
 from test_report import made_up, outcome
 
 from effnetlib import EffnetlibError, publish
+from effnetlib.__main__ import main
 from effnetlib.claims import warmup
 from effnetlib.records import outputs_folder
 from effnetlib.render import render_html
@@ -69,6 +70,16 @@ def test_a_claim_that_one_suite_tested_is_not_untestable(project):
         nbformat.write(nbformat.v4.new_notebook(cells=cells), executed / "03_schedules.ipynb")
     (found,) = publish.verdicts(project)
     assert found["suite"] == "large" and found["verdict"] == "not supported at this scale"
+
+
+def test_without_a_suite_the_tables_are_written_from_what_is_published(project, capsys):
+    page = publish.publish(report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52]))
+    readme = project.parent.parent / "README.md"
+    written = readme.read_text()
+    readme.write_text(written.replace("supported", "forgotten"))
+    page.unlink()
+    main(["publish"], standalone_mode=False)
+    assert readme.read_text() == written and capsys.readouterr().out == f"{page}\n" and page.exists()
 
 
 def test_nothing_is_published_of_a_suite_that_failed_or_never_ran(project):

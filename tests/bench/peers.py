@@ -30,9 +30,14 @@ class Peers:
         self.versions = {}
         self.device = None  # of the last contestant
 
-    def sees_gpu(self, library: str) -> bool:
-        command = [self._python(library), "-c", ASKS_FOR_GPU[library]]
-        return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True).returncode == 0
+    def blind(self) -> list[str]:
+        """The libraries that see no GPU."""
+
+        def fails(library, code):
+            asked = [self._python(library), "-c", code]
+            return subprocess.run(asked, env=os.environ | {"JAX_PLATFORMS": "cuda"}, capture_output=True).returncode
+
+        return [library for library, code in ASKS_FOR_GPU.items() if fails(library, code)]
 
     def start(self, library: str, size: int, batch: int, gpu: bool = False) -> Contestant:
         self.say(f"{library} at {size} px, batch {batch}: compiling and warming up")
@@ -76,7 +81,7 @@ def on_cpu(
 
 def on_gpu(peers: Peers, size: int, batches: Iterable[int]) -> Iterator[Measurement]:
     """Ours against timm where both see a GPU. Elsewhere the same lines, saying so, after a rehearsal of it all on CPU."""
-    blind = [library for library in ASKS_FOR_GPU if not peers.sees_gpu(library)]
+    blind = peers.blind()
     if blind:
         peers.say(f"no GPU for {' and '.join(blind)}, so what would be measured is rehearsed on CPU")
         if len(_gpu_rates(peers, 32, 2, rounds=1, seconds=0.1, gpu=False)) < len(ASKS_FOR_GPU):
