@@ -112,14 +112,12 @@ def plan(preset, topology, changes, price, as_json):
     found = plan(recipe, topology, chip_hour=price)
     click.echo(found.to_json() if as_json else found.table())
     if not found.fits:
-        raise FailedError(
-            f"{preset} does not fit {topology}; "
-            + (
-                f"a batch of {found.largest_batch} would"
-                if found.largest_batch
-                else "nor would half of it, a quarter and so on"
-            )
+        smaller = (
+            f"a batch of {found.largest_batch} would"
+            if found.largest_batch
+            else "nor would half of it, a quarter and so on"
         )
+        raise FailedError(f"{preset} does not fit {topology}; {smaller}")
 
 
 @main.group()

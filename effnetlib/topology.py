@@ -83,8 +83,14 @@ def devices_of(topology: str) -> list:
     chip = chip_of(topology)
     # Without these libtpu looks for a TPU VM's metadata, writes that it found none, and keeps a second process out. The type of
     # the machine is any that exists: what is compiled for is the topology.
-    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-    for name, value in (here | {"TPU_ACCELERATOR_TYPE": "v3-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
+    no_tpu_vm = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "TPU_ACCELERATOR_TYPE": "v3-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    for name, value in no_tpu_vm.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 

@@ -99,8 +99,7 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
     running = []
 
     class Stubs(peers.Peers):
-        def blind(self):
-            return []
+        blind = []
 
         def start(self, library, size, batch, gpu=False):
             if batch > 256 and (library == "timm" or running):
@@ -121,8 +120,7 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
 
 def test_a_rehearsal_that_fails_stops_the_bench(tmp_path):
     class Stubs(peers.Peers):
-        def blind(self):
-            return ["effnetlib"]
+        blind = ["effnetlib"]
 
         def start(self, library, size, batch, gpu=False):
             raise ContestantError("no such library")
@@ -132,7 +130,7 @@ def test_a_rehearsal_that_fails_stops_the_bench(tmp_path):
 
 
 def test_a_machine_without_a_gpu_overwrites_no_record_of_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(peers.Peers, "blind", lambda _: ["effnetlib", "timm"])
+    monkeypatch.setattr(peers.Peers, "blind", ["effnetlib", "timm"])
     record = tmp_path / "bench-gpu.json"
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "gpu", "--record", str(record)])
     with pytest.raises(

@@ -69,8 +69,8 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             contenders = peers.Peers(say, Path(folder) / "compiled")
-            if options.record and options.only == ["gpu"] and (blind := contenders.blind()):
-                raise ContestantError(f"no GPU for {' and '.join(blind)}, so there is nothing to record")
+            if options.record and options.only == ["gpu"] and contenders.blind:
+                raise ContestantError(f"no GPU for {' and '.join(contenders.blind)}, so there is nothing to record")
             for each in measure(options.only or PARTS, contenders, Path(folder)):
                 measurements.append(each)
                 if options.record:  # again and again: what has been measured outlasts what stops the rest

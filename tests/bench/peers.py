@@ -1,5 +1,6 @@
 """A training step of B0 beside those of other libraries."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -30,8 +31,9 @@ class Peers:
         self.versions = {}
         self.device = None  # of the last contestant
 
+    @functools.cached_property
     def blind(self) -> list[str]:
-        """The libraries that see no GPU."""
+        """The libraries that see no GPU; asked once, for that starts each of them."""
 
         def fails(library, code):
             asked = [self._python(library), "-c", code]
@@ -81,15 +83,14 @@ def on_cpu(
 
 def on_gpu(peers: Peers, size: int, batches: Iterable[int]) -> Iterator[Measurement]:
     """Ours against timm where both see a GPU. Elsewhere the same lines, saying so, after a rehearsal of it all on CPU."""
-    blind = peers.blind()
-    if blind:
-        peers.say(f"no GPU for {' and '.join(blind)}, so what would be measured is rehearsed on CPU")
+    if peers.blind:
+        peers.say(f"no GPU for {' and '.join(peers.blind)}, so what would be measured is rehearsed on CPU")
         if len(_gpu_rates(peers, 32, 2, rounds=1, seconds=0.1, gpu=False)) < len(ASKS_FOR_GPU):
             raise ContestantError("the GPU's part could not be rehearsed on CPU")
     for batch in batches:
         where = f"B0, {size} px, batch {batch:,}, bfloat16 on GPU:"
-        found = {} if blind else _gpu_rates(peers, size, batch, rounds=7, seconds=2.0, gpu=True)
-        missing = NO_GPU if blind else DOES_NOT_RUN
+        found = {} if peers.blind else _gpu_rates(peers, size, batch, rounds=7, seconds=2.0, gpu=True)
+        missing = NO_GPU if peers.blind else DOES_NOT_RUN
         names = {"effnetlib": f"{where} effnetlib", "timm": f"{where} timm, compiled, channels-last, AMP"}
         rates = [
             Measurement(name, "images/s", found.get(library, []), note=peers.device if library in found else missing)
