@@ -31,14 +31,16 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFNETLIB_DATA", str(tmp_path / "data"))
 
 
-# Without the compiler's costly passes, for what runs a few times. (Without its fusion emitters B0's step compiles in half the
-# time, 12 to 15 s where it is 30 on a core, but B5's in 76 to 79 s where it is 50.)
+# Without the compiler's costly passes, for what runs a few times.
 QUICK = {"xla_backend_optimization_level": 0}
+# And without its fusion emitters: a forward pass, or nano's train step, compiles in half the time or less. (B2's and B5's steps do
+# not: 98 s instead of 79 on a core for B5's.)
+QUICKER = QUICK | {"xla_cpu_use_fusion_emitters": False}
 
 
 def run_once(function, *arguments):
     """``jit(function)(*arguments)``, compiled quickly."""
-    return jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
+    return jax.jit(function).lower(*arguments).compile(QUICKER)(*arguments)
 
 
 @pytest.fixture(scope="session")
