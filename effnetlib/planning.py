@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -173,7 +174,8 @@ def plan(recipe: Recipe, topology: str, *, chip_hour: float | None = None, folde
     """Compiles a recipe's train and evaluation steps for a slice that need not be there, and says what to expect.
 
     Takes minutes, and shows that it is at work; the result is kept in `outputs/plans` under the recipe's hash, the topology,
-    and the versions of the compiler and of our program.
+    the versions of the compiler and of our program, and the flags in the environment's ``LIBTPU_INIT_ARGS``, which the compiler
+    reads here as it does on a TPU.
 
     Args:
       recipe: what would be trained.
@@ -204,13 +206,16 @@ def load_plans(folder: Path | str) -> list[Plan]:
 
 
 def find_plan(plans: list[Plan], recipe: Recipe, topology: str) -> Plan | None:
-    """The plan of a recipe for a slice, or None."""
-    found = [each for each in plans if (each.recipe_hash, each.topology) == (recipe.hash, topology)]
+    """The plan of a recipe for a slice, compiled without flags of one's own, or None."""
+    wanted = recipe.hash, topology
+    found = [each for each in plans if (each.recipe_hash, each.topology) == wanted and "flags" not in each.versions]
     return found[-1] if found else None
 
 
 def _versions() -> dict:
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    return found | {"flags": flags} if flags else found
 
 
 def _key(recipe: Recipe, topology: str) -> str:

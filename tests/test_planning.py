@@ -123,6 +123,17 @@ def test_the_largest_batch_that_fits_is_found_by_halving(monkeypatch):
 
 
 @compiler
+def test_what_was_compiled_with_other_flags_is_another_plan(monkeypatch):
+    tried = []
+    monkeypatch.setattr(planning, "_plan", lambda *_: tried.append(1) or made_up(fits=True))
+    recipe = Recipe.preset("b0-256-lars")
+    for flags in ("", "--xla_a=1", "--xla_a=1", "--xla_a=2", ""):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+        plan(recipe, "v3:2x2x1")
+    assert len(tried) == 3
+
+
+@compiler
 def test_where_not_even_one_image_fits_the_search_ends(monkeypatch):
     monkeypatch.setattr(planning, "_compile_train", lambda recipe, devices: None)
     assert plan(Recipe.preset("b0-4-rmsprop"), "v5e:1x1").largest_batch == 0
