@@ -53,7 +53,7 @@ COMPILE := uv pip compile --quiet --upgrade --no-header --no-emit-index-url --no
 
 lock:  ## renew requirements.lock and requirements-oldest.lock from pyproject.toml (needs uv)
 	$(COMPILE) --universal --python-version 3.11 --extra plan --output-file requirements.lock pyproject.toml
-	$(COMPILE) --resolution lowest-direct --no-build --python-version 3.12 --output-file requirements-oldest.lock pyproject.toml
+	$(COMPILE) --universal --resolution lowest-direct --no-build --python-version 3.11 --output-file requirements-oldest.lock pyproject.toml
 
 address: $(STAMP)  ## write the address of git's remote into badges and notebooks, for a fork
 	$(BIN)/python notebooks/address.py
