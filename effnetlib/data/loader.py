@@ -6,15 +6,23 @@ from the sharding, and never changes what the global batch is.
 """
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 
-import grain
 import jax
 import numpy as np
 
 from effnetlib.data.images import eval_image, train_image
 from effnetlib.data.sources import Split
+
+# With a jaxlib before 0.11 grain warns, when imported, that it cannot profile its worker processes. None are used here, and the
+# line would stand at the top of every notebook on Colab and Kaggle.
+_disabled = logging.root.manager.disable
+logging.disable(logging.WARNING)
+import grain  # noqa: E402
+
+logging.disable(_disabled)
 
 Batch = dict[str, jax.Array]
 
