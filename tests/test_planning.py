@@ -1,5 +1,6 @@
 """Plans: quick checks on made-up programs, and one real compilation for TPU cores that are not there."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -131,6 +132,11 @@ def test_what_was_compiled_with_other_flags_is_another_plan(monkeypatch):
         monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
         plan(recipe, "v3:2x2x1")
     assert len(tried) == 3
+    plain, flagged = (
+        dataclasses.replace(made_up(fits=True), recipe_hash=recipe.hash, versions=versions)
+        for versions in ({}, {"flags": "--xla_a=1"})
+    )
+    assert planning.find_plan([plain, flagged], recipe, "v3:2x2x1") is plain
 
 
 @compiler
