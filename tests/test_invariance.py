@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, QUICKER
+from conftest import QUICK
 from flax import nnx
 
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
@@ -172,11 +172,10 @@ def test_batch_norm_on_two_processes_of_four_devices_is_numpys():
 
 def launched(hosts, devices, tiny, folder):
     """`tiny` under papermill on so many stand-ins for hosts, each with so many devices, into folder/outputs/run."""
-    # No shared cache of compiled programs: only process 0 would find its own there. So each compiles, and quickly.
+    # No shared cache of compiled programs: only process 0 would find its own there.
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PORT": str(free_port()),
-        "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in QUICKER.items()).lower(),
         "EFFNETLIB_OUTPUTS": str(folder / "outputs"),
         "COPY": "cp -r",
         "COPY_TO": str(folder / "bucket"),
