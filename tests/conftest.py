@@ -34,7 +34,7 @@ def folders(tmp_path, monkeypatch):
 # Without the compiler's costly passes, for what runs a few times.
 QUICK = {"xla_backend_optimization_level": 0}
 # And without its fusion emitters, where digits do not count: B0's step then compiles in 12 to 15 s where it is 30 on a core,
-# nano's in 6 where it is 18, but B5's in 98 where it is 79. The losses of nano's steps move in the fifth digit (jax 0.7.2).
+# nano's in 6 where it is 18, but B5's in 98 where it is 79.
 QUICKER = QUICK | {"xla_cpu_use_fusion_emitters": False}
 
 
