@@ -33,14 +33,13 @@ def folders(tmp_path, monkeypatch):
 
 # Without the compiler's costly passes, for what runs a few times.
 QUICK = {"xla_backend_optimization_level": 0}
-# And without its fusion emitters, where digits do not count: B0's step then compiles in 12 to 15 s where it is 30 on a core,
-# nano's in 6 where it is 18, but B5's in 98 where it is 79.
-QUICKER = QUICK | {"xla_cpu_use_fusion_emitters": False}
 
 
 def run_once(function, *arguments):
     """``jit(function)(*arguments)``, compiled quickly."""
-    return jax.jit(function).lower(*arguments).compile(QUICKER)(*arguments)
+    # Without its fusion emitters too: B0's step then compiles in 12 to 15 s where it is 30 on a core. (B5's step does in 98 where
+    # it is 79, so that they stay in `QUICK`.)
+    return jax.jit(function).lower(*arguments).compile(QUICK | {"xla_cpu_use_fusion_emitters": False})(*arguments)
 
 
 @pytest.fixture(scope="session")
