@@ -181,7 +181,7 @@ def launched(hosts, devices, tiny, folder):
         "COPY_TO": str(folder / "bucket"),
     }
     command = [Path(__file__).parent.parent / "notebooks/launch/local.sh", str(hosts)]
-    for name in ("epochs", "eval_every_epochs", "warmup_epochs"):
+    for name in ("epochs", "eval_every_epochs", "warmup_epochs", "lr_per_256"):
         command += ["-p", name, str(getattr(tiny, name))]
     command += ["-p", "preset", "digits-64-rmsprop", "-p", "directory", "run", "-p", "simulated_devices", str(devices)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
