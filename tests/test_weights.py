@@ -46,7 +46,7 @@ def keras_model(variant, size, **options):
             continue
         if name == "gamma":
             variable.assign(rng.uniform(0.5, 1.0, value.shape).astype(np.float32))
-        elif name == "moving_variance":  # above one: activations that grow from block to block would make rounding grow too
+        elif name == "moving_variance":  # above one, for what grows from block to block would make rounding grow too
             variable.assign(rng.uniform(1.0, 2.0, value.shape).astype(np.float32))
         elif name in ("beta", "moving_mean", "bias"):
             variable.assign(rng.normal(0, 0.1, value.shape).astype(np.float32))
