@@ -131,8 +131,9 @@ def _tap_sums_in_strips(padded, cotangent, stride, taps):
         def of_tap(tap):
             start = (0, first * stride + tap // taps[1], tap % taps[1], 0)
             shifted = jax.lax.dynamic_slice(padded, start, window)[:, ::stride, ::stride]
-            products = shifted.astype(jnp.float32) * part
-            return products.reshape(shares, -1, *products.shape[1:]).sum((1, 2, 3))
+            # An example at a time first: straight over a share's the compiler's sum is a third slower.
+            of_example = (shifted.astype(jnp.float32) * part).sum((1, 2))
+            return of_example.reshape(shares, -1, channels).sum(1)
 
         return jax.lax.map(of_tap, jnp.arange(taps[0] * taps[1]))
 
