@@ -80,16 +80,22 @@ def test_a_contestant_that_ends_says_why_in_one_sentence(stub):
 
 
 def test_comparisons_have_all_their_lines(stub, tmp_path):
+    started = []
+
     class Stubs(peers.Peers):
         def start(self, library, size, batch, gpu=False):
             assert not gpu
+            started.append(library)
             return Contestant(library, sys.executable, [stub])
 
         def _python(self, library):
             return sys.executable  # whose jax has no CUDA, and which has no torch
 
-    on_cpu = peers.on_cpu(Stubs(print, tmp_path), 32, 128, {"pytorch": 1.2, "keras": 5.0}, rounds=2, seconds=1.0)
-    assert [each.values for each in on_cpu] == [[20.0, 20.0]] * 3 + [[1.0, 1.0]] * 2
+    on_cpu = peers.on_cpu(
+        Stubs(print, tmp_path), 32, 128, {"pytorch": 1.2, "keras": 5.0}, starts=2, rounds=2, seconds=1.0
+    )
+    assert started == ["effnetlib", "pytorch", "keras", "pytorch", "keras", "effnetlib"]
+    assert [each.values for each in on_cpu] == [[20.0] * 4] * 3 + [[1.0] * 4] * 2
     assert [each.at_least for each in on_cpu] == [None, None, None, 1.2, 5.0]
     on_gpu = list(peers.on_gpu(Stubs(print, tmp_path), 224, [256]))
     assert len(on_gpu) == 3 and all(each.values == [] and each.note == "no GPU here: not run" for each in on_gpu)
