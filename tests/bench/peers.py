@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -118,9 +117,9 @@ def _gpu_rates(peers: Peers, size: int, batch: int, rounds: int, seconds: float,
         return peers.start(library, size, batch, gpu)
 
     try:
-        with ExitStack() as stack, ThreadPoolExecutor() as pool:
-            # At the same time, for each compiles for a minute or two.
-            contestants = list(pool.map(lambda library: stack.enter_context(start(library)), ASKS_FOR_GPU))
+        with ExitStack() as stack:
+            # One after the other: both choose convolutions by timing them, which must not meet the other side's work.
+            contestants = [stack.enter_context(start(library)) for library in ASKS_FOR_GPU]
             turns = {each.name: lambda each=each: _rate(each, seconds) for each in contestants}
             return {each.name: each.values for each in in_turn("images/s", rounds, turns)}
     except ContestantError as error:
