@@ -97,7 +97,7 @@ def test_comparisons_have_all_their_lines(stub, tmp_path):
     assert started == ["effnetlib", "pytorch", "keras", "pytorch", "keras", "effnetlib"]
     assert [each.values for each in on_cpu] == [[20.0] * 4] * 3 + [[1.0] * 4] * 2
     assert [each.at_least for each in on_cpu] == [None, None, None, 1.2, 5.0]
-    on_gpu = list(peers.on_gpu(Stubs(print, tmp_path), 224, [256]))
+    on_gpu = list(peers.on_gpu(Stubs(print, tmp_path), 224, [256], starts=2, rounds=3))
     assert len(on_gpu) == 3 and all(each.values == [] and each.note == "no GPU here: not run" for each in on_gpu)
 
 
@@ -117,10 +117,10 @@ def test_a_library_that_does_not_fit_beside_the_other_runs_by_itself(stub, tmp_p
             contestant.close = lambda: (running.remove(library), close())
             return contestant
 
-    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, [256])
-    assert ours.values == theirs.values == [40.0] * 7 and both.values == [1.0] * 7 and both.note == "a GPU"
-    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, [1024])
-    assert ours.values == [40.0] * 7 and theirs.values == both.values == [] and not running
+    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, [256], starts=2, rounds=3)
+    assert ours.values == theirs.values == [40.0] * 6 and both.values == [1.0] * 6 and both.note == "a GPU"
+    ours, theirs, both = peers.on_gpu(Stubs(print, tmp_path), 224, [1024], starts=2, rounds=3)
+    assert ours.values == [40.0] * 6 and theirs.values == both.values == [] and not running
     assert theirs.note == "does not run at this batch" and "batch 1,024" in theirs.name
 
 
@@ -132,7 +132,7 @@ def test_a_rehearsal_that_fails_stops_the_bench(tmp_path):
             raise ContestantError("no such library")
 
     with pytest.raises(ContestantError, match="^the GPU's part could not be rehearsed on CPU$"):
-        list(peers.on_gpu(Stubs(print, tmp_path), 224, [256]))
+        list(peers.on_gpu(Stubs(print, tmp_path), 224, [256], starts=2, rounds=3))
 
 
 def test_a_machine_without_a_gpu_overwrites_no_record_of_one(tmp_path, monkeypatch):

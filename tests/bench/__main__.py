@@ -32,7 +32,7 @@ def measure(parts, contenders: peers.Peers, folder: Path) -> Iterator[Measuremen
     steps: list[tuple[str, str, Callable[[], Iterable[Measurement]]]] = [
         ("cpu", "32 px", lambda: peers.on_cpu(contenders, 32, 128, small, starts=3, rounds=5, seconds=3.0)),
         ("cpu", "224 px", lambda: peers.on_cpu(contenders, 224, 16, {"pytorch": 1.0}, starts=5, rounds=4, seconds=3.0)),
-        ("gpu", "against timm", lambda: peers.on_gpu(contenders, 224, (256, 1024))),
+        ("gpu", "against timm", lambda: peers.on_gpu(contenders, 224, (256, 1024), starts=2, rounds=5)),
         ("overheads", "papermill", lambda: overheads.papermill(runs, rounds=13)),
         ("overheads", "batch-norm groups", lambda: overheads.batch_norm_groups(rounds=7)),
         ("overheads", "evaluation", lambda: overheads.evaluation(runs, rounds=3)),

@@ -59,7 +59,6 @@ def _torch_run(model, size, batch, gpu, compiled) -> Run:
     import torch
 
     torch.set_num_threads(os.cpu_count())
-    torch.backends.cudnn.benchmark = gpu  # as timm's own training script does
     device = torch.device("cuda" if gpu else "cpu")
     model = model.to(device, memory_format=torch.channels_last).train()
     forward = torch.compile(model) if compiled else model
