@@ -71,8 +71,8 @@ def on_cpu(
     """Ours and the libraries that `aims` names, with the least that ours should be over each: so many rounds in each of so many
     starts.
 
-    Processes of one program differ for their whole life (13.6, 14.8 and 13.6 images/s at 224 px, started one after the other on a
-    virtual machine). So all start anew, and another one first.
+    Processes of one program differ for their whole life: at 224 px the first of ours, which compiles it, made 9.0 images/s, and the
+    four that loaded it 17 to 18 (tuning.json says why). So all start anew, and another one first.
     """
     where = f"B0, {size} px, batch {batch}, float32 on CPU:"
     names = ["effnetlib", *aims]
