@@ -72,9 +72,7 @@ chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes ou
 
 BENCH_STAMP := .venv-bench/.installed
 
-# All of it is kept in one arena, which suits programs that are loaded and not compiled: that leaves its lists of free memory long.
-bench: export GLIBC_TUNABLES := $(KEEP):glibc.malloc.arena_max=1
-bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for half an hour; writes outputs/published/bench.json
+bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for 40 minutes; writes outputs/published/bench.json
 	$(BIN)/python -m tests.bench --record outputs/published/bench.json
 
 bench-gpu: $(STAMP) $(BENCH_STAMP)  ## the part beside timm alone, on a machine with a GPU; writes outputs/published/bench-gpu.json

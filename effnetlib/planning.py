@@ -32,6 +32,8 @@ from effnetlib.topology import GIB, chip_of, devices_of
 
 LINE_SECONDS = 15.0
 PROGRAM = (
+    "recipe",
+    "data/images",
     "model",
     "norm",
     "convolutions",
@@ -143,7 +145,10 @@ class Plan:
                 if self.hbm_bytes is None
                 else f": {self.hbm_bytes / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB"
             )
-            lines += [("memory", f"does not fit{need}"), ("largest that fits", f"{self.largest_batch:,}")]
+            lines += [
+                ("memory", f"does not fit{need}"),
+                ("what fits", f"{self.largest_batch:,}, of half the batch, a quarter and so on"),
+            ]
             return "\n".join(f"{name:18}{value}" for name, value in lines)
         lines += [
             ("memory", f"fits: {self.hbm_bytes / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB a device, "

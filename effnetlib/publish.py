@@ -127,6 +127,7 @@ README_PLANS = (
     ("b2-4096-rmsprop", "v3:8x8x1"),
     ("b2-32768-lars", "v3:32x16x1"),
     ("b5-4096-rmsprop", "v3:8x8x1"),
+    ("b5-32768-lars", "v3:32x16x1"),
     ("b5-65536-lars", "v3:32x16x1"),
     ("b0-1024-lars", "v5e:2x4"),
 )
@@ -169,7 +170,7 @@ def _plans(published: Path) -> Iterator[str]:
 
 
 def _speed(published: Path) -> Iterator[str]:
-    """The ratios of `make bench`, with those that a machine with a GPU measured, and what has not run."""
+    """The ratios of `make bench`, with those that a machine with a GPU measured, all else that has an aim, and what has not run."""
     yield "| side by side | median | least to greatest | aim |"
     yield "|---|---|---|---|"
     here, on_gpu = (
@@ -177,7 +178,7 @@ def _speed(published: Path) -> Iterator[str]:
         for record in ("bench.json", "bench-gpu.json")
     )
     for name, each in here.items():
-        if each["unit"] != "times":
+        if each["unit"] != "times" and each["met"] is None:
             continue
         if not each["values"]:
             each = on_gpu.get(name, each)
@@ -187,7 +188,8 @@ def _speed(published: Path) -> Iterator[str]:
         figures = (
             f"{each['median']:.3g} | {each['min']:.3g} to {each['max']:.3g}" if each["values"] else f"{each['note']} | "
         )
-        yield f"| {each['name']} | {figures} | {aim}{met} |"
+        unit = "" if each["unit"] == "times" else f", {each['unit']}"
+        yield f"| {each['name']}{unit} | {figures} | {aim}{met} |"
 
 
 def _title(path: Path) -> str:

@@ -14,6 +14,10 @@ from effnetlib.model import EfficientNet
 from effnetlib.optim import OPTIMIZERS, ema_update, l2_penalty
 from effnetlib.recipe import Recipe
 
+# XLA's limit, in percent of what it counts, above which it computes again what it would have kept. Without it B5's step at 64
+# images a core on v3 has 13.4 GiB of temporaries, and with it 12.7, for 0.8 % of the time (tuning.json).
+TPU_OPTIONS = {"xla_jf_rematerialization_percent_shared_memory_limit": "90"}
+
 
 @jax.tree_util.register_dataclass
 @dataclass
@@ -114,6 +118,7 @@ def lower_train_step(recipe: Recipe, mesh: Mesh):
         "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharded),
         "labels": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharded),
     }
-    step = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=options)
     lowered = step.lower(shapes_of(state, everywhere), batch_shapes, key, shapes_of(jnp.float32(0), everywhere))
     return init, lowered, state, graphdef

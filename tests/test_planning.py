@@ -5,13 +5,18 @@ import importlib.util
 import json
 import re
 
+import jax
 import pytest
 
-from effnetlib import EffnetlibError, Plan, Recipe, plan, planning, topology
+from effnetlib import EffnetlibError, Plan, Recipe, plan, planning, step, topology
 from effnetlib.__main__ import main
 from effnetlib.collectives import Collective, collectives, replica_groups, seconds
+from effnetlib.mesh import make_mesh
 from effnetlib.mesh import replica_groups as groups_of
 from effnetlib.model import multiply_adds
+from effnetlib.planning import find_plan, load_plans
+from effnetlib.records import published_folder
+from effnetlib.step import lower_train_step
 from effnetlib.topology import CHIPS, chip_of
 
 PROGRAM = """
@@ -136,7 +141,24 @@ def test_what_was_compiled_with_other_flags_is_another_plan(monkeypatch):
         dataclasses.replace(made_up(fits=True), recipe_hash=recipe.hash, versions=versions)
         for versions in ({}, {"flags": "--xla_a=1"})
     )
-    assert planning.find_plan([plain, flagged], recipe, "v3:2x2x1") is plain
+    assert find_plan([plain, flagged], recipe, "v3:2x2x1") is plain
+
+
+@compiler
+def test_the_step_tells_the_compiler_when_to_compute_again(monkeypatch):
+    recipe = Recipe.preset("digits-64-lars")
+    monkeypatch.setattr(step, "TPU_OPTIONS", {"xla_no_such_option": "1"})
+    lowered = lower_train_step(recipe, make_mesh(recipe.num_groups, topology.devices_of("v3:2x2x1")))[1]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        lowered.compile()
+
+
+def test_the_published_plans_of_the_two_pod_recipes_keep_the_aims():
+    # 34 ms by the compiler's estimate, as those that it was set beside; 380 ms with what the links take, and 13 GiB.
+    plans = load_plans(published_folder() / "plans")
+    b2, b5 = (find_plan(plans, Recipe.preset(name), "v3:32x16x1") for name in ("b2-32768-lars", "b5-65536-lars"))
+    assert b2.compiler_seconds <= 34e-3
+    assert b5.step_seconds <= 380e-3 and b5.temp_bytes <= 13 * topology.GIB
 
 
 @compiler
@@ -164,16 +186,18 @@ def test_a_real_program_for_eight_cores_that_are_not_there(monkeypatch):
     assert gradient.count == 1 and 4 * parameters - 4 * normalized <= gradient.bytes <= 4 * parameters + 8
     (running,) = [each for each in found.collectives if each.replicas == 2]
     assert running.count == 1 and running.bytes <= 8 * normalized
-    within = groups_of(8, 4).tolist()
+    within, seen = groups_of(8, 4).tolist(), []
     for line in text.splitlines():
         if re.search(r" all-reduce(-start)?\(", line):
             groups = replica_groups(line)
+            seen.append(groups)
             assert (
                 groups == within or len(groups[0]) == 8 or groups == [list(pair) for pair in zip(*within, strict=True)]
             )
+    assert within in seen
     assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
-    # By the compiler's own counts the step moves no more bytes than it did.
-    assert found.bytes_accessed <= 7.0e9 and found.compiler_seconds <= 16.3e-3
+    # By the compiler's own counts the step moves no more bytes than it did: 6.518e9 in 15.20 ms.
+    assert found.bytes_accessed <= 6.6e9 and found.compiler_seconds <= 15.4e-3
     # The figures hang together, and are kept.
     assert found.step_seconds == found.compute_seconds + found.collective_seconds
     assert found.images_per_second == 256 / found.step_seconds

@@ -14,7 +14,7 @@ from .measurement import Measurement, in_turn, ratio
 
 BENCH_PYTHON = ROOT / ".venv-bench/bin/python"
 ASKS_FOR_GPU = {"effnetlib": "import jax; jax.devices('cuda')", "timm": "import torch; torch.cuda.current_device()"}
-NO_GPU = "no GPU here: not run"
+NO_GPU = "no GPU that jax and torch can use here: see make bench-gpu"
 DOES_NOT_RUN = "does not run at this batch"
 
 
@@ -44,7 +44,12 @@ class Peers:
     def start(self, library: str, size: int, batch: int, gpu: bool = False) -> Contestant:
         self.say(f"{library} at {size} px, batch {batch}: compiling and warming up")
         arguments = ["tests.bench.steps", library, "--size", str(size), "--batch", str(batch), *["--gpu"] * gpu]
-        environ = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(self.cache)}
+        environ = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            # One arena suits programs that are loaded, and PyTorch's; compiling leaves its lists of free memory long.
+            "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), "glibc.malloc.arena_max=1"))),
+        }
         if gpu:
             # Leaves memory to the other side; and a start chooses its kernels itself, instead of finding another's choice.
             environ = {
