@@ -72,7 +72,7 @@ chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes ou
 
 BENCH_STAMP := .venv-bench/.installed
 
-bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for 40 minutes; writes outputs/published/bench.json
+bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for half an hour or more; writes outputs/published/bench.json
 	$(BIN)/python -m tests.bench --record outputs/published/bench.json
 
 bench-gpu: $(STAMP) $(BENCH_STAMP)  ## the part beside timm alone, on a machine with a GPU; writes outputs/published/bench-gpu.json

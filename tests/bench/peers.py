@@ -76,8 +76,8 @@ def on_cpu(
     """Ours and the libraries that `aims` names, with the least that ours should be over each: so many rounds in each of so many
     starts.
 
-    Processes of one program differ for their whole life: at 224 px the first of ours, which compiles it, made 9.0 images/s, and the
-    four that loaded it 17 to 18 (tuning.json says why). So all start anew, and another one first.
+    Processes of one program differ for their whole life: the first of ours, which compiles it, is half as fast at 224 px as the
+    four that load it (tuning.json says why). So all start anew, and another one first.
     """
     where = f"B0, {size} px, batch {batch}, float32 on CPU:"
     names = ["effnetlib", *aims]
