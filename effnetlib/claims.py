@@ -1,10 +1,13 @@
-"""The paper's five claims as questions to runs. What counts as support was written before the first result was known.
+"""The paper's claims as questions to runs. What counts as support was written before the first result was known.
 
-Every figure is a final top-1 (of the moving average, over all evaluation examples) or a time, of at least three seeds a point; every
-comparison is a difference of means with its 95 % interval (Welch's, for variances that differ).
+Every figure is a final top-1 (of the moving average, over all evaluation examples) or a time, with at least three seeds per
+point. Every comparison is a difference of means with its 95 % interval (Welch's: the variances may differ).
+
+There are four verdicts. *Supported*: the interval lies on the claim's side. *Contradicted*: it lies on the other side.
+*Undecided*: it holds both. *Not testable here*: the runs are missing, or cannot answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
@@ -15,7 +18,8 @@ from effnetlib.paper import table2
 from effnetlib.records import Record
 
 SUPPORTED = "supported"
-NOT_SUPPORTED = "not supported at this scale"
+CONTRADICTED = "contradicted"
+UNDECIDED = "undecided"
 NOT_TESTABLE = "not testable here"
 MIN_SEEDS = 3
 MARGIN = 0.01  # of top-1: what "costs no accuracy" allows
@@ -28,7 +32,11 @@ class Verdict:
 
     Attributes:
       claim: in one sentence. paper: what the paper states of it. ours: our figures, with n and spread.
-      verdict: SUPPORTED, NOT_SUPPORTED or NOT_TESTABLE. why: what counts as support, or why it cannot be tested.
+      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE.
+      why: what counts as support, or why it cannot be tested.
+      measured: what `effect` is, in a few words; empty where the claim cannot be tested.
+      effect, low, high: the estimate and its 95 % interval, in `unit` ("points" of top-1, or "s").
+      n: the least number of seeds per point.
 
     In a notebook it shows itself, and leaves itself in the executed notebook for the companion page and the README to collect.
     """
@@ -38,13 +46,20 @@ class Verdict:
     ours: str
     verdict: str
     why: str
+    measured: str = ""
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    unit: str = "points"
+    n: int = 0
 
     def _repr_mimebundle_(self, **_):
+        shown = {name: getattr(self, name) for name in ("claim", "paper", "ours", "verdict", "why")}
         rows = "".join(
             f'<tr><th style="text-align: left">{name}</th><td style="text-align: left; white-space: normal">{escape(value)}</td></tr>'
-            for name, value in asdict(self).items()
+            for name, value in shown.items()
         )
-        text = "\n".join(f"{name:8}{value}" for name, value in asdict(self).items())
+        text = "\n".join(f"{name:8}{value}" for name, value in shown.items())
         return {"text/plain": text, "text/html": f"<table>{rows}</table>", MIME: asdict(self)}
 
 
@@ -59,6 +74,17 @@ class Interval:
     def points(self) -> str:
         """As percentage points."""
         return f"{100 * self.estimate:+.2f} points (95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f})"
+
+    def judged(self, least: float = 0.0) -> str:
+        """The verdict on "above `least`"."""
+        return SUPPORTED if self.low > least else CONTRADICTED if self.high < least else UNDECIDED
+
+    def figures(self, measured: str, points: Iterable[Sequence], unit: str = "points") -> dict:
+        """The fields of a `Verdict` that say how large the effect is, and on how many seeds per point it rests."""
+        scale = 100 if unit == "points" else 1
+        values = {name: scale * getattr(self, field) for name, field in
+                  (("effect", "estimate"), ("low", "low"), ("high", "high"))}  # fmt: skip
+        return values | {"measured": measured, "unit": unit, "n": min(map(len, points))}
 
 
 def contrast(*terms: tuple[float, Sequence[float]]) -> Interval:
@@ -99,7 +125,7 @@ def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
     small, large = min(batch for _, batch in points), max(batch for _, batch in points)
     rule = (
         f"from a batch of {small:,} to one of {large:,} RMSProp loses, it loses more than LARS, and LARS is ahead at {large:,}: "
-        "all three intervals above 0"
+        "all three intervals above 0 (contradicted: one of them below)"
     )
     wanted = {(optimizer, batch) for optimizer in ("rmsprop", "lars") for batch in (small, large)}
     if missing := wanted - set(points):
@@ -117,7 +143,10 @@ def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
         f"{means}. RMSProp loses {loses.points()}, that much more than LARS: {more.points()}; "
         f"LARS is ahead at {large:,} by {ahead.points()}"
     )
-    return Verdict(claim, paper, ours, _judged(min(loses.low, more.low, ahead.low) > 0), rule)
+    verdicts = {interval.judged() for interval in (loses, more, ahead)}
+    verdict = next(each for each in (CONTRADICTED, UNDECIDED, SUPPORTED) if each in verdicts)
+    figures = ahead.figures(f"LARS minus RMSProp at {large:,}", points.values())
+    return Verdict(claim, paper, ours, verdict, rule, **figures)
 
 
 def better(
@@ -134,8 +163,9 @@ def better(
     if few := _few_seeds((ours[1], other[1])):
         return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
     difference = contrast((1, ours[1]), (-1, other[1]))
-    figures = f"{ours[0]}: {mean_and_spread(ours[1])}; {other[0]}: {mean_and_spread(other[1])}; difference {difference.points()}"
-    return Verdict(claim, paper, figures, _judged(difference.low > -margin), rule)
+    means = f"{ours[0]}: {mean_and_spread(ours[1])}; {other[0]}: {mean_and_spread(other[1])}; difference {difference.points()}"
+    figures = difference.figures(f"{ours[0]} minus {other[0]}", (ours[1], other[1]))
+    return Verdict(claim, paper, means, difference.judged(-margin), rule, **figures)
 
 
 def polynomial_decay(polynomial: Sequence[float], exponential: Sequence[float]) -> Verdict:
@@ -166,15 +196,22 @@ def batch_norm_batch(points: Mapping[int, Sequence[float]]) -> Verdict:
     """
     claim = "accuracy depends on the batch-norm batch size, with an optimum"
     paper = "the group size was tuned (section 3; no figures known to us)"
-    rule = "one-way analysis of variance gives p < 0.05, and the best mean lies at neither end of the sizes"
+    rule = (
+        "one-way analysis of variance gives p < 0.05, and the best mean lies at neither end of the sizes "
+        "(contradicted: p < 0.05, and it lies at an end)"
+    )
     if few := _few_seeds(points.values()):
         return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
     sizes = sorted(points)
     p = float(stats.f_oneway(*points.values()).pvalue)
     best = max(sizes, key=lambda size: np.mean(points[size]))
     figures = "; ".join(f"{size:,}: {mean_and_spread(points[size])}" for size in sizes)
-    supported = p < 0.05 and best not in (sizes[0], sizes[-1])
-    return Verdict(claim, paper, f"{figures}; p = {p:.2g}, best at {best:,}", _judged(supported), rule)
+    ends = [size for size in (sizes[0], sizes[-1]) if size != best]
+    end = max(ends, key=lambda size: np.mean(points[size]))
+    verdict = UNDECIDED if p >= 0.05 else SUPPORTED if len(ends) == 2 else CONTRADICTED
+    gain = contrast((1, points[best]), (-1, points[end]))
+    effect = gain.figures(f"groups of {best:,} minus groups of {end:,}", points.values())
+    return Verdict(claim, paper, f"{figures}; p = {p:.2g}, best at {best:,}", verdict, rule, **effect)
 
 
 def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record]) -> Verdict:
@@ -201,7 +238,7 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
         for name, values in seconds.items()
     )
     ours = f"{means}; saved {saved.estimate:.1f} s (95 % interval {saved.low:.1f} to {saved.high:.1f})"
-    return Verdict(claim, paper, ours, _judged(saved.low > 0), rule)
+    return Verdict(claim, paper, ours, saved.judged(), rule, **saved.figures("time saved", seconds.values(), "s"))
 
 
 def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:
@@ -213,10 +250,6 @@ def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -
         ("float32", float32),
         MARGIN,
     )
-
-
-def _judged(holds: bool) -> str:
-    return SUPPORTED if holds else NOT_SUPPORTED
 
 
 def _few_seeds(points) -> str:

@@ -8,10 +8,11 @@ import pytest
 from scipy import stats
 
 from effnetlib.claims import (
+    CONTRADICTED,
     MIME,
-    NOT_SUPPORTED,
     NOT_TESTABLE,
     SUPPORTED,
+    UNDECIDED,
     batch_norm_batch,
     bfloat16_convolutions,
     contrast,
@@ -60,9 +61,10 @@ def of(rmsprop_small, rmsprop_large, lars_small, lars_large):
     ("points", "verdict"),
     [
         (of(HIGH, LOW, HIGH, HIGH), SUPPORTED),
-        (of(HIGH, HIGH, HIGH, HIGH), NOT_SUPPORTED),  # RMSProp loses nothing
-        (of(HIGH, LOW, HIGH, LOW), NOT_SUPPORTED),  # LARS loses as much
-        (of(HIGH, LOW, LOW, LOW), NOT_SUPPORTED),  # LARS keeps little, and is not ahead
+        (of(HIGH, HIGH, HIGH, HIGH), UNDECIDED),  # RMSProp loses nothing, as far as three seeds can tell
+        (of(HIGH, LOW, HIGH, LOW), UNDECIDED),  # LARS loses as much
+        (of(HIGH, LOW, HIGH, [0.3, 0.31, 0.32]), CONTRADICTED),  # LARS loses more, and is behind
+        (of(LOW, HIGH, HIGH, HIGH), CONTRADICTED),  # RMSProp gains
         (of(HIGH, LOW, HIGH, HIGH[:1]), NOT_TESTABLE),
     ],
 )
@@ -71,6 +73,8 @@ def test_large_batches(points, verdict):
     assert found.verdict == verdict and "RMSProp: 80.1 % at 4,096" in found.paper
     if verdict != NOT_TESTABLE:
         assert "lars at 64" in found.ours and "(n = 3)" in found.ours
+        assert found.measured == "LARS minus RMSProp at 256" and found.n == 3
+        assert found.low <= found.effect <= found.high and found.unit == "points"
 
 
 def test_large_batches_of_one_optimizer_cannot_be_compared():
@@ -81,24 +85,28 @@ def test_large_batches_of_one_optimizer_cannot_be_compared():
 @pytest.mark.parametrize("judge", [polynomial_decay, warmup])
 def test_one_way_is_better_where_the_interval_says_so(judge):
     assert judge(HIGH, LOW).verdict == SUPPORTED
-    assert judge(LOW, HIGH).verdict == judge(HIGH, HIGH).verdict == NOT_SUPPORTED
+    assert judge(LOW, HIGH).verdict == CONTRADICTED and judge(HIGH, HIGH).verdict == UNDECIDED
     assert judge(HIGH, LOW[:2]).verdict == NOT_TESTABLE
     assert "difference +30.00 points" in judge(HIGH, LOW).ours
+    assert judge(HIGH, LOW).effect == pytest.approx(30) and judge(HIGH, LOW[:2]).effect is None
 
 
 def test_an_optimum_of_the_batch_norm_batch_lies_inside():
     assert batch_norm_batch({4: LOW, 32: HIGH, 256: LOW}).verdict == SUPPORTED
-    assert batch_norm_batch({4: LOW, 32: LOW, 256: HIGH}).verdict == NOT_SUPPORTED  # at an end
-    assert batch_norm_batch({4: LOW, 32: LOW, 256: LOW}).verdict == NOT_SUPPORTED  # no difference
-    assert "best at 32" in batch_norm_batch({4: LOW, 32: HIGH, 256: LOW}).ours
+    assert batch_norm_batch({4: LOW, 32: LOW, 256: HIGH}).verdict == CONTRADICTED  # at an end
+    assert batch_norm_batch({4: LOW, 32: LOW, 256: LOW}).verdict == UNDECIDED  # no difference
+    found = batch_norm_batch({4: LOW, 32: HIGH, 256: [value + 0.1 for value in LOW]})
+    assert "best at 32" in found.ours and found.measured == "groups of 32 minus groups of 256"
+    assert found.effect == pytest.approx(20)
 
 
 def test_bfloat16_may_cost_less_than_a_point():
     near = [0.7995, 0.8000, 0.8005]
     assert bfloat16_convolutions([value - 0.005 for value in near], near).verdict == SUPPORTED
-    assert bfloat16_convolutions([value - 0.0099 for value in near], near).verdict == NOT_SUPPORTED
+    assert bfloat16_convolutions([value - 0.0099 for value in near], near).verdict == UNDECIDED
+    assert bfloat16_convolutions([value - 0.02 for value in near], near).verdict == CONTRADICTED
     # No difference, but three seeds that spread by a point cannot exclude one.
-    assert bfloat16_convolutions(HIGH, HIGH).verdict == NOT_SUPPORTED
+    assert bfloat16_convolutions(HIGH, HIGH).verdict == UNDECIDED
 
 
 def made_up(tmp_path, seconds, flags=ONE_CORE_A_DEVICE):
@@ -110,7 +118,8 @@ def test_evaluation_is_timed_where_devices_do_not_share_their_cores(tmp_path):
     fast, slow = ([made_up(tmp_path, start + i / 10) for i in range(3)] for start in (10, 12))
     assert distributed_evaluation(fast, slow).verdict == SUPPORTED
     assert "saved 2.0 s" in distributed_evaluation(fast, slow).ours
-    assert distributed_evaluation(slow, fast).verdict == NOT_SUPPORTED
+    found = distributed_evaluation(slow, fast)
+    assert found.verdict == CONTRADICTED and found.effect == pytest.approx(-2) and found.unit == "s"
     assert distributed_evaluation(fast[:2], slow).verdict == NOT_TESTABLE
     sharing = distributed_evaluation(fast, [made_up(tmp_path, 12, flags="")])
     assert sharing.verdict == NOT_TESTABLE and "simulated" in sharing.why
