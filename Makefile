@@ -9,7 +9,7 @@ export JAX_PLATFORMS ?= cpu
 KEEP := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 export GLIBC_TUNABLES ?= $(KEEP)
 
-.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench bench-gpu rehearse
+.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench bench-gpu bench-input rehearse
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,10 +57,10 @@ lock:  ## renew requirements.lock and requirements-oldest.lock from pyproject.to
 	$(COMPILE) --universal --resolution lowest-direct --no-build --python-version 3.11 --output-file requirements-oldest.lock pyproject.toml
 
 address: $(STAMP)  ## write the address of git's remote into badges and notebooks, for a fork
-	$(BIN)/python notebooks/address.py
+	$(BIN)/python notebooks/tools/address.py
 
-publish: $(STAMP)  ## write the README's tables and the companion page from outputs/published, with SUITE=laptop put there first
-	$(BIN)/effnetlib publish $(SUITE)
+publish: $(STAMP)  ## write the READMEs' tables and the companion page from outputs/published; SUITE=laptop puts that suite there first
+	$(BIN)/python notebooks/tools/publish.py $(SUITE)
 
 IMAGE ?= colab
 
@@ -78,6 +78,9 @@ bench: $(STAMP) $(BENCH_STAMP)  ## measure speed beside other libraries for half
 bench-gpu: $(STAMP) $(BENCH_STAMP)  ## the part beside timm alone, on a machine with a GPU; writes outputs/published/bench-gpu.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]" -c requirements.lock
 	$(BIN)/python -m tests.bench --only gpu --record outputs/published/bench-gpu.json
+
+bench-input: $(STAMP)  ## measure how fast photographs come in, step by step: SOURCE=FOLDER
+	$(BIN)/python -m tests.bench.input "$(SOURCE)" --record outputs/published/input.json $(if $(TENSORFLOW),--tensorflow $(TENSORFLOW))
 
 $(BENCH_STAMP): tests/bench/requirements.txt requirements.lock
 	$(PYTHON) -m venv --clear .venv-bench

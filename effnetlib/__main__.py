@@ -82,17 +82,6 @@ def report(directories, price):
 
 
 @main.command()
-@click.argument("suite", required=False)
-def publish(suite):
-    """Copy records and reports of SUITE (a name: outputs/SUITE) to outputs/published, which git keeps, and write the companion
-    page and the README's tables anew from all that is there; without SUITE, do the latter alone."""
-    from effnetlib.publish import publish, refresh
-    from effnetlib.records import outputs_folder
-
-    click.echo(publish(outputs_folder() / suite) if suite else refresh())
-
-
-@main.command()
 @click.argument("preset")
 @click.option("--topology", required=True, help="Generation, and chips in each direction: v3:32x16x1, v5e:2x4.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A field of the recipe; repeatable.")
@@ -164,30 +153,6 @@ def check(dest):
         click.echo(problem)
     click.echo(f"{len(problems)} problems" if problems else "all is as the manifest says")
     sys.exit(bool(problems))
-
-
-@data.command()
-@click.argument("source")
-@click.option("--images", type=click.IntRange(1), default=300, show_default=True, help="Photographs in the sample.")
-@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="Pixels a side.")
-@click.option(
-    "--tensorflow",
-    type=click.Path(path_type=Path, exists=True),
-    help="A Python with TensorFlow: measures tf.data beside.",
-)
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Also write the figures to a file.")
-def bench(source, images, size, tensorflow, file):
-    """Measure how fast the photographs of SOURCE come in, step by step, on one core and on all."""
-    from effnetlib.data import bench
-    from effnetlib.records import environment, write_atomically
-
-    if file and not file.absolute().parent.is_dir():
-        raise EffnetlibError(f"there is no folder {file.absolute().parent}")
-    source = str(Path(source).absolute()) if Path(source).is_dir() else source
-    rates = bench.bench(source, images=images, size=size, tensorflow=tensorflow)
-    click.echo(bench.table(rates))
-    if file:
-        write_atomically(file, bench.to_json(rates, source, environment()) + "\n")
 
 
 @main.group()

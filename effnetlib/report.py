@@ -144,7 +144,7 @@ def input_advice(records: Sequence[Record]) -> str:
         return f"Runs waited for images at most {worst:.1%} of the training time ({name})."
     return (
         f"{slow} of {len(waiting)} runs waited for images more than {MUCH_WAITING:.0%} of the training time, "
-        f"worst in {name}: {worst:.0%}. `effnetlib data bench SOURCE` says which step is slow. Shards on a local disk or in "
+        f"worst in {name}: {worst:.0%}. Shards on a local disk or in "
         "memory (`effnetlib data prepare SOURCE /dev/shm/NAME`), more processor cores a host, or a lighter augmentation help."
     )
 

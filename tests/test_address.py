@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def load(root):
-    spec = importlib.util.spec_from_file_location("address", root / "notebooks/address.py")
+    spec = importlib.util.spec_from_file_location("address", root / "notebooks/tools/address.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -52,7 +52,7 @@ def test_a_fork_is_rewritten_by_one_command_once(tmp_path):
 
     def run():
         return subprocess.run(
-            [sys.executable, "notebooks/address.py"], cwd=tmp_path, capture_output=True, text=True
+            [sys.executable, "notebooks/tools/address.py"], cwd=tmp_path, capture_output=True, text=True
         )  # fmt: skip
 
     git("init")

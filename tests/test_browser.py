@@ -8,10 +8,10 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
+from publish import companion
 from test_report import made_up, notebook, outcome
 
 from effnetlib.claims import warmup
-from effnetlib.publish import companion
 from effnetlib.render import render_html, render_index
 from effnetlib.report import results, show
 

@@ -1,8 +1,14 @@
-"""What git keeps of runs: a suite's records and reports, the page that sets them beside the paper, and the README's tables."""
+"""What git keeps of runs: a suite's records and reports, the page that sets them beside the paper, and the READMEs' tables.
+
+    python notebooks/tools/publish.py [SUITE]
+
+`make publish` runs it. SUITE is a folder's name under outputs/; without it, only the page and the tables are written again.
+"""
 
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +21,12 @@ from effnetlib.claims import MIME, NOT_TESTABLE
 from effnetlib.errors import EffnetlibError
 from effnetlib.planning import find_plan, load_plans
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, load_records, published_folder, write_atomically
-from effnetlib.render import TEMPLATES, css, outcome, render_index, title
+from effnetlib.records import Record, load_records, outputs_folder, published_folder, write_atomically
+from effnetlib.render import css, outcome, render_index, title
 from effnetlib.topology import GIB
 
 KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
+TEMPLATE = Path(__file__).parent / "companion.html.j2"
 
 
 def publish(suite: Path) -> Path:
@@ -59,10 +66,11 @@ def publish(suite: Path) -> Path:
 
 
 def refresh() -> Path:
-    """Writes the companion page, which it returns, and the README's tables anew from all that is published."""
+    """Writes the companion page, which it returns, and the READMEs' tables, from all that is published."""
     published = published_folder()
-    readme = published.parent.parent / "README.md"
-    write_atomically(readme, with_tables(readme.read_text(), readme_tables(published)))
+    for name, tables in readme_tables(published).items():
+        readme = published.parent.parent / name
+        write_atomically(readme, with_tables(readme.read_text(), tables))
     write_atomically(published / "index.html", companion(published))
     return published / "index.html"
 
@@ -92,19 +100,21 @@ def companion(published: Path) -> str:
         for path in sorted(published.glob("*/index.html"))
     ]
     plans = sorted(load_plans(published / "plans"), key=lambda plan: (plan.variant, plan.global_batch_size))
-    template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "companion.html.j2").read_text())
+    template = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     return template.render(
         verdicts=verdicts(published), suites=suites, plans=plans, gib=GIB, css=markupsafe.Markup(css())
     )
 
 
-def readme_tables(published: Path) -> dict[str, str]:
-    """The tables of the README, as Markdown, by the name that its markers give them."""
+def readme_tables(published: Path) -> dict[str, dict[str, str]]:
+    """The tables of each README, as Markdown, by the name that its markers give them."""
     return {
-        "laptop": "\n".join(_laptop(load_records(published / "laptop/runs"))),
-        "claims": "\n".join(_claims(verdicts(published))),
-        "plans": "\n".join(_plans(published)),
-        "speed": "\n".join(_speed(published)),
+        "README.md": {"claims": "\n".join(_claims(verdicts(published)))},
+        "outputs/README.md": {
+            "laptop": "\n".join(_laptop(load_records(published / "laptop/runs"))),
+            "plans": "\n".join(_plans(published)),
+            "speed": "\n".join(_speed(published)),
+        },
     }
 
 
@@ -117,7 +127,7 @@ def with_tables(text: str, tables: dict[str, str]) -> str:
     for name, table in tables.items():
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
-            raise EffnetlibError(f"the README has no place for the table {name}: <!-- table: {name} --> … <!-- end -->")
+            raise EffnetlibError(f"no README has a place for the table {name}: <!-- table: {name} --> … <!-- end -->")
         text = marked.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
     return text
 
@@ -149,12 +159,15 @@ def _claims(found: list[dict]) -> Iterator[str]:
     if not found:
         yield "No claim is judged yet: that takes the whole of the CIFAR-10 suite, whose runs are not all done."
         return
-    yield "| claim | verdict | ours | report |"
+    yield "| claim of the paper | measured here (95 % interval) | seeds | verdict |"
     yield "|---|---|---|---|"
     for each in found:
-        link = f"[{each['report']}](outputs/published/{each['suite']}/executed/{each['report']}.ipynb)"
-        ours = each["why"] if each["verdict"] == NOT_TESTABLE else each["ours"]
-        yield f"| {each['claim']} | **{each['verdict']}** | {ours} | {link} |"
+        link = f"[{each['verdict']}](outputs/published/{each['suite']}/{each['report']}.html)"
+        measured = "-"
+        if each["effect"] is not None:
+            effect, low, high = (f"{each[name]:+.1f}" for name in ("effect", "low", "high"))
+            measured = f"{each['measured']}: {effect} {each['unit']} ({low} to {high})"
+        yield f"| {each['claim']} | {measured} | {each['n'] or '-'} | {link} |"
 
 
 def _plans(published: Path) -> Iterator[str]:
@@ -207,3 +220,10 @@ def _copy_notebook(source: Path, to: Path) -> None:
 def _copy(source: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, to)
+
+
+if __name__ == "__main__":
+    try:
+        print(publish(outputs_folder() / sys.argv[1]) if sys.argv[1:] else refresh())
+    except EffnetlibError as error:
+        sys.exit(f"publish: {error}")

@@ -1,9 +1,16 @@
-"""How fast images come in: each step of the input side by side in one run, on one core and on all of them."""
+"""How fast images come in: each step of the input side by side in one run, on one core and on all of them.
 
+    python -m tests.bench.input SOURCE [--images N] [--size PIXELS] [--tensorflow PYTHON] [--record FILE]
+
+SOURCE is a set of photographs. With a Python that has TensorFlow (ours has not), tf.data is measured beside.
+"""
+
+import argparse
 import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +29,7 @@ from effnetlib.data.photographs import Photo
 from effnetlib.data.shards import ShardedRecords, encode_record
 from effnetlib.data.sources import load
 from effnetlib.errors import EffnetlibError
+from effnetlib.records import environment, write_atomically
 
 ROUNDS = 5
 PILLOW = "plain Pillow: decode, crop, same resize"
@@ -190,3 +198,31 @@ def to_json(rates: list[Rate], source: str, environment: dict) -> str:
     return json.dumps(
         {"source": Path(source).name, "environment": environment, "rates": rows, "ratios": ratios(rates)}, indent=2
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--images", type=int, default=300, help="photographs in the sample")
+    parser.add_argument("--size", type=int, default=224, help="pixels per side")
+    parser.add_argument("--tensorflow", type=Path, help="a Python with TensorFlow")
+    parser.add_argument("--record", type=Path, help="where to write the record, as JSON")
+    given = parser.parse_args()
+    if given.images < 1 or given.size < 1:
+        parser.error("--images and --size must be above 0")
+    if given.tensorflow and not given.tensorflow.exists():
+        parser.error(f"there is no {given.tensorflow}")
+    if given.record and not given.record.absolute().parent.is_dir():
+        parser.error(f"there is no folder {given.record.absolute().parent}")
+    source = str(Path(given.source).absolute()) if Path(given.source).is_dir() else given.source
+    try:
+        rates = bench(source, images=given.images, size=given.size, tensorflow=given.tensorflow)
+    except EffnetlibError as error:
+        sys.exit(f"bench: {error}")
+    print(table(rates))
+    if given.record:
+        write_atomically(given.record, to_json(rates, source, environment()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

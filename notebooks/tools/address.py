@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import nbformat
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SETUP = """\
 # Nothing happens where effnetlib is installed. On Colab and Kaggle it is fetched, and what the image lacks is added.
 from importlib import metadata
