@@ -35,7 +35,8 @@ class Verdict:
       verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE.
       why: what counts as support, or why it cannot be tested.
       measured: what `effect` is, in a few words; empty where the claim cannot be tested.
-      effect, low, high: the estimate and its 95 % interval, in `unit` ("points" of top-1, or "s").
+      effect, low, high: the estimate and its 95 % interval, in `unit` ("points" of top-1, or "% of the time").
+      least: the effect above which the claim holds, in the same unit: 0, or minus the margin of an equivalence.
       n: the least number of seeds per point.
 
     In a notebook it shows itself, and leaves itself in the executed notebook for the companion page and the README to collect.
@@ -51,6 +52,7 @@ class Verdict:
     low: float | None = None
     high: float | None = None
     unit: str = "points"
+    least: float = 0.0
     n: int = 0
 
     def _repr_mimebundle_(self, **_):
@@ -81,9 +83,7 @@ class Interval:
 
     def figures(self, measured: str, points: Iterable[Sequence], unit: str = "points") -> dict:
         """The fields of a `Verdict` that say how large the effect is, and on how many seeds per point it rests."""
-        scale = 100 if unit == "points" else 1
-        values = {name: scale * getattr(self, field) for name, field in
-                  (("effect", "estimate"), ("low", "low"), ("high", "high"))}  # fmt: skip
+        values = {"effect": 100 * self.estimate, "low": 100 * self.low, "high": 100 * self.high}
         return values | {"measured": measured, "unit": unit, "n": min(map(len, points))}
 
 
@@ -164,7 +164,7 @@ def better(
         return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
     difference = contrast((1, ours[1]), (-1, other[1]))
     means = f"{ours[0]}: {mean_and_spread(ours[1])}; {other[0]}: {mean_and_spread(other[1])}; difference {difference.points()}"
-    figures = difference.figures(f"{ours[0]} minus {other[0]}", (ours[1], other[1]))
+    figures = difference.figures(f"{ours[0]} minus {other[0]}", (ours[1], other[1])) | {"least": -100 * margin}
     return Verdict(claim, paper, means, difference.judged(-margin), rule, **figures)
 
 
@@ -238,7 +238,10 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
         for name, values in seconds.items()
     )
     ours = f"{means}; saved {saved.estimate:.1f} s (95 % interval {saved.low:.1f} to {saved.high:.1f})"
-    return Verdict(claim, paper, ours, saved.judged(), rule, **saved.figures("time saved", seconds.values(), "s"))
+    share = contrast(*((weight / np.mean(seconds["one"]), values) for weight, values in
+                       ((1, seconds["one"]), (-1, seconds["all devices"]))))  # fmt: skip
+    figures = share.figures("time saved", seconds.values(), "% of the time")
+    return Verdict(claim, paper, ours, saved.judged(), rule, **figures)
 
 
 def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:

@@ -105,6 +105,7 @@ def test_bfloat16_may_cost_less_than_a_point():
     assert bfloat16_convolutions([value - 0.005 for value in near], near).verdict == SUPPORTED
     assert bfloat16_convolutions([value - 0.0099 for value in near], near).verdict == UNDECIDED
     assert bfloat16_convolutions([value - 0.02 for value in near], near).verdict == CONTRADICTED
+    assert bfloat16_convolutions(near, near).least == -1
     # No difference, but three seeds that spread by a point cannot exclude one.
     assert bfloat16_convolutions(HIGH, HIGH).verdict == UNDECIDED
 
@@ -119,7 +120,8 @@ def test_evaluation_is_timed_where_devices_do_not_share_their_cores(tmp_path):
     assert distributed_evaluation(fast, slow).verdict == SUPPORTED
     assert "saved 2.0 s" in distributed_evaluation(fast, slow).ours
     found = distributed_evaluation(slow, fast)
-    assert found.verdict == CONTRADICTED and found.effect == pytest.approx(-2) and found.unit == "s"
+    assert found.effect == pytest.approx(-100 * 2 / 10.1) and found.n == 3
+    assert found.verdict == CONTRADICTED and found.unit == "% of the time"
     assert distributed_evaluation(fast[:2], slow).verdict == NOT_TESTABLE
     sharing = distributed_evaluation(fast, [made_up(tmp_path, 12, flags="")])
     assert sharing.verdict == NOT_TESTABLE and "simulated" in sharing.why

@@ -46,7 +46,7 @@ def test_what_is_published_is_records_reports_and_what_they_say(project):
     page = publish.publish(suite)
     kept = {str(path.relative_to(project)) for path in project.rglob("*") if path.is_file()}
     assert kept == {
-        "index.html", "suite/index.html", "suite/03_schedules.html", "suite/executed/03_schedules.ipynb",
+        "index.html", "claims.json", "claims.svg", "suite/index.html", "suite/03_schedules.html", "suite/executed/03_schedules.ipynb",
         "suite/executed/03_schedules.json", "suite/runs/lars-64-seed0/run.json", "suite/runs/lars-64-seed0/metrics.jsonl",
     }  # fmt: skip
     assert page == project / "index.html" and "Warm-up is needed" in page.read_text()

@@ -5,19 +5,23 @@
 `make publish` runs it. SUITE is a folder's name under outputs/; without it, only the page and the tables are written again.
 """
 
+import base64
+import io
 import json
 import re
 import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import jinja2
 import markupsafe
+import matplotlib.pyplot as plt
 import nbformat
 
-from effnetlib.claims import MIME, NOT_TESTABLE
+from effnetlib.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
 from effnetlib.errors import EffnetlibError
 from effnetlib.planning import find_plan, load_plans
 from effnetlib.recipe import Recipe
@@ -66,11 +70,14 @@ def publish(suite: Path) -> Path:
 
 
 def refresh() -> Path:
-    """Writes the companion page, which it returns, and the READMEs' tables, from all that is published."""
+    """Writes the companion page, which it returns, the claims as JSON and as a figure, and the READMEs' tables, from all that is
+    published."""
     published = published_folder()
     for name, tables in readme_tables(published).items():
         readme = published.parent.parent / name
         write_atomically(readme, with_tables(readme.read_text(), tables))
+    write_atomically(published / "claims.json", claims_json(published))
+    write_atomically(published / "claims.svg", draw_claims(verdicts(published)))
     write_atomically(published / "index.html", companion(published))
     return published / "index.html"
 
@@ -89,6 +96,56 @@ def verdicts(published: Path) -> list[dict]:
     return sorted(kept, key=lambda each: each["report"])
 
 
+def claims_json(published: Path) -> str:
+    """A row per claim: its suite, the effect with its 95 % interval, n, the verdict and its rule."""
+    names = ("claim", "suite", "measured", "effect", "low", "high", "unit", "least", "n", "verdict")
+    rows = [{name: each[name] for name in names} | {"rule": each["why"]} for each in verdicts(published)]
+    return json.dumps(rows, indent=2) + "\n"
+
+
+COLOURS = {SUPPORTED: "#1a7f37", CONTRADICTED: "#b3261e", UNDECIDED: "#6b6b6b"}
+
+
+def draw_claims(found: list[dict]) -> str:
+    """A forest plot, as SVG: a row per claim that was tested, its effect with the 95 % interval, and the verdict beside it. The
+    claim holds where the interval lies in the shaded part of its row."""
+    rows = [each for each in found if each["effect"] is not None]
+    settings = {"svg.hashsalt": "claims", "font.size": 9}
+    with plt.rc_context(settings):
+        figure, axes = plt.subplots(figsize=(10, 0.9 + 0.52 * len(rows)), layout="constrained")
+        # Times vary more than top-1: an interval that leaves the axis ends in an arrow.
+        reach = 1.1 * max(
+            (abs(each[end]) for each in rows for end in ("low", "high") if each["unit"] == "points"), default=9
+        )
+        for place, each in enumerate(rows):
+            colour = COLOURS[each["verdict"]]
+            axes.axhspan(
+                place - 0.36, place + 0.36, (each["least"] + reach) / (2 * reach), 1, color="#eaf3ec", zorder=0
+            )
+            axes.plot([each["low"], each["high"]], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
+            axes.plot(each["effect"], place, "o", color=colour, markersize=7)
+            for end, beyond, arrow in ((-reach, each["low"] < -reach, "<"), (reach, each["high"] > reach, ">")):
+                if beyond:
+                    axes.plot(end, place, arrow, color=colour, markersize=8, clip_on=False)
+            text = f"{each['verdict']}  (n = {each['n']})"
+            axes.annotate(text, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=colour)
+        names = [f"{textwrap.fill(each['claim'], 60)}\n" for each in rows]
+        labels = [f"{name}{each['measured']}, {each['unit']}" for name, each in zip(names, rows, strict=True)]
+        axes.set_yticks(range(len(rows)), labels, fontsize=8)
+        axes.axvline(0, color="#888888", linewidth=0.8, linestyle="--")
+        axes.set(
+            xlim=(-reach, reach),
+            ylim=(len(rows) - 0.5, -0.5),
+            xlabel="effect with its 95 % interval; the claim holds in the shaded part",
+        )
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None})
+    plt.close(figure)
+    return drawn.getvalue()
+
+
 def companion(published: Path) -> str:
     """The page of the published folder: each claim, the paper's figure, ours, the verdict, and where to look."""
     suites = [
@@ -100,9 +157,10 @@ def companion(published: Path) -> str:
         for path in sorted(published.glob("*/index.html"))
     ]
     plans = sorted(load_plans(published / "plans"), key=lambda plan: (plan.variant, plan.global_batch_size))
+    figure = base64.b64encode(draw_claims(verdicts(published)).encode()).decode()
     template = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
     return template.render(
-        verdicts=verdicts(published), suites=suites, plans=plans, gib=GIB, css=markupsafe.Markup(css())
+        verdicts=verdicts(published), suites=suites, plans=plans, gib=GIB, css=markupsafe.Markup(css()), figure=figure
     )
 
 
