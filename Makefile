@@ -47,8 +47,8 @@ lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lab: $(STAMP)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+lab: $(STAMP)  ## open JupyterLab at the checkout, on the overview
+	$(BIN)/jupyter lab notebooks/00_overview.ipynb --notebook-dir=. $(if $(filter 0,$(shell id -u)),--allow-root)
 
 COMPILE := uv pip compile --quiet --upgrade --no-header --no-emit-index-url --no-annotate --extra test
 
