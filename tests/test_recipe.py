@@ -27,6 +27,12 @@ def test_presets_hold_the_papers_settings(name, peak_lr, warmup, steps):
     assert recipe.decay == ("polynomial" if "lars" in name else "exponential")
 
 
+def test_below_16_384_the_peak_of_lars_falls_with_the_root_of_the_batch():
+    peaks = [Recipe.preset(f"b0-{batch}-lars").peak_lr for batch in (64, 1024, 4096, 16384, 32768)]
+    assert peaks == pytest.approx([15.104 / 16, 15.104 / 4, 15.104 / 2, 15.104, 15.104])
+    assert Recipe.preset("b0-1024-lars").lr_per_256 == pytest.approx(0.944)  # and not 3.776
+
+
 def test_batch_norm_groups_follow_the_released_code():
     assert Recipe.preset("b2-32768-lars").num_groups == 256
     assert [Recipe.preset(f"b2-{b}-rmsprop").num_groups for b in (32, 256, 512, 4096, 32768)] == [1, 8, 2, 8, 8]
