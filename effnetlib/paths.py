@@ -32,7 +32,7 @@ def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: 
     if _VARIABLE.search(given):
         raise EffnetlibError(f"{wrong} holds a variable, which no shell has replaced: write out what it stands for")
     try:
-        path = Path(os.path.abspath((base or Path.cwd()) / Path(given).expanduser()))
+        path = Path(os.path.abspath(Path(base or "", Path(given).expanduser())))
     except RuntimeError:
         raise EffnetlibError(f"{wrong} names a user who has no home folder here: write the path out") from None
     lowest = path if folder else path.parent

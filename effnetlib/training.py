@@ -59,10 +59,10 @@ def train(
       DivergedError: the loss became infinite, nan or huge; the record is `failed` and says at which step, with which
         learning rate and norms.
     """
-    directory = user_path(directory, "directory", folder=True)
     devices = jax.devices()
     with contextlib.ExitStack() as block:
         with all_or_none():
+            directory = user_path(directory, "directory", folder=True)
             recipe.validate(len(devices))
             if eval_devices is not None:
                 _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
