@@ -8,6 +8,7 @@ import yaml
 
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.parameters import read_yaml
+from effnetlib.paths import user_path
 
 
 class _Commands(click.Group):
@@ -30,7 +31,7 @@ def main():
 
 
 @main.command()
-@click.argument("suite", type=click.Path(path_type=Path))
+@click.argument("suite")
 @click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A parameter for every run; repeatable.")
 def run(suite, only, changes):
@@ -61,7 +62,7 @@ def _assignment(text: str) -> tuple[str, object]:
 
 
 @main.command()
-@click.argument("directories", type=click.Path(path_type=Path), nargs=-1, metavar="[DIR]...")
+@click.argument("directories", nargs=-1, metavar="[DIR]...")
 @click.option("--price", type=click.FloatRange(0), help="Dollars a chip and hour, in the paper against ours.")
 def report(directories, price):
     """Render reports of what is there already; nothing is trained.
@@ -116,17 +117,17 @@ def data():
 
 @data.command()
 @click.argument("name")
-@click.option("--archive", type=click.Path(path_type=Path, exists=True), help="An archive that you have already.")
+@click.option("--archive", metavar="FILE", help="An archive that you have already.")
 def fetch(name, archive):
     """Fetch cifar10 or fashion_mnist into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
     from effnetlib.data import fetch
 
-    click.echo(fetch(name, archive))
+    click.echo(fetch(name, archive and user_path(archive, "--archive")))
 
 
 @data.command()
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.argument("dest")
 @click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of PNGs posing as JPEGs.")
 @click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
 def prepare(source, dest, convert, partial):
@@ -134,7 +135,8 @@ def prepare(source, dest, convert, partial):
     folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
     from effnetlib.data.prepare import prepare
 
-    manifest = prepare(source.expanduser(), dest.expanduser(), convert_odd=convert, partial=partial)
+    source, dest = user_path(source, "SOURCE", folder=True), user_path(dest, "DEST", folder=True)
+    manifest = prepare(source, dest, convert_odd=convert, partial=partial)
     for split, about in manifest["splits"].items():
         click.echo(
             f"{split}: {about['examples']:,} photographs in {len(about['shards'])} shards, {about['fingerprint']}"
@@ -143,12 +145,12 @@ def prepare(source, dest, convert, partial):
 
 
 @data.command()
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest")
 def check(dest):
     """Read everything in DEST, which `data prepare` wrote, and compare it with its manifest."""
     from effnetlib.data.prepare import check
 
-    problems = check(dest.expanduser())
+    problems = check(user_path(dest, "DEST", folder=True))
     for problem in problems:
         click.echo(problem)
     click.echo(f"{len(problems)} problems" if problems else "all is as the manifest says")
@@ -161,31 +163,33 @@ def weights():
 
 
 @weights.command("import")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Path(path_type=Path), help="The folder to write; outputs/weights/NAME if not given.")
+@click.argument("file")
+@click.option("--to", metavar="FOLDER", help="The folder to write; outputs/weights/NAME if not given.")
 def import_(file, to):
     """Read FILE (timm's tf_efficientnet_b*.safetensors, or Keras' .weights.h5 or .h5) into a checkpoint."""
     from effnetlib.pretrained import import_weights
     from effnetlib.records import outputs_folder
 
-    to = to or outputs_folder() / "weights" / file.name.removesuffix(file.suffix).removesuffix(".weights")
+    name = Path(file).stem.removesuffix(".weights")
+    to = user_path(to or outputs_folder() / "weights" / name, "--to", folder=True)
     pretrained = import_weights(file, to)
     click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
     click.echo(to)
 
 
 @weights.command("export")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("source")
+@click.argument("file")
 def export_(source, file):
     """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE: .safetensors under timm's names, or
     .stablehlo, the whole float32 forward pass, which jax and flatbuffers alone can run."""
     from effnetlib.pretrained import EXPORTS, Pretrained
 
+    file = user_path(file, "FILE")
     if file.suffix not in EXPORTS:
         raise EffnetlibError(f"{file} ends in neither of {' and '.join(EXPORTS)}")
-    if not file.absolute().parent.is_dir():
-        raise EffnetlibError(f"there is no folder {file.absolute().parent}")
+    if not file.parent.is_dir():
+        raise EffnetlibError(f"there is no folder {file.parent}")
     pretrained = Pretrained.load(source)
     pretrained.export(file)
     size = pretrained.image_size

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from effnetlib.claims import MIN_SEEDS, contrast
 from effnetlib.errors import EffnetlibError
+from effnetlib.paths import user_path
 from effnetlib.records import Record
 from effnetlib.report import curves, results
 
@@ -27,7 +28,7 @@ def load(paths: Sequence[Path]) -> list[Record]:
       EffnetlibError: a path is neither, a record cannot be read or was never evaluated, or there is only one.
     """
     found = {}
-    for path in paths:
+    for path in (user_path(path, "the run") for path in paths):
         folders = [path] if (path / "run.json").exists() else sorted(path.parent.glob(f"{path.name}-seed*"))
         if not folders:
             raise EffnetlibError(f"{path} is not the folder of a run: run.json is missing")

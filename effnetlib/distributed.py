@@ -1,7 +1,9 @@
 """Joining the processes of a slice: JAX's own multi-controller runtime, one process a host."""
 
 import contextlib
+import ipaddress
 import os
+import re
 import socket
 import threading
 import time
@@ -17,11 +19,8 @@ from effnetlib.errors import EffnetlibError, FailedError
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
-VARIABLES = {
-    "coordinator": "EFFNETLIB_COORDINATOR",
-    "processes": "EFFNETLIB_PROCESSES",
-    "process": "EFFNETLIB_PROCESS",
-}
+RESOLVE_SECONDS = 60.0  # a pod that has just begun to start may not have its name yet
+VARIABLES = {name: f"EFFNETLIB_{name.upper()}" for name in ("coordinator", "processes", "process")}
 
 
 def start(
@@ -35,7 +34,7 @@ def start(
     What is None is read from the environment: EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES, EFFNETLIB_PROCESS.
 
     Args:
-      coordinator: host, or host:port, of process 0; the port is 8476 where none is given.
+      coordinator: host, or host:port, of process 0, an IPv6 address as ::1 or [::1]:port; the port is 8476 if not given.
       processes: how many there are; 1, or nothing at all, is a process on its own.
       process: which one this is, from 0.
       timeout_seconds: how long to wait for the others. After a minute a line says that some are missing. (Where process 0 is
@@ -43,7 +42,7 @@ def start(
 
     Raises:
       EffnetlibError: only some of the three are known, or one is impossible.
-      FailedError: process 0 did not come.
+      FailedError: process 0 did not come, or its name cannot be resolved for a minute.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     found = {name: os.environ.get(VARIABLES[name]) if value is None else value for name, value in given.items()}
@@ -63,8 +62,8 @@ def start(
         ) from None
     if not 0 <= number < count:
         raise EffnetlibError(f"process must be from 0 to {count - 1}, and is {number}")
-    address = str(found["coordinator"])
-    address = address if ":" in address else f"{address}:{PORT}"
+    host, port = _host_and_port(str(found["coordinator"]))
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if jax.distributed.is_initialized():
         return
     waiting = threading.Timer(
@@ -78,23 +77,41 @@ def start(
     waiting.daemon = True
     waiting.start()
     try:
-        if number > 0:
-            _wait_for(address, time.monotonic() + timeout_seconds)
+        _wait_for(host, port, time.monotonic() + timeout_seconds, answer=number > 0)
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
     finally:
         waiting.cancel()
 
 
-def _wait_for(address: str, deadline: float) -> None:
-    """Until somebody listens there: jaxlib's own client does not raise when nobody does, it aborts the process."""
-    host, _, port = address.rpartition(":")
+def _host_and_port(address: str) -> tuple[str, int]:
+    """The two parts of an address: a host's name or IPv4 address, or an IPv6 address, in brackets where a port follows."""
+    given = address.strip()
+    given = f"[{given}]" if given.count(":") > 1 and given[0] != "[" else given
+    parts = re.fullmatch(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", given, re.ASCII)
+    with contextlib.suppress(ValueError):  # no address in the brackets
+        if parts and 0 < (port := int(parts[3] or PORT)) < 65536:
+            return parts[2] or str(ipaddress.IPv6Address(parts[1])), port
+    raise EffnetlibError(
+        f"coordinator {address!r} is no address: HOST, HOST:PORT or [IPv6]:PORT is one, up to port 65535"
+    )
+
+
+def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
+    """Until the host has an address and, for an `answer`, somebody listens there: jaxlib's own client does not raise when
+    nobody does, it aborts the process."""
+    resolved = time.monotonic()
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
+            socket.getaddrinfo(host, port)
+            resolved = time.monotonic()
+            if answer:
+                socket.create_connection((host, port), timeout=5).close()
             return
         except OSError as error:
+            if isinstance(error, socket.gaierror) and time.monotonic() >= min(resolved + RESOLVE_SECONDS, deadline):
+                raise FailedError(f"the host of process 0, {host}, cannot be resolved: {error.strerror}") from None
             if time.monotonic() >= deadline:
-                raise FailedError(f"process 0 does not answer at {address}: {error}") from None
+                raise FailedError(f"process 0 does not answer at {host}, port {port}: {error}") from None
             time.sleep(1)
 
 

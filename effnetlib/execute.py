@@ -65,7 +65,7 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
             known = [entry.name for entry in (*suite.runs, *suite.reports)]
             raise EffnetlibError(f"the suite {suite.name} has no entry {only!r}: {did_you_mean(only, known)}")
     try:
-        for folder in ("executed", "runs", "logs"):
+        for folder in {"executed", "logs"} | {"runs" for entry in entries if entry.is_run}:
             (suite.directory / folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=suite.directory / folder):
                 pass

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from effnetlib import comparison, execute
 from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.paths import user_path
 from effnetlib.records import load_records, outputs_folder
 from effnetlib.render import outcome, render_html, render_index
 from effnetlib.suite import Suite, report_alone
@@ -28,6 +29,7 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
     Raises:
       EffnetlibError: the folder holds neither, or is a run's.
     """
+    directory = user_path(directory, "the folder", folder=True)
     if directory.name == "runs":
         directory = directory.parent
     if (directory / "run.json").exists():
@@ -51,7 +53,7 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
         raise EffnetlibError(f"--price is for {AGAINST_PAPER}, which is not among the reports of {directory}")
     for name in executed:
         render_html(directory, name)
-    return render_index(directory, directory.absolute().name)
+    return render_index(directory, directory.name)
 
 
 def compare(paths: Sequence[Path]) -> Path:
@@ -64,7 +66,7 @@ def compare(paths: Sequence[Path]) -> Path:
     points = [point.replace("/", "-") for point in dict.fromkeys(comparison.points(records))]
     more = f"-and-{len(points) - NAMED_POINTS}-more" * (len(points) > NAMED_POINTS)
     name = f"comparisons/{'-against-'.join(points[:NAMED_POINTS])}{more}"
-    suite = report_alone(name, COMPARISON, runs=[str(record.directory.absolute()) for record in records])
+    suite = report_alone(name, COMPARISON, runs=[str(record.directory) for record in records])
     _execute(suite)
     return suite.directory / f"{COMPARISON}.html"
 
@@ -78,5 +80,5 @@ def _execute(suite: Suite) -> None:
 
 def _name(directory: Path) -> str:
     """What a suite in this folder is called: the path below outputs/, or else the whole."""
-    directory, outputs = directory.absolute(), outputs_folder().absolute()
+    outputs = outputs_folder()
     return str(directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory)

@@ -10,6 +10,8 @@ import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean
 
+INJECTED = "# Parameters\n"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 1e-3, with no point in it, for text; people mean a number."""
@@ -35,18 +37,18 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
     """A notebook's known parameters, from its ``globals()``.
 
     Raises:
-      EffnetlibError: its parameters cell, or the one that papermill injected after it, assigns another name, or a value that is
-        not what the parameters cell says it is. These are the run of cells right before the caller's that hold nothing but
-        assignments and imports.
+      EffnetlibError: the cell that papermill injected assigns another name, or a value is not what the parameters cell says it
+        is. The first is the last one under papermill's heading; the second holds nothing but known parameters with their types.
+        Any other cell is the user's own.
     """
     known = list(known)
+    cells = [(source, _assigned(source)) for source in namespace.get("In", [])[:-1]]
+    injected = [assigned for source, assigned in cells if source.startswith(INJECTED)]
+    check_parameters((injected[-1] if injected else None) or (), known)
     hints = {}
-    for source in reversed(namespace.get("In", [])[:-1]):
-        assigned = _assigned(source)
-        if assigned is None:
-            break
-        check_parameters(assigned, known)
-        hints |= {name: eval(hint, dict(namespace)) for name, hint in assigned.items() if hint}
+    for _, assigned in cells:
+        if assigned and all(name in known and hint for name, hint in assigned.items()):
+            hints = {name: eval(hint, dict(namespace)) for name, hint in assigned.items()} | hints
     found = {name: namespace[name] for name in known if name in namespace}
     return found | {name: typed(name, found[name], hint) for name, hint in hints.items()}
 
@@ -69,13 +71,13 @@ def _assigned(source: str) -> dict[str, str | None] | None:
     """The names that a cell assigns, and the types that it says they have; None if it does anything else."""
     try:
         statements = ast.parse(source).body
-    except SyntaxError:  # a magic
+    except (SyntaxError, ValueError):  # a magic, or no text of Python's
         return None
     names = {}
     for statement in statements:
         if isinstance(statement, ast.Assign):
             names |= {target.id: None for target in statement.targets if isinstance(target, ast.Name)}
-        elif isinstance(statement, ast.AnnAssign):
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             names[statement.target.id] = ast.unparse(statement.annotation)
         elif not isinstance(statement, ast.Import | ast.ImportFrom):
             return None

@@ -2,12 +2,14 @@
 
 import re
 
+from effnetlib.data.sources import KNOWN
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import nearest_group_size
 from effnetlib.model import VARIANTS
 
-# Table 2 of the paper, as rules: RMSProp at 0.016 per 256 with exponential decay; LARS at a peak of 15.104 up to a batch of
-# 32,768 and of 20.736 beyond, with polynomial decay.
+# Table 2 of the paper, as rules: RMSProp at 0.016 per 256 with exponential decay; LARS at a peak of 15.104 for batches of 16,384
+# and 32,768 and of 20.736 beyond, with polynomial decay. Below 16,384 the paper has no LARS. The rule there is ours: the peak
+# falls with the square root of the batch, for one that stayed would be 32 times the paper's per 256 at a batch of 1,024.
 _PAPER_VARIANTS = tuple(name for name in VARIANTS if name != "nano")
 PAPER_PRESETS = tuple(
     f"{variant}-{rest}"
@@ -61,7 +63,7 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
         largest = batch > 32768
         return shared | dict(
             batch_norm_batch_size=nearest_group_size(batch, 128),
-            lr_per_256=(0.081 * 65536 if largest else 0.118 * 32768) / batch,
+            lr_per_256=(0.081 * 65536 if largest else 0.118 * 32768 * min(1.0, batch / 16384) ** 0.5) / batch,
             decay="polynomial",
             warmup_epochs=43.0 if largest else 50.0,
         )
@@ -90,7 +92,7 @@ def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
         # Hundreds of steps, not the paper's thousands: 0.99 would leave the running statistics at their start.
         batch_norm_momentum=0.9,
         epochs=epochs,
-        eval_every_epochs=epochs / 8,
+        eval_every_epochs=max(epochs / 8, batch / KNOWN[dataset].train_examples if dataset in KNOWN else 0.0),
         optimizer=optimizer,
         drop_path=0.0,
         precision="float32",

@@ -20,6 +20,7 @@ from effnetlib.errors import EffnetlibError
 from effnetlib.evaluation import EvalResult, evaluate
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
+from effnetlib.paths import user_path
 from effnetlib.records import SCHEMA, Record, environment, write_atomically
 
 EXPORTS = (".safetensors", ".stablehlo")
@@ -52,7 +53,7 @@ class Pretrained:
         Raises:
           EffnetlibError: there is nothing like that at the path, or it is damaged.
         """
-        path = Path(path).expanduser()
+        path = user_path(path, "the weights")
         if path.is_file():
             variant, num_classes, found = weights.read(path)
             origin = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -81,7 +82,7 @@ class Pretrained:
         Raises:
           EffnetlibError: the suffix is neither.
         """
-        file = Path(file)
+        file = user_path(file, "the file")
         try:
             self._export(file)
         except OSError as error:
@@ -106,7 +107,8 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
     Raises:
       EffnetlibError: the file does not hold a variant, or the folder holds something already.
     """
-    pretrained, directory = Pretrained.load(file), Path(directory).expanduser()
+    directory = user_path(directory, "the folder", folder=True)
+    pretrained = Pretrained.load(file)
     try:
         if directory.exists() and any(directory.iterdir()):
             raise EffnetlibError(f"{directory} is not empty: name another folder, or delete that one")
@@ -177,7 +179,7 @@ def evaluate_pretrained(
     Raises:
       EffnetlibError: the data is missing, or has another number of classes than the weights.
     """
-    split = data.load(dataset, "eval")
+    file, split = user_path(file, "the file"), data.load(dataset, "eval")
     if len(split.class_names) != pretrained.num_classes:
         raise EffnetlibError(
             f"{dataset} has {len(split.class_names):,} classes, and the weights {pretrained.num_classes:,}: "
@@ -196,7 +198,6 @@ def evaluate_pretrained(
         "environment": environment(),
         "result": asdict(result) | {"top1": result.top1, "top5": result.top5, "loss": result.loss},
     }
-    file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(text, indent=2) + "\n")
     return result

@@ -8,12 +8,13 @@ import typing
 from collections.abc import Mapping
 
 from effnetlib.data.images import AUGMENTATIONS
-from effnetlib.data.sources import SUBSETS, DataInfo, describe
+from effnetlib.data.sources import KNOWN, SUBSETS, DataInfo, describe
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import groups_fit, nearest_group_size
 from effnetlib.model import VARIANTS
 from effnetlib.optim import OPTIMIZERS
 from effnetlib.parameters import check_parameters, typed
+from effnetlib.paths import name_or_path
 from effnetlib.presets import preset_fields
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
 
@@ -32,8 +33,8 @@ class Recipe:
     """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
 
     Attributes:
-      dataset: digits, cifar10, fashion_mnist, imagenet, or a folder of photographs or of shards (a path, or a name under
-        the cache folder; see `effnetlib.data`).
+      dataset: digits, cifar10, fashion_mnist, imagenet, or a folder of photographs or of shards (a path, which is made
+        absolute, or a name under the cache folder; see `effnetlib.data`).
       subset: "all", "half" (train on a random half), or "minival" (the reference's hold-out: evaluate on 20/1,024 of the
         training set, train on the rest).
       variant: b0 to b7, or nano.
@@ -111,6 +112,7 @@ class Recipe:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), _HINTS[field.name]))
+        object.__setattr__(self, "dataset", name_or_path(self.dataset, "dataset"))
         self.validate()
 
     @classmethod
@@ -266,18 +268,16 @@ class Recipe:
                 f"{self.num_groups} batch-norm groups do not fit {num_devices} devices (one number must divide the "
                 f"other): try batch_norm_batch_size {nearest_group_size(batch, group, num_devices)}",
             )
+        if num_devices is not None or self.dataset in KNOWN:  # a folder is not listed before it is used
+            least = 1 / self.steps_per_epoch
+            require(
+                self.eval_every_epochs > 0.9999 * least,
+                f"eval_every_epochs {self.eval_every_epochs:g} is less than a step: the least is {least:.6g}",
+            )
 
 
 # What train.ipynb takes: a preset, what is not part of a recipe, and every field of it.
-TRAIN_OPTIONS = (
-    "directory",
-    "simulated_devices",
-    "eval_devices",
-    "max_minutes",
-    "coordinator",
-    "processes",
-    "process",
-)
+TRAIN_OPTIONS = ("directory", "simulated_devices", "eval_devices", "max_minutes", "coordinator", "processes", "process")
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
 
 _HINTS = typing.get_type_hints(Recipe)

@@ -16,6 +16,7 @@ import jax
 import pandas as pd
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.paths import user_path
 from effnetlib.recipe import Recipe
 
 SCHEMA = 1
@@ -32,7 +33,7 @@ def outputs_folder() -> Path:
     """Where runs write: the environment variable EFFNETLIB_OUTPUTS; else `outputs/` of the checkout that holds the
     working directory; else `outputs/` in the working directory."""
     if os.environ.get("EFFNETLIB_OUTPUTS"):
-        return Path(os.environ["EFFNETLIB_OUTPUTS"]).expanduser()
+        return user_path(os.environ["EFFNETLIB_OUTPUTS"], "EFFNETLIB_OUTPUTS", folder=True)
     here = Path.cwd()
     checkout = next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here)
     return checkout / "outputs"
@@ -45,10 +46,10 @@ def published_folder() -> Path:
 
 def runs_folder(suite: str) -> Path:
     """Where a suite's records lie: `outputs/SUITE/runs`; the published ones, which a line says, where nobody ran it here."""
-    mine, published = (folder / suite / "runs" for folder in (outputs_folder(), published_folder()))
-    if mine.exists() or not published.exists():
+    mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
+    if any(mine.glob("*/run.json")) or not published.exists():
         return mine
-    print(f"There is no {mine}: these are the records that come with effnetlib.")
+    print(f"{mine} holds no record: these are the records that come with effnetlib.")
     return published
 
 
@@ -95,7 +96,7 @@ class Record:
         Raises:
           EffnetlibError: there is no readable record in the folder.
         """
-        directory = Path(directory)
+        directory = user_path(directory, "the run")
         try:
             run = json.loads((directory / "run.json").read_text())
             fields = {name: run.get(name) for name in ("status", "environment", "data", "timing", "result", "error")}
@@ -194,7 +195,7 @@ class Record:
 def load_records(folder: Path | str) -> list[Record]:
     """Every record in the run folders of a folder, by name. One that cannot be read is left out with a warning."""
     records = []
-    for path in sorted(Path(folder).glob("*/run.json")):
+    for path in sorted(user_path(folder, "the folder").glob("*/run.json")):
         try:
             records.append(Record.load(path.parent))
         except EffnetlibError as error:

@@ -21,6 +21,15 @@ def outcome(directory: Path, name: str) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook, whose cells get ids where they were saved without: nbformat and nbconvert warn of those, and need them."""
+    notebook = nbformat.reader.reads(path.read_text())
+    notebook.nbformat_minor = max(5, notebook.nbformat_minor)
+    for number, cell in enumerate(notebook.cells):
+        cell.setdefault("id", f"cell-{number}")
+    return notebook
+
+
 def render_html(directory: Path, name: str) -> Path:
     """Renders the executed notebook `name` of a suite's folder to one self-contained HTML file, the code folded.
 
@@ -31,7 +40,7 @@ def render_html(directory: Path, name: str) -> Path:
       The HTML file, with a banner where the notebook failed.
     """
     executed = directory / "executed" / f"{name}.ipynb"
-    notebook = nbformat.read(executed, as_version=4)
+    notebook = read_notebook(executed)
     # What only an open notebook has a use for; and the badges are images from the network.
     notebook.cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
@@ -59,7 +68,7 @@ def render_index(directory: Path, name: str) -> Path:
             runs.append(row | {"record": record})
         else:
             source = directory / "executed" / f"{entry}.ipynb"
-            row["title"] = title(nbformat.read(source, as_version=4), source) if source.exists() else entry
+            row["title"] = title(read_notebook(source), source) if source.exists() else entry
             reports.append(row)
     hosts = sorted({record.environment["host"] for record in records.values() if record.environment})
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.paths import user_path
 from effnetlib.records import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
 
 SEARCH = "search-"
@@ -190,7 +191,7 @@ def show(figure, path: Path | str, alt: str) -> Image:
         plot = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
         plot.save(drawn := io.BytesIO(), form, optimize=True)  # a third of the size, and no difference to be seen
     if is_main_process():
-        path = outputs_folder() / path
+        path = user_path(path, "the figure", outputs_folder())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, drawn.getvalue())
     return Image(data=drawn.getvalue(), metadata={"alt": alt})  # IPython 7, Colab's, has no parameter for it

@@ -27,6 +27,7 @@ import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.parameters import check_parameters, read_yaml
+from effnetlib.paths import name_or_path, user_path
 from effnetlib.recipe import Recipe
 from effnetlib.records import outputs_folder
 
@@ -72,13 +73,13 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     """Reads and checks a suite before anything is run: keys, names, notebooks, parameters, recipes.
 
     Args:
-      path: the YAML file.
+      path: the YAML file. A relative path in it begins in the working directory.
       changes: parameters that every run gets (`--set key=value`).
 
     Raises:
       EffnetlibError: what is wrong, in which file and entry.
     """
-    path = Path(path)
+    path = user_path(path, "the suite")
     try:
         content = read_yaml(path.read_text())
     except UnicodeDecodeError:
@@ -89,7 +90,7 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
         raise EffnetlibError(f"the suite {path} is not YAML: {' '.join(str(error).split())}") from None
     try:
         _require_keys(content, {"runs", "reports"}, set())
-        notebooks = path.absolute().parent.parent
+        notebooks = path.parent.parent
         runs = tuple(
             _run_entry(path.stem, run, changes or {}) for item in _items(content, "runs") for run in _each(item)
         )
@@ -163,14 +164,23 @@ def _each(item) -> Iterator[dict]:
 
 def _run_entry(suite: str, run, changes: Mapping) -> Entry:
     name, parameters = _named(run)
+    parameters = {key: _from_here(key, value) for key, value in {**parameters, **changes}.items()}
     if "directory" in parameters:
         raise EffnetlibError(f"{name}: leave directory out, a suite's runs lie in outputs/{suite}/runs")
-    return Entry(name, TRAIN_NOTEBOOK, {**parameters, **changes, "directory": f"{suite}/runs/{name}"})
+    return Entry(name, TRAIN_NOTEBOOK, {**parameters, "directory": f"{suite}/runs/{name}"})
 
 
 def _report_entry(suite: str, report) -> Entry:
     name, parameters = _named(report if isinstance(report, dict) else {"name": report})
+    parameters = {key: _from_here(key, value) for key, value in parameters.items()}
     return Entry(name, name, {**parameters, "suite": suite})
+
+
+def _from_here(name: str, value):
+    """A parameter with its paths made absolute: a relative one begins where the command runs, and a kernel runs elsewhere."""
+    if isinstance(value, list):
+        return [_from_here(name, each) for each in value]
+    return name_or_path(value, name) if name in ("dataset", "runs") and isinstance(value, str) else value
 
 
 def _require_keys(value, allowed: set[str], needed: set[str]) -> None:

@@ -15,6 +15,7 @@ from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.evaluation import Evaluator
 from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
+from effnetlib.paths import user_path
 from effnetlib.progress import Progress
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, environment, is_main_process
@@ -58,10 +59,10 @@ def train(
       DivergedError: the loss became infinite, nan or huge; the record is `failed` and says at which step, with which
         learning rate and norms.
     """
-    directory = Path(directory).expanduser().absolute()
     devices = jax.devices()
     with contextlib.ExitStack() as block:
         with all_or_none():
+            directory = user_path(directory, "directory", folder=True)
             recipe.validate(len(devices))
             if eval_devices is not None:
                 _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)

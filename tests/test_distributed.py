@@ -7,6 +7,7 @@ import pytest
 from test_invariance import free_port
 
 from effnetlib import EffnetlibError, distributed
+from effnetlib.errors import FailedError
 
 
 def test_a_process_on_its_own_joins_nothing(monkeypatch):
@@ -28,6 +29,61 @@ def test_a_process_on_its_own_joins_nothing(monkeypatch):
 def test_half_an_address_is_refused(given, sentence):
     with pytest.raises(EffnetlibError, match=sentence):
         distributed.start(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port"),
+    [("tpu-0", "tpu-0", 8476), ("tpu_0.svc.local:80", "tpu_0.svc.local", 80), ("10.0.0.2", "10.0.0.2", 8476),
+     ("1.2.3.4:8476", "1.2.3.4", 8476), ("[::1]:80", "::1", 80), ("[::1]", "::1", 8476), ("::1", "::1", 8476),
+     ("fe80::1:80", "fe80::1:80", 8476), (" tpu-0\n", "tpu-0", 8476), ("host.:65535", "host.", 65535)],
+)  # fmt: skip
+def test_an_address_is_a_host_and_a_port(given, host, port):
+    assert distributed._host_and_port(given) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["host:", "host:port", "host:0", "host:65536", "host:-1", "host: 80", ":8476", ":", " ", "http://host:1", "http://host", "a b",
+     "[::1", "::1]", "[::1]:", "[::1]8476", "[host]:1", "[]:1", "::1:99999", "a:1:2", "host:1/x", "user@host", "a..b", "x" * 64],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_at_once(given):
+    with pytest.raises(EffnetlibError, match="^coordinator .* is no address: HOST, HOST:PORT or") as refused:
+        distributed.start(given, 2, 1)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_name_that_cannot_be_resolved_is_given_up_in_a_minute_and_not_in_half_an_hour(process, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: tried.append(1))
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", None)
+    tried = []
+
+    def unknown(*_):
+        raise distributed.socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", unknown)
+    with pytest.raises(
+        FailedError, match="the host of process 0, tpu-0, cannot be resolved: Name or service not known"
+    ):
+        distributed.start("tpu-0:80", 2, process)
+    assert 2 <= len(tried) <= 6
+
+
+def test_a_name_that_comes_late_is_waited_for(monkeypatch):
+    answers = [distributed.socket.gaierror(-3, "try again"), None]
+    joined = []
+
+    def getaddrinfo(*_):
+        if error := answers.pop(0):
+            raise error
+
+    monkeypatch.setattr(distributed.time, "sleep", lambda _: None)
+    monkeypatch.setattr(distributed.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *given, **_: joined.append(given))
+    distributed.start("::1", 2, 0)
+    assert joined == [("[::1]:8476", 2, 0)]
 
 
 def test_missing_hosts_are_named_while_one_waits_and_given_up_in_a_sentence():

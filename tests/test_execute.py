@@ -120,8 +120,18 @@ def test_an_unwritable_outputs_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EFFNETLIB_OUTPUTS", str(tmp_path / "file"))
     suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]"))
+    with pytest.raises(EffnetlibError, match="EFFNETLIB_OUTPUTS .* is a file, where a folder is wanted"):
+        execute(suite)
+    monkeypatch.setenv("EFFNETLIB_OUTPUTS", "/proc/outputs")
     with pytest.raises(EffnetlibError, match="the outputs folder .* cannot be written"):
         execute(suite)
+
+
+def test_a_report_alone_makes_no_folder_of_runs(folder, monkeypatch):
+    suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [07_throughput]"))
+    monkeypatch.setattr("effnetlib.execute._run_papermill", lambda *_: 0)
+    assert [each.entry.name for each in execute(suite, "07_throughput")] == ["07_throughput"]
+    assert suite.directory.is_dir() and not (suite.directory / "runs").exists()
 
 
 @pytest.mark.slow

@@ -250,4 +250,4 @@ def test_what_one_process_refuses_is_refused_by_all(tmp_path):
         for i in (0, 1)
     ]
     own, other = (process.communicate(timeout=120)[0] for process in both)
-    assert "cannot be written" in own and "process 0 of 2 refused: its log says why" in other
+    assert "is a file, where a folder is wanted" in own and "process 0 of 2 refused: its log says why" in other

@@ -26,7 +26,7 @@ PAPERMILL = """#!/bin/bash
 trap 'kill $!; exit 75' TERM
 run=$EFFNETLIB_OUTPUTS/run
 times=$(cat "$run/times" 2>/dev/null)
-printf '<%s>' "$EFFNETLIB_COORDINATOR" "$EFFNETLIB_PROCESSES" "$EFFNETLIB_PROCESS" "${times:-0}" "${@:10}"
+printf '<%s>' "$EFFNETLIB_COORDINATOR" "$EFFNETLIB_PROCESSES" "$EFFNETLIB_PROCESS" "${times:-0}" "${@:8}"
 if [[ $EFFNETLIB_PROCESS == "${WRITER:-0}" ]]; then
     mkdir -p "$run"
     sleep 0.1
@@ -151,6 +151,23 @@ def test_a_failure_at_the_same_moment_as_a_success_counts(places, tmp_path):
     time.sleep(1.5)  # it finds that all have ended
     process.send_signal(signal.SIGCONT)
     assert finish(process)[0] == 3
+
+
+@pytest.mark.parametrize("variable", ["EFFNETLIB_OUTPUTS", "EFFNETLIB_DATA"])
+def test_an_address_is_no_folder_of_a_host(places, tmp_path, variable):
+    settings = {"EFFNETLIB_PROCESS": 0, "EFFNETLIB_OUTPUTS": tmp_path / "outputs", variable: "gs://bucket/x"}
+    code, said = finish(start([LAUNCH / "host.sh"], places, **settings))
+    assert code == 2 and f"host.sh: {variable} gs://bucket/x is an address: mount it" in said
+    code, said = finish(gcloud(places, tmp_path, **{variable: "gs://bucket/x"}))
+    assert code == 2 and f"gcloud.sh: {variable} gs://bucket/x is an address: mount it" in said
+    assert not (tmp_path / "machines/calls").exists()
+
+
+@pytest.mark.parametrize("given", ["mine", "./mine", "~/mine"])
+def test_a_relative_folder_of_a_host_begins_where_it_is_started(places, tmp_path, given):
+    settings = {"EFFNETLIB_PROCESS": 0, "EFFNETLIB_OUTPUTS": given, "GANG": 1, "HOME": tmp_path}
+    process = subprocess.run([LAUNCH / "host.sh"], env=places | {k: str(v) for k, v in settings.items()}, cwd=tmp_path)
+    assert process.returncode == 0 and (tmp_path / "mine/run/times").exists()
 
 
 # host.sh where nothing is shared
@@ -291,7 +308,7 @@ def test_skypilot_starts_every_host(places, tmp_path):
     }
     run = ["bash", "-c", SKYPILOT["run"]]
     code, said = finish(start(run, places, **settings))
-    assert code == 75 and "<10.0.0.2><2><1><0><-p><preset><b0-4096-lars><-p>" in said
+    assert code == 75 and "<10.0.0.2><2><1><0><-p><preset><b0-4096-rmsprop><-p>" in said
     code, said = finish(start(run, places, **settings))
     assert code == 0 and "<10.0.0.2><2><1><1>" in said
     assert (tmp_path / "run/hosts/host1.log").exists()

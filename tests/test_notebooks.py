@@ -90,6 +90,39 @@ def test_a_mistyped_parameter_is_seen_inside_the_notebook():
         notebook_parameters({"suite": "laptop", "siute": "mine", "In": cells}, ["suite"])
 
 
+SEEN = ["print(1)", "from typing import Optional\nsuite: str = 'laptop'\nhours: Optional[float] = None"]
+INJECTED, IMPORT = "# Parameters\nsuite = 'mine'", "import effnetlib"
+
+
+@pytest.mark.parametrize(
+    "mine",
+    ["lr = 0.1", "lr: float = 0.1", "import numpy\nx = 3", "suite_too: str = 'a'\nsuite: int = 3", "a.b: int = 3", "%cd x", "x = (",
+     "# Parameters of mine\nlr = 0.1", "hours: undefined = 1\nlr = 2", "\0"],
+)  # fmt: skip
+def test_a_cell_of_the_users_own_holds_no_parameters(mine):
+    """Wherever it was run, before the import or between two imports; JupyterLab and Colab keep all that was run in `In`."""
+    values = {"suite": "mine", "hours": 8, "Optional": Optional, "lr": 0.1}
+    for cells in (
+        [*SEEN, INJECTED, mine, IMPORT],
+        [*SEEN, mine, IMPORT],
+        [mine, *SEEN, INJECTED, IMPORT, mine, IMPORT],
+    ):
+        got = notebook_parameters(values | {"In": cells}, ["suite", "hours"])
+        assert got == {"suite": "mine", "hours": 8.0} and type(got["hours"]) is float
+
+
+def test_what_is_run_once_more_is_checked_once_more():
+    bad = "# Parameters\nsiute = 'mine'"
+    values = {"suite": "laptop", "hours": None, "Optional": Optional}
+    for cells in ([*SEEN, bad, IMPORT], [*SEEN, bad, IMPORT, IMPORT], [*SEEN, bad, IMPORT, "lr = 0.1", IMPORT]):
+        with pytest.raises(ValueError, match="no parameter 'siute': did you mean suite?"):
+            notebook_parameters(values | {"In": cells}, ["suite", "hours"])
+        with pytest.raises(ValueError, match="hours must be float or None, and is 'x'"):
+            notebook_parameters(values | {"hours": "x", "In": [*SEEN, IMPORT, IMPORT]}, ["suite", "hours"])
+    corrected = [*SEEN, bad, IMPORT, INJECTED, IMPORT]
+    assert notebook_parameters(values | {"suite": "mine", "In": corrected}, ["suite", "hours"])["suite"] == "mine"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [("suite", 3, r"suite must be str, and is 3 \(int\)"), ("count", True, r"count must be int or None, and is True \(bool\)"),

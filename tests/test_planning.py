@@ -161,6 +161,14 @@ def test_the_published_plans_of_the_two_pod_recipes_keep_the_aims():
     assert b5.step_seconds <= 380e-3 and b5.temp_bytes <= 13 * topology.GIB
 
 
+def test_every_published_plan_is_found_by_a_preset():
+    plans = load_plans(published_folder() / "plans")
+    for each in plans:
+        names = [f"{each.variant}-{each.global_batch_size}-{optimizer}" for optimizer in ("lars", "rmsprop")]
+        recipes = map(Recipe.preset, [*names, "colab"])
+        assert any(find_plan(plans, recipe, each.topology) == each for recipe in recipes), (each.topology, names)
+
+
 @compiler
 def test_where_not_even_one_image_fits_the_search_ends(monkeypatch):
     monkeypatch.setattr(planning, "_compile_train", lambda recipe, devices: None)

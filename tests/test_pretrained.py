@@ -65,8 +65,8 @@ def test_what_is_there_is_not_overwritten_and_nothing_half_written_stays(file, t
         (["export", "{file}", "nowhere/out.safetensors"], "there is no folder"),
         (["export", "nothing", "out.safetensors"], "neither a file of weights nor the folder"),
         (["import", "nothing.h5"], "neither a file of weights nor the folder"),
-        (["import", "{file}", "--to", "{file}"], "cannot be written: Not a directory"),
-        (["import", "{file}", "--to", "{file}/x"], "cannot be written: "),
+        (["import", "{file}", "--to", "{file}"], "is a file, where a folder is wanted"),
+        (["import", "{file}", "--to", "{file}/x"], "is a file, where a folder is wanted"),
         (["export", "{file}", "/proc/x.safetensors"], "cannot be written: "),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import os
 
 import nbformat
 import publish
@@ -7,6 +8,7 @@ from test_report import made_up, outcome
 
 from effnetlib import EffnetlibError
 from effnetlib.claims import warmup
+from effnetlib.errors import FailedError
 from effnetlib.records import outputs_folder
 from effnetlib.render import render_html
 
@@ -96,6 +98,42 @@ def test_nothing_is_published_of_a_suite_that_failed_or_never_ran(project):
     assert (project / "suite/03_schedules.html").read_bytes() == before
     with pytest.raises(EffnetlibError, match="holds no executed reports: run its suite first"):
         publish.publish(outputs_folder() / "other")
+
+
+@pytest.mark.parametrize("crash", [False, True], ids=["failure", "crash"])
+@pytest.mark.parametrize("step", range(8))
+def test_whatever_fails_on_the_way_the_old_one_stays(project, monkeypatch, step, crash):
+    """Five copies, the index, the old folder's renaming and the new one's. After a crash nothing is mended until the next time."""
+    made_up("lars-64-seed0")
+    suite = report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
+    publish.publish(suite)
+
+    def content():
+        return {path.relative_to(project): path.read_bytes() for path in project.rglob("*") if path.is_file()}
+
+    def failing(function):
+        def call(*arguments):
+            done.append(function)
+            if len(done) == step + 1:
+                raise KeyboardInterrupt if crash else OSError("disk full")
+            return function(*arguments)
+
+        return call
+
+    before, done, mend = content(), [], publish._mend
+    with monkeypatch.context() as patched:
+        for name in ("_copy", "_copy_notebook", "render_index"):
+            patched.setattr(publish, name, failing(getattr(publish, name)))
+        rename = failing(os.rename)
+        patched.setattr(publish.Path, "rename", lambda path, to: rename(path, to))
+        patched.setattr(publish, "_mend", lambda published: None if crash else mend(published))
+        with pytest.raises(KeyboardInterrupt if crash else FailedError):
+            publish.publish(suite)
+    assert crash or content() == before
+    publish.refresh()
+    assert content() == before
+    publish.publish(suite)
+    assert content() == before
 
 
 def test_a_table_without_a_place_is_a_sentence():

@@ -27,6 +27,12 @@ def test_presets_hold_the_papers_settings(name, peak_lr, warmup, steps):
     assert recipe.decay == ("polynomial" if "lars" in name else "exponential")
 
 
+def test_below_16_384_the_peak_of_lars_falls_with_the_root_of_the_batch():
+    peaks = [Recipe.preset(f"b0-{batch}-lars").peak_lr for batch in (64, 1024, 4096, 16384, 32768)]
+    assert peaks == pytest.approx([15.104 / 16, 15.104 / 4, 15.104 / 2, 15.104, 15.104])
+    assert Recipe.preset("b0-1024-lars").lr_per_256 == pytest.approx(0.944)  # and not 3.776
+
+
 def test_batch_norm_groups_follow_the_released_code():
     assert Recipe.preset("b2-32768-lars").num_groups == 256
     assert [Recipe.preset(f"b2-{b}-rmsprop").num_groups for b in (32, 256, 512, 4096, 32768)] == [1, 8, 2, 8, 8]
@@ -66,6 +72,14 @@ def test_evaluation_steps_end_with_the_last():
     assert recipe.eval_steps == (16, 33, 44)
 
 
+def test_an_evaluation_takes_a_step_or_more():
+    assert DIGITS.replace(eval_every_epochs=0.0445372, epochs=0.5, warmup_epochs=0).eval_steps == tuple(range(1, 12))
+    assert Recipe.preset("digits-2048-lars").eval_steps[-1] == 7  # a batch that is larger than the set
+    folder = DIGITS.replace(dataset="/nowhere", eval_every_epochs=1e-9)  # not listed yet
+    with pytest.raises(EffnetlibError, match="there is no data set '/nowhere'"):
+        folder.validate(8)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -82,6 +96,7 @@ def test_evaluation_steps_end_with_the_last():
         ({"batch_norm_batch_size": 128}, "does not divide into batch-norm groups of 128"),
         ({"warmup_epochs": 10}, "warmup_epochs 10 must be shorter than the run of 10 epochs"),
         ({"end_lr": 50.0}, "end_lr 50 is above the peak learning rate"),
+        ({"eval_every_epochs": 1e-9}, "eval_every_epochs 1e-09 is less than a step: the least is 0.0445372"),
         ({"sed": 3}, "a recipe has no field 'sed': did you mean seed?"),
     ],
 )

@@ -85,6 +85,11 @@ def test_environment_names_versions_and_hardware():
 def test_outputs_folder(tmp_path, monkeypatch):
     assert outputs_folder() == tmp_path / "outputs"
     monkeypatch.delenv("EFFNETLIB_OUTPUTS")
+    monkeypatch.setenv("EFFNETLIB_OUTPUTS", str(tmp_path / "file/below"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EffnetlibError, match="EFFNETLIB_OUTPUTS .* is a file, where a folder is wanted"):
+        outputs_folder()
+    monkeypatch.delenv("EFFNETLIB_OUTPUTS")
     (tmp_path / "notebooks/suites").mkdir(parents=True)
     (tmp_path / "notebooks/deeper").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks/deeper")

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
-from effnetlib.records import outputs_folder
+from effnetlib.records import outputs_folder, published_folder
 from effnetlib.render import render_html, render_index
 from effnetlib.report import (
     best_rates,
@@ -167,9 +167,27 @@ def test_figures_are_kept_with_their_text_in_256_colours_or_as_photographs():
 def test_reports_of_a_suite_that_nobody_ran_here_show_the_published_records(capsys):
     assert len(suite_records("laptop")) == 12
     assert "these are the records that come with effnetlib" in capsys.readouterr().out
-    (outputs_folder() / "laptop/runs").mkdir(parents=True)
+    run = outputs_folder() / "laptop/runs/begun"
+    run.mkdir(parents=True)  # a folder is no record
+    assert len(suite_records("laptop")) == 12
+    (run / "run.json").write_text(
+        (published_folder() / "laptop/runs/lars-64/run.json").read_text().replace("completed", "running", 1)
+    )
     with pytest.raises(EffnetlibError, match="effnetlib run notebooks/suites/laptop.yaml"):
         suite_records("laptop")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("minor", [2, 4, 5])
+def test_a_notebook_that_was_saved_without_ids_renders(minor):
+    folder = outcome("old", run=False)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Old"), nbformat.v4.new_code_cell("1")])
+    for cell in notebook.cells:
+        del cell["id"]
+    notebook.nbformat_minor = minor
+    (folder / "executed/old.ipynb").write_text(json.dumps(notebook))
+    assert "<title>Old" in render_html(folder, "old").read_text()
+    assert "Old" in render_index(folder, "suite").read_text()
 
 
 def test_integers_stay_integers_in_a_table_that_lacks_some():

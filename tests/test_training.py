@@ -246,7 +246,7 @@ def test_divergence_stops_and_is_recorded(tiny, tmp_path):
 def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
-    with pytest.raises(EffnetlibError, match="run's folder .* cannot be written: Not a directory"):
+    with pytest.raises(EffnetlibError, match="directory .* is a file, where a folder is wanted"):
         train(tiny, blocker / "run")
     for recipe, sentence in [
         (tiny.replace(dataset="cifar10"), "effnetlib data fetch cifar10"),

@@ -13,6 +13,7 @@ from effnetlib.data.images import decode
 from effnetlib.data.photographs import Listing, list_photographs
 from effnetlib.data.shards import NOTES, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.paths import name_or_path, user_path
 
 SPLITS = ("train", "eval", "test")
 SUBSETS = ("all", "half", "minival")
@@ -61,7 +62,7 @@ class Split:
 
 def cache_folder() -> Path:
     """Where downloaded sets lie: the environment variable EFFNETLIB_DATA, else ~/.cache/effnetlib."""
-    return Path(os.environ.get("EFFNETLIB_DATA") or Path.home() / ".cache" / "effnetlib").expanduser()
+    return user_path(os.environ.get("EFFNETLIB_DATA") or "~/.cache/effnetlib", "EFFNETLIB_DATA", folder=True)
 
 
 def describe(name: str, subset: str = "all") -> DataInfo:
@@ -190,9 +191,7 @@ KAGGLE_IMAGENET = Path("/kaggle/input/imagenet-object-localization-challenge")
 def data_folder(name: str) -> Path:
     """Where photographs of this name lie: the path itself, or a folder of the cache. On Kaggle, "imagenet" is the competition's
     where it is attached and the cache has none."""
-    if os.sep in name:
-        return Path(name).expanduser()
-    folder = cache_folder() / name
+    folder = user_path(name_or_path(name, "dataset"), "dataset", cache_folder(), folder=True)
     attached = name == "imagenet" and not folder.is_dir() and KAGGLE_IMAGENET.is_dir()
     return KAGGLE_IMAGENET if attached else folder
 

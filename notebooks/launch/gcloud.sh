@@ -19,6 +19,12 @@ if [[ -z ${COPY_TO:-}${EFFNETLIB_OUTPUTS:-} ]]; then
     echo "gcloud.sh: the hosts share no folder: give COPY_TO=gs://BUCKET/RUN, or as EFFNETLIB_OUTPUTS a folder that all mount" >&2
     exit 2
 fi
+for name in EFFNETLIB_OUTPUTS EFFNETLIB_DATA; do # before anything is installed
+    [[ ${!name:-} != *:/* ]] || {
+        echo "gcloud.sh: $name ${!name} is an address: mount it on every host, and give the folder (COPY_TO takes an address)" >&2
+        exit 2
+    }
+done
 # The images' own Python is older than ours.
 default_install='tar -xzf effnetlib.tar.gz && cd effnetlib && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv &&
     python3 -m uv venv -q --allow-existing --python 3.12 .venv && python3 -m uv pip install -q -p .venv "jax[tpu]" --editable .'

@@ -3,6 +3,9 @@
 #
 #   host.sh [-p NAME VALUE …]        the parameters of notebooks/train.ipynb
 #
+# A relative path among them, or in EFFNETLIB_OUTPUTS or EFFNETLIB_DATA, begins where host.sh is started. None may be an address
+# such as gs://BUCKET: mount the bucket.
+#
 # Which host it is, and where the first one is, comes from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS
 # (see effnetlib/distributed.py). What runs write goes to EFFNETLIB_OUTPUTS, a folder that all hosts see. Each host leaves its
 # notebook and its log in hosts/ there. With COPY_TO, the first host runs `$COPY FOLDER $COPY_TO` every COPY_SECONDS and at
@@ -17,7 +20,15 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 process=${EFFNETLIB_PROCESS:?which host this is, from 0}
+for name in EFFNETLIB_OUTPUTS EFFNETLIB_DATA; do
+    [[ ${!name:-} != *:/* ]] || {
+        echo "host.sh: $name ${!name} is an address: mount it on every host, and give the folder" >&2
+        exit 2
+    }
+done
 export EFFNETLIB_OUTPUTS=${EFFNETLIB_OUTPUTS:-$here/../../outputs}
+EFFNETLIB_OUTPUTS=${EFFNETLIB_OUTPUTS/#\~\//$HOME/}
+[[ $EFFNETLIB_OUTPUTS == /* ]] || EFFNETLIB_OUTPUTS=$PWD/$EFFNETLIB_OUTPUTS
 to=${COPY_TO:-}
 if [[ $to == *://* ]]; then copy=${COPY:-gcloud storage rsync --recursive}; else copy=${COPY:-cp -rT}; fi
 
@@ -79,7 +90,7 @@ copy_to() {
 }
 
 : >"$log"
-papermill --engine effnetlib --kernel python3 --no-progress-bar --cwd "$here/.." \
+papermill --engine effnetlib --kernel python3 --no-progress-bar \
     "$here/../train.ipynb" "$hosts/host$process.ipynb" "$@" >"$log" 2>&1 &
 started=$!
 while cmp -s /proc/$$/cmdline /proc/$started/cmdline; do :; done # still a copy of this script, a signal to which is lost

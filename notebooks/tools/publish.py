@@ -11,7 +11,6 @@ import json
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ import matplotlib.pyplot as plt
 import nbformat
 
 from effnetlib.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.planning import find_plan, load_plans
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, load_records, outputs_folder, published_folder, write_atomically
-from effnetlib.render import css, outcome, render_index, title
+from effnetlib.render import css, outcome, read_notebook, render_index, title
 from effnetlib.topology import GIB
 
 KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
@@ -52,8 +51,9 @@ def publish(suite: Path) -> Path:
     if failed := [name for name in reports if outcome(suite, name)["error"]]:
         raise EffnetlibError(f"the report {failed[0]} of {suite} failed: {outcome(suite, failed[0])['error']}")
     published = published_folder()
-    with tempfile.TemporaryDirectory(dir=published, prefix=f".{suite.name}-") as scratch:
-        new = Path(scratch) / suite.name
+    _mend(published)
+    place, new = published / suite.name, published / f".{suite.name}.new"
+    try:
         for name in reports:
             for path in (f"{name}.html", f"executed/{name}.json"):
                 _copy(suite / path, new / path)
@@ -63,16 +63,30 @@ def publish(suite: Path) -> Path:
         for path in (path for name in KEPT_OF_A_RUN for path in suite.glob(f"runs/*/{name}")):
             _copy(path, new / path.relative_to(suite))
         render_index(new, suite.name)
-        if (published / suite.name).exists():
-            (published / suite.name).rename(Path(scratch) / "before")
-        new.rename(published / suite.name)
+        if place.exists():
+            place.rename(published / f".{suite.name}.before")
+        new.rename(place)
+    except OSError as error:
+        raise FailedError(f"{place} cannot be replaced, and stays as it was: {error}") from None
+    finally:
+        _mend(published)
     return refresh()
+
+
+def _mend(published: Path) -> None:
+    """Ends what `publish` began, after a failure and after a crash: where the new folder has not come, the old one comes back."""
+    for before in published.glob(".*.before"):
+        place = published / before.name[1 : -len(".before")]
+        shutil.rmtree(before) if place.exists() else before.rename(place)
+    for new in published.glob(".*.new"):
+        shutil.rmtree(new)
 
 
 def refresh() -> Path:
     """Writes the companion page, which it returns, the claims as JSON and as a figure, and the READMEs' tables, from all that is
     published."""
     published = published_folder()
+    _mend(published)
     for name, tables in readme_tables(published).items():
         readme = published.parent.parent / name
         write_atomically(readme, with_tables(readme.read_text(), tables))
@@ -88,7 +102,7 @@ def verdicts(published: Path) -> list[dict]:
     found = []
     for path in sorted(published.glob("*/executed/*.ipynb")):
         where = {"suite": path.parent.parent.name, "report": path.stem}
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read_notebook(path)
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
         found += [output.data[MIME] | where for output in outputs if MIME in output.get("data", {})]
     tested = {each["claim"] for each in found if each["verdict"] != NOT_TESTABLE}
@@ -264,12 +278,12 @@ def _speed(published: Path) -> Iterator[str]:
 
 
 def _title(path: Path) -> str:
-    return title(nbformat.read(path, as_version=4), path)
+    return title(read_notebook(path), path)
 
 
 def _copy_notebook(source: Path, to: Path) -> None:
     """Without the folders of the machine that executed it, which papermill writes down."""
-    notebook = nbformat.read(source, as_version=4)
+    notebook = read_notebook(source)
     stated = notebook.metadata.get("papermill", {})
     stated.update({key: Path(stated[key]).name for key in ("input_path", "output_path") if key in stated})
     nbformat.write(notebook, to)
