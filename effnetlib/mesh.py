@@ -53,9 +53,9 @@ def replica_groups(num_replicas: int, group_size: int, torus: Sequence[int] | No
     """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
 
     Groups are contiguous, ``arange.reshape(-1, group_size)``, up to 16 replicas. Larger ones are boxes of chips that fill the
-    torus, and of those the one whose sides are the most equal: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one. The
-    cores of a box are walked from chip to neighbour, there along a row and back along the next. Where no box fills the torus,
-    and on a slice of Google's entry for all but groups of 32 and 64, larger groups are contiguous too, as theirs are.
+    torus, with sides as equal as can be: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one. The cores of a box are
+    walked from chip to neighbour, there along a row and back along the next. On a slice of Google's entry groups of more than
+    16 other than 32 and 64 are contiguous, as theirs are; so are groups that share a chip.
 
     Args:
       torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row. None is
