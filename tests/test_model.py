@@ -98,7 +98,7 @@ def products(program):
     for line in program.splitlines():
         if re.search(r"stablehlo\.(dot_general|dot|convolution)\b", line):
             operands = line.rpartition(" : (")[2].partition(") ->")[0]
-            found[(*re.findall(r"x(\w+)>", operands), *re.findall(r"\b(DEFAULT|HIGH|HIGHEST)\b", line))] += 1
+            found[(*re.findall(r"x([a-z]+\d+)>", operands), *re.findall(r"\b(DEFAULT|HIGH|HIGHEST)\b", line))] += 1
     return found
 
 

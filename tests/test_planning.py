@@ -159,7 +159,7 @@ def test_the_step_tells_the_compiler_when_to_compute_again(monkeypatch):
 
 
 @compiler
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_tpu_multiplies_float32_as_float32(precision):
     """Of the programs for a TPU that is not there, what the compiler made of every product's precision."""
     recipe = Recipe.preset("digits-64-lars").replace(precision=precision)
