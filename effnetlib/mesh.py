@@ -4,6 +4,7 @@ Source: section 3.4 of the paper (groups of more than 16 replicas form 2-D tiles
 v0.7 entry (resnet-research-TF-tpu-v3-8192/util/image_util.py), the nearest published code by the same people.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ from effnetlib.errors import EffnetlibError
 
 AXES = ("bn_group", "bn_member")
 
-# Replicas -> the slice's (rows, columns) in chips, and replicas a group -> the tile's, for chips of two cores.
+# Of Google's entry, for chips of two cores: replicas -> the slice's (rows, columns) in chips, and the groups that are tiles.
 SLICES = {
     128: (8, 8),
     256: (16, 8),
@@ -25,7 +26,7 @@ SLICES = {
     4096: (32, 64),
     8192: (32, 128),
 }
-TILES = {32: (4, 4), 64: (4, 8)}
+TILED_GROUPS = 32, 64
 LARGEST_CONTIGUOUS_GROUP = 16
 
 
@@ -48,28 +49,32 @@ def simulate_devices(count: int) -> None:
         )
 
 
-def replica_groups(num_replicas: int, group_size: int) -> np.ndarray:
+def replica_groups(num_replicas: int, group_size: int, torus: Sequence[int] | None = None) -> np.ndarray:
     """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
 
-    Groups are contiguous, ``arange.reshape(-1, group_size)``, up to 16 replicas. Groups of 32 or 64 on a known slice are
-    2-D tiles of the torus, with ``id = row * 2 * columns + 2 * column + core``; the cores of a tile are walked in pairs
-    of rows, there and back. Other sizes are contiguous too.
+    Groups are contiguous, ``arange.reshape(-1, group_size)``, up to 16 replicas. Larger ones are boxes of chips that fill the
+    torus, with sides as equal as can be: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one. The cores of a box are
+    walked from chip to neighbour, there along a row and back along the next. On a slice of Google's entry groups of more than
+    16 other than 32 and 64 are contiguous, as theirs are; so are groups that share a chip.
+
+    Args:
+      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row. None is
+        the slice of Google's entry with so many replicas, and where it has none, a line.
     """
     contiguous = np.arange(num_replicas).reshape(-1, group_size)
-    if group_size <= LARGEST_CONTIGUOUS_GROUP or group_size not in TILES or num_replicas not in SLICES:
+    published = (*SLICES.get(num_replicas, ()), 2)
+    *chips, cores = torus or published
+    theirs = (*chips, cores) == published and group_size not in TILED_GROUPS
+    sides = ([n for n in range(1, side + 1) if side % n == 0] for side in chips)
+    boxes = [box for box in itertools.product(*sides) if math.prod(box) * cores == group_size]
+    if group_size <= LARGEST_CONTIGUOUS_GROUP or theirs or not boxes:
         return contiguous
-    _, columns = SLICES[num_replicas]
-    tile_rows, tile_columns = TILES[group_size]
-    first = [
-        row * 2 * columns + 2 * column + core
-        for row in range(tile_rows)
-        for column in (range(tile_columns) if row % 2 == 0 else reversed(range(tile_columns)))
-        for core in range(2)
-    ]
-    across = columns // tile_columns
-    tiles = np.arange(num_replicas // group_size)
-    shifts = (tiles // across * across * tile_rows + tiles % across) * 2 * tile_columns
-    return np.array(first) + shifts[:, None]
+    box, walk = min(boxes, key=sum), [()]
+    for side in reversed(box):
+        walk = [(i, *place) for i in range(side) for place in (walk[::-1] if i % 2 else walk)]
+    grid = contiguous.reshape(*chips, cores)
+    corners = np.array(list(np.ndindex(*np.floor_divide(chips, box)))) * box
+    return np.array([grid[tuple(np.transpose(corner + walk))].ravel() for corner in corners])
 
 
 def groups_fit(num_groups: int, num_devices: int) -> bool:
@@ -111,7 +116,15 @@ def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> M
     members = max(1, len(devices) // num_groups)
     grid = np.empty(len(replicas), object)
     grid[:] = replicas
-    return Mesh(grid[replica_groups(len(replicas), members)], AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid[replica_groups(len(replicas), members, _torus(replicas))], AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _torus(devices):
+    """Chips in each direction of more than one, and cores per chip; or a line, of devices that fill no such torus."""
+    *chips, cores = (len(set(places)) for places in zip(*map(_place, devices), strict=True))
+    if hasattr(devices[0], "coords") and math.prod(chips) * cores == len(devices):
+        return *(side for side in chips if side > 1), cores
+    return len(devices), 1
 
 
 def _place(device: jax.Device) -> tuple:

@@ -224,7 +224,7 @@ class EfficientNet(nnx.Module):
         self.blocks = nnx.data([MBConv(spec, dtype=dtype, norm=norm, rngs=rngs) for spec in specs])
         self.head = Pointwise(specs[-1].out_filters, head, dtype=dtype, rngs=rngs)
         self.head_norm = norm(head, rngs=rngs)
-        self.classifier = nnx.Linear(head, num_classes, kernel_init=_dense_init, rngs=rngs)
+        self.classifier = nnx.Linear(head, num_classes, kernel_init=_dense_init, precision="highest", rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> jax.Array:
         x = _norm_swish(self.stem_norm, self.stem(images), train)

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -211,10 +212,17 @@ def load_plans(folder: Path | str) -> list[Plan]:
 
 
 def find_plan(plans: list[Plan], recipe: Recipe, topology: str) -> Plan | None:
-    """The plan of a recipe for a slice, compiled without flags of one's own, or None."""
+    """The plan of a recipe for a slice, compiled without flags of one's own, or None: of several, the newest compiler's (libtpu,
+    then jaxlib and jax), and of those of one compiler, the slowest step's."""
     wanted = recipe.hash, topology
     found = [each for each in plans if (each.recipe_hash, each.topology) == wanted and "flags" not in each.versions]
-    return found[-1] if found else None
+
+    def rank(each):
+        versions = (each.versions.get(name, "") for name in ("libtpu", "jaxlib", "jax"))
+        numbers = [[int(n) for n in re.findall(r"\d+", version)] for version in versions]
+        return numbers, each.step_seconds or math.inf, each.to_json()
+
+    return max(found, key=rank, default=None)
 
 
 def _versions() -> dict:

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from effnetlib.activation import barrier, spatial, swish_and_slope, through_norm
-from effnetlib.convolutions import conv_init
+from effnetlib.convolutions import conv_init, precision_of
 
 
 def gate(squeezed, weights):
     """Squeeze-and-excite's two 1x1 convolutions: of the spatial means, the factor of each channel."""
     for (kernel, bias), activation in zip(weights, (jax.nn.swish, jax.nn.sigmoid), strict=True):
-        squeezed = activation(squeezed @ kernel + bias)
+        squeezed = activation(jnp.matmul(squeezed, kernel, precision=precision_of(squeezed)) + bias)
     return squeezed
 
 

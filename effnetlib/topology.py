@@ -82,18 +82,20 @@ def devices_of(topology: str) -> list:
         )
     chip = chip_of(topology)
     # Without these libtpu looks for a TPU VM's metadata, writes that it found none, and keeps a second process out. The type of
-    # the machine is any that exists: what is compiled for is the topology.
+    # the machine is any that exists: what is compiled for is the topology. libtpu would set the last two itself.
     no_tpu_vm = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "TPU_ACCELERATOR_TYPE": "v3-8",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "CLOUD_TPU_TASK_ID": "0",
+        "CLOUD_TPU_ACCELERATOR_TYPE": "v3-8",
     }
-    for name, value in no_tpu_vm.items():
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    added = {name: value for name, value in no_tpu_vm.items() if name not in os.environ}
+    os.environ.update(added)
     # A v4 chip's two cores are one device to jax, and one of them alone is what is described unless one says so.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     if topology.endswith(":1x1"):
@@ -104,6 +106,10 @@ def devices_of(topology: str) -> list:
         raise EffnetlibError(
             f"the topology {topology!r} is not one that the compiler knows: the nearest that is named is {_nearest(topology)}"
         ) from None
+    finally:
+        # A TPU of this process, or of one that it starts, must not read them.
+        for name in added:
+            del os.environ[name]
     chips = _chips(topology)
     if len(found) != chips * chip.cores:
         raise EffnetlibError(

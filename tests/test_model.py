@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from conftest import run_once
 from flax import nnx
 
-from effnetlib import EfficientNet, EffnetlibError, convolutions, make_mesh, paper
+from effnetlib import EfficientNet, EffnetlibError, Recipe, convolutions, make_mesh, paper
 from effnetlib.activation import normalized_swish
 from effnetlib.convolutions import (
     NARROW,
@@ -21,6 +22,7 @@ from effnetlib.convolutions import (
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
 from effnetlib.squeeze_excite import gate, gated_swish
+from effnetlib.step import make_train_step
 
 
 @pytest.mark.parametrize(("name", "count"), paper.trainable_parameters().items())
@@ -88,6 +90,47 @@ def test_logits_and_precision():
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}
         logits, convolved = jax.eval_shape(lambda m: (m(images), m.stem(images)), model)
         assert (logits.shape, logits.dtype, convolved.dtype) == ((2, 10), jnp.float32, dtype)
+
+
+def products(program):
+    """(dtypes of the operands, precisions) -> how many products of a lowered program have them."""
+    found = Counter()
+    for line in program.splitlines():
+        if re.search(r"stablehlo\.(dot_general|dot|convolution)\b", line):
+            operands = line.rpartition(" : (")[2].partition(") ->")[0]
+            found[(*re.findall(r"x([a-z]+\d+)>", operands), *re.findall(r"\b(DEFAULT|HIGH|HIGHEST)\b", line))] += 1
+    return found
+
+
+HIGHEST, DEFAULT = (("f32", "f32", "HIGHEST", "HIGHEST"), ("bf16", "bf16", "DEFAULT", "DEFAULT"))
+
+
+@pytest.mark.parametrize("setting", ["bfloat16", "tensorfloat32", "highest"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_product_of_float32_asks_for_the_highest_precision_whatever_jax_is_set_to(precision, setting):
+    recipe = Recipe.preset("digits-64-lars").replace(precision=precision)
+    init, step, graphdef = make_train_step(recipe)
+    state = jax.eval_shape(init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((64, recipe.resolution, recipe.resolution, 3), jnp.uint8)
+    batch = {"images": images, "labels": jax.ShapeDtypeStruct((64,), jnp.int32)}
+    model = nnx.merge(graphdef, state.params, state.batch_stats)
+    with jax.default_matmul_precision(setting):
+        training = jax.jit(step).trace(state, batch, jax.random.key(0), jnp.float32(0))
+        calling = jax.jit(lambda model, images: model(images)).trace(model, images)
+    gates, blocks = 2, 8
+    for platform in ("tpu", "cuda", "cpu"):
+        forward, both = (products(each.lower(lowering_platforms=(platform,)).as_text()) for each in (calling, training))
+        # Of each in the forward pass, two in the backward pass.
+        gates_and_classifier = gates * blocks + 1
+        if precision == "float32":
+            assert forward.keys() == both.keys() == {HIGHEST} and both[HIGHEST] > 3 * gates_and_classifier
+        elif platform == "cpu":
+            assert (
+                forward.keys() == both.keys() == {HIGHEST, DEFAULT}
+            )  # where kernels' gradients are products in float32
+        else:
+            assert forward.keys() == both.keys() == {HIGHEST, DEFAULT}
+            assert (forward[HIGHEST], both[HIGHEST]) == (gates_and_classifier, 3 * gates_and_classifier)
 
 
 def test_training_needs_no_key_order_but_the_key():

@@ -4,6 +4,10 @@ import dataclasses
 import importlib.util
 import json
 import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
 
 import jax
 import pytest
@@ -11,6 +15,7 @@ import pytest
 from effnetlib import EffnetlibError, Plan, Recipe, plan, planning, step, topology
 from effnetlib.__main__ import main
 from effnetlib.collectives import Collective, collectives, replica_groups, seconds
+from effnetlib.evaluation import lower_eval_step
 from effnetlib.mesh import make_mesh
 from effnetlib.mesh import replica_groups as groups_of
 from effnetlib.model import multiply_adds
@@ -151,6 +156,66 @@ def test_the_step_tells_the_compiler_when_to_compute_again(monkeypatch):
     lowered = lower_train_step(recipe, make_mesh(recipe.num_groups, topology.devices_of("v3:2x2x1")))[1]
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         lowered.compile()
+
+
+@compiler
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_tpu_multiplies_float32_as_float32(precision):
+    """Of the programs for a TPU that is not there, what the compiler made of every product's precision."""
+    recipe = Recipe.preset("digits-64-lars").replace(precision=precision)
+    mesh = make_mesh(recipe.num_groups, topology.devices_of("v3:2x2x1"))
+    with jax.default_matmul_precision("bfloat16" if precision == "float32" else "highest"):
+        _, train, state, graphdef = lower_train_step(recipe, mesh)
+        weights = state.params, state.batch_stats
+        evaluation = lower_eval_step(graphdef, weights, batch=64, size=recipe.resolution, mesh=mesh)
+    for lowered, least in ((train, 100), (evaluation, 30)):
+        dtypes, seen = {}, Counter()
+        for line in lowered.compile().as_text().splitlines():
+            if made := re.match(r"\s*(?:ROOT )?(%\S+) = (\w+)\[", line):
+                dtypes[made[1]] = made[2]
+            if product := re.search(r" (?:dot|convolution)\((.*?)\)", line):
+                precisions = re.search(r"operand_precision=\{(.*?)\}", line)
+                seen[*(dtypes[name.split()[-1]] for name in product[1].split(", ")), precisions and precisions[1]] += 1
+        wanted = {("f32", "f32", "highest,highest")} | ({("bf16", "bf16", None)} if precision == "bfloat16" else set())
+        assert seen.keys() == wanted and seen.total() > least
+
+
+@compiler
+def test_planning_leaves_the_environment_as_it_was(monkeypatch):
+    code = """
+        import os, subprocess, sys
+        import jax
+        from effnetlib import topology
+
+        def environment():  # of a process that this one starts: libtpu's own settings are not in os.environ
+            listed = subprocess.run([sys.executable, "-c", "import os; print(sorted(os.environ.items()))"], capture_output=True)
+            return listed.stdout, dict(os.environ)
+
+        before = environment()
+        topology.devices_of("v3:2x2x1")
+        assert environment() == before
+        try:
+            topology.devices_of("v3:2x3x1")
+        except topology.EffnetlibError:
+            assert environment() == before
+    """
+    monkeypatch.setenv("TPU_WORKER_ID", "3")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=90)
+
+
+def test_of_several_plans_of_a_recipe_the_newest_compilers_is_found():
+    recipe = Recipe.preset("b0-256-lars")
+
+    def by(libtpu, jax="0.10.2", seconds=None):
+        versions = {"jax": jax, "jaxlib": jax, "libtpu": libtpu}
+        return dataclasses.replace(made_up(fits=True), recipe_hash=recipe.hash, versions=versions, step_seconds=seconds)
+
+    for older, newer in (
+        (by("0.0.9.3", "0.10.2"), by("0.0.42.1", "0.7.2")),
+        (by("0.0.42.1", "0.9.0"), by("0.0.42.1", "0.10.2")),
+        (by("0.0.42.1", seconds=1.0), by("0.0.42.1", seconds=2.0)),  # of one compiler, the slowest
+    ):
+        assert find_plan([older, newer], recipe, "v3:2x2x1") == find_plan([newer, older], recipe, "v3:2x2x1") == newer
 
 
 def test_the_published_plans_of_the_two_pod_recipes_keep_the_aims():
