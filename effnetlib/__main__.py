@@ -129,7 +129,7 @@ def data():
 @click.argument("name")
 @click.option("--archive", type=click.Path(path_type=Path, exists=True), help="An archive that you have already.")
 def fetch(name, archive):
-    """Fetch cifar10 or fashion_mnist into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
+    """Fetch cifar10 into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
     from effnetlib.data import fetch
 
     click.echo(fetch(name, archive))

@@ -231,7 +231,6 @@ def test_grey_and_png_photographs_become_rgb(tmp_path):
     ("name", "sentence"),
     [
         ("cifar10", "effnetlib data fetch cifar10"),
-        ("fashion_mnist", "effnetlib data fetch fashion_mnist"),
         ("imagenet", r"imagenet/\{train,val\}/CLASS/\*.jpg"),
         ("digitz", "did you mean digits?"),
     ],

@@ -1,6 +1,5 @@
-"""Sources: digits (embedded), CIFAR-10, Fashion-MNIST, and photographs such as ImageNet's, loose or in shards."""
+"""Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
 
-import gzip
 import hashlib
 import os
 from collections.abc import Callable
@@ -31,7 +30,6 @@ class DataInfo:
 KNOWN = {
     "digits": DataInfo(1437, 360, 10),
     "cifar10": DataInfo(50_000, 10_000, 10),
-    "fashion_mnist": DataInfo(60_000, 10_000, 10),
     "imagenet": DataInfo(1_281_167, 50_000, 1000),
 }
 
@@ -170,18 +168,7 @@ def _cifar10(split: str) -> Split:
     return _in_memory(np.ascontiguousarray(images), records[:, 0], classes.split())
 
 
-def _fashion_mnist(split: str) -> Split:
-    folder = cache_folder() / "fashion_mnist"
-    prefix = "train" if split == "train" else "t10k"
-    paths = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-    if not all(path.is_file() for path in paths):
-        raise EffnetlibError(f"Fashion-MNIST is not in {folder}: get it with `effnetlib data fetch fashion_mnist`")
-    images, labels = (np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths)
-    classes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot"
-    return _in_memory(images[16:].reshape(-1, 28, 28), labels[8:], classes.split())
-
-
-IN_MEMORY = {"digits": _digits, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
+IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}
 
 
 KAGGLE_IMAGENET = Path("/kaggle/input/imagenet-object-localization-challenge")
