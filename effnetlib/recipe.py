@@ -34,8 +34,7 @@ class Recipe:
     Attributes:
       dataset: digits, cifar10, imagenet, or a folder of photographs or of shards (a path, or a name under
         the cache folder; see `effnetlib.data`).
-      subset: "all", "half" (train on a random half), or "minival" (the reference's hold-out: evaluate on 20/1,024 of the
-        training set, train on the rest).
+      subset: "all", or "minival" (the reference's hold-out: evaluate on 20/1,024 of the training set, train on the rest).
       variant: b0 to b7, or nano.
       image_size: pixels a side; None is the variant's own resolution.
       augmentation: "inception" (random-resized crop and flip; evaluation on the centre crop), "autoaugment" and

@@ -547,14 +547,12 @@ def test_what_was_written_before_a_stop_is_kept(tmp_path, monkeypatch):
     assert check(tmp_path / "out") == [] and not list((tmp_path / "out").glob(".*array_record"))
 
 
-def test_half_and_minival(tmp_path, monkeypatch):
+def test_minival(tmp_path, monkeypatch):
     by_class(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out")
     loose, packed = str(tmp_path / "in"), str(tmp_path / "out")
     with pytest.raises(EffnetlibError, match="has 12 training examples, too few to hold out"):
         describe(loose, "minival")
-    half = load(loose, "train", "half")
-    assert len(half) == 6 and contents(half) == contents(load(packed, "train", "half"))
     monkeypatch.setattr("effnetlib.data.sources.MINIVAL_SHARDS", 256)
     train, held_out = (load(packed, split, "minival") for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (9, 3)
@@ -563,7 +561,7 @@ def test_half_and_minival(tmp_path, monkeypatch):
     assert describe(loose, "minival").eval_examples == 3
     info = describe(packed, "minival")
     assert (info.train_examples, info.eval_examples) == (9, 3)
-    assert Recipe.preset("b0-3-rmsprop").replace(dataset=packed, subset="half", epochs=10).total_steps == 20
+    assert Recipe.preset("b0-3-rmsprop").replace(dataset=packed, subset="minival", epochs=10).total_steps == 30
 
 
 def test_imagenets_minival_has_the_references_size():

@@ -14,7 +14,7 @@ from effnetlib.data.shards import NOTES, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
 
 SPLITS = ("train", "eval", "test")
-SUBSETS = ("all", "half", "minival")
+SUBSETS = ("all", "minival")
 MINIVAL_SHARDS, REFERENCE_SHARDS = 20, 1024
 
 
@@ -78,16 +78,16 @@ def describe(name: str, subset: str = "all") -> DataInfo:
     held_out = _minival_size(info.train_examples, name) if subset == "minival" else 0
     if subset == "minival":
         return DataInfo(info.train_examples - held_out, held_out, info.num_classes)
-    return DataInfo(info.train_examples // 2, info.eval_examples, info.num_classes) if subset == "half" else info
+    return info
 
 
 def load(name: str, split: str, subset: str = "all") -> Split:
     """Opens a split of a data set: "train", "eval", or where a folder of photographs has one beside those, "test".
 
     Args:
-      subset: "all"; "half", training on a random half; or "minival", the reference's hold-out: 20 of 1,024 shards of the
-        training set are taken from it and are what "eval" means. Both are drawn once for ever, the same for loose
-        photographs and for shards of ours (TFDS's have an order of their own).
+      subset: "all", or "minival", the reference's hold-out: 20 of 1,024 shards of the training set are taken from it and
+        are what "eval" means. It is drawn once for ever, the same for loose photographs and for shards of ours (TFDS's
+        have an order of their own).
 
     Raises:
       EffnetlibError: the set is unknown, missing (the sentence says how to get it), or not of the size it should be.
@@ -109,8 +109,6 @@ def load(name: str, split: str, subset: str = "all") -> Split:
         wanted = KNOWN[name].train_examples if split == "train" else KNOWN[name].eval_examples
         if len(data) != wanted:
             raise EffnetlibError(f"the {split} split of {name} should have {wanted:,} examples, and has {len(data):,}")
-    if subset == "half" and split == "train":
-        return _select(data, shard_order(len(data))[: len(data) // 2])
     return data
 
 
