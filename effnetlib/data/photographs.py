@@ -6,8 +6,8 @@ A layout is told from the files that are there, in this order:
 * the Kaggle competition: `ILSVRC/Data/CLS-LOC/{train/WNID,val}/*.JPEG` (or `Data/…`) with `LOC_val_solution.csv`;
 * folders: `train/CLASS/*` and `val/CLASS/*` (or `validation`, `test`), or a flat `val/*`.
 
-A flat validation split takes its labels from `LOC_val_solution.csv`, from the official development kit
-(`ILSVRC2012_devkit_t12.tar.gz`, or extracted), or from `imagenet_2012_validation_synset_labels.txt`, a synset a line.
+ImageNet's flat validation split takes its labels from `LOC_val_solution.csv` or from the official development kit
+(`ILSVRC2012_devkit_t12.tar.gz`).
 Classes are numbered in the sorted order of their names, which for ImageNet's synsets is the standard 0 … 999.
 """
 
@@ -237,15 +237,9 @@ def _validation_labels(root: Path, names: list[str]) -> dict[str, str]:
 
 
 def _read_validation_labels(root: Path, names: list[str]) -> dict[str, str]:
-    for place in (root, root / "ILSVRC", root / DEVKIT / "data", root / DEVKIT):
+    for place in (root, root / "ILSVRC"):
         if (place / "LOC_val_solution.csv").is_file():
             return _from_csv(place / "LOC_val_solution.csv", names)
-        if (place / "ILSVRC2012_validation_ground_truth.txt").is_file():
-            truth = place / "ILSVRC2012_validation_ground_truth.txt"
-            return _from_kit(truth.read_text(), _read_meta(place / "meta.mat"), names, truth)
-        if (place / "imagenet_2012_validation_synset_labels.txt").is_file():
-            path = place / "imagenet_2012_validation_synset_labels.txt"
-            return _by_position(path.read_text().split(), names, path)
     kit = root / f"{DEVKIT}.tar.gz"
     if kit.is_file():
         with tarfile.open(kit) as archive:
@@ -270,13 +264,8 @@ def _from_csv(path: Path, names: list[str]) -> dict[str, str]:
     return {name: known[name.rpartition(".")[0]] for name in names}
 
 
-def _read_meta(path: Path) -> bytes:
-    if not path.is_file():
-        raise EffnetlibError(f"{path} is missing: the ground truth beside it numbers classes that only it can name")
-    return path.read_bytes()
-
-
 def _from_kit(truth: str, meta: bytes, names: list[str], path: Path) -> dict[str, str]:
+    """The n-th number belongs to the photograph whose name ends in n: `ILSVRC2012_val_00000001.JPEG` is the first."""
     from scipy.io import loadmat
 
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
@@ -284,15 +273,10 @@ def _from_kit(truth: str, meta: bytes, names: list[str], path: Path) -> dict[str
     numbers = [int(number) for number in truth.split()]
     if unknown := sorted(set(numbers) - set(wnids)):
         raise EffnetlibError(f"{path} numbers classes that its meta.mat does not name: {unknown[:5]}")
-    return _by_position([wnids[number] for number in numbers], names, path)
-
-
-def _by_position(synsets: list[str], names: list[str], path: Path) -> dict[str, str]:
-    """The n-th synset belongs to the photograph whose name ends in n: `ILSVRC2012_val_00000001.JPEG` is the first."""
     out = {}
     for name in names:
-        number = re.search(r"(\d+)\.\w+$", name)
-        if not number or not 1 <= int(number[1]) <= len(synsets):
-            raise EffnetlibError(f"{path} has {len(synsets):,} labels, and none for {name}")
-        out[name] = synsets[int(number[1]) - 1]
+        place = re.search(r"(\d+)\.\w+$", name)
+        if not place or not 1 <= int(place[1]) <= len(numbers):
+            raise EffnetlibError(f"{path} has {len(numbers):,} labels, and none for {name}")
+        out[name] = wnids[numbers[int(place[1]) - 1]]
     return out
