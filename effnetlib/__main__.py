@@ -143,13 +143,16 @@ def fetch(name, archive):
 def prepare(source, dest, convert, partial):
     """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
     folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
+    from effnetlib.data.photographs import in_words
     from effnetlib.data.prepare import prepare
 
     manifest = prepare(source.expanduser(), dest.expanduser(), convert_odd=convert, partial=partial)
     for split, about in manifest["splits"].items():
         click.echo(
-            f"{split}: {about['examples']:,} photographs in {len(about['shards'])} shards, {about['fingerprint']}"
+            f"{split}: {about['examples']:,} photographs of {about['origin']} in {len(about['shards'])} shards, "
+            f"{about['fingerprint']}"
         )
+    click.echo(f"not used: {in_words(manifest['unused'])}")
     click.echo(dest)
 
 

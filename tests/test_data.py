@@ -1,5 +1,7 @@
 import hashlib
+import importlib
 import os
+import unicodedata
 
 import cv2
 import jax
@@ -14,6 +16,7 @@ from effnetlib.data.loader import positions
 from effnetlib.mesh import batch_sharding
 
 RNG = np.random.default_rng
+fetching = importlib.import_module("effnetlib.data.fetch")  # whose function has the module's name
 
 
 def labels_of(split):
@@ -197,7 +200,7 @@ def test_a_class_that_one_split_lacks_is_refused(tmp_path):
     (tmp_path / "data/bugs/val/.ipynb_checkpoints").mkdir()
     assert load("bugs", "eval").class_names == ("ant", "bee")
     (tmp_path / "data/bugs/val/ant").rename(tmp_path / "data/bugs/val/cow")
-    with pytest.raises(EffnetlibError, match="only one of its splits knows: ant, cow"):
+    with pytest.raises(EffnetlibError, match="only train has ant; only eval has cow"):
         describe("bugs")
 
 
@@ -269,9 +272,71 @@ def test_not_an_archive(tmp_path):
         fetch("cifar")
 
 
-def test_imagenet_is_the_competitions_where_kaggle_attaches_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "KAGGLE_IMAGENET", tmp_path)
-    assert sources.data_folder("imagenet") == tmp_path
+@pytest.mark.parametrize(
+    "place", ["competitions/imagenet-object-localization-challenge", "imagenet-object-localization-challenge"]
+)
+def test_imagenet_is_the_competitions_where_kaggle_attaches_it(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "KAGGLE_INPUT", tmp_path / "input")
+    with pytest.raises(EffnetlibError) as caught:
+        load("imagenet", "train")
+    assert "there is no data set" not in str(caught.value) and "did you mean" not in str(caught.value)
+    assert all(f"{folder}" in str(caught.value) for folder in (tmp_path / "data/imagenet", tmp_path / "input" / place))
+    (tmp_path / "input" / place).mkdir(parents=True)
+    assert sources.data_folder("imagenet") == tmp_path / "input" / place
+    with pytest.raises(EffnetlibError, match=f"{place} holds no data set, only nothing: wanted is"):
+        load("imagenet", "train")
     assert sources.data_folder("photos") == sources.cache_folder() / "photos"
     (sources.cache_folder() / "imagenet").mkdir(parents=True)
     assert sources.data_folder("imagenet") == sources.cache_folder() / "imagenet"
+
+
+def cifar10_folder(monkeypatch, keep=slice(None)):
+    """CIFAR-10 of two examples a file, whose sums pass for the official ones; of its files `keep` are there."""
+    monkeypatch.setitem(sources.KNOWN, "cifar10", sources.DataInfo(10, 2, 10))
+    content = bytes(2 * 3073)
+    monkeypatch.setattr(fetching, "CIFAR10_MD5", dict.fromkeys(fetching.CIFAR10_MD5, hashlib.md5(content).hexdigest()))
+    folder = sources.cache_folder() / "cifar10"
+    folder.mkdir(parents=True)
+    for name in list(fetching.CIFAR10_MD5)[keep]:
+        (folder / name).write_bytes(content)
+    return folder, content
+
+
+@pytest.mark.parametrize("damage", ["nothing", "empty folder", "one missing", "one cut off", "one damaged"])
+def test_fetching_asks_the_files_and_mends_what_is_not_whole(damage, tmp_path, monkeypatch):
+    folder, content = cifar10_folder(monkeypatch, slice(0) if damage == "empty folder" else slice(None))
+    (folder / "mine.txt").write_text("stays")
+    last = folder / "data_batch_5.bin"
+    if damage == "one missing":
+        last.unlink()
+    elif damage == "one cut off":
+        last.write_bytes(content[:-1])
+    elif damage == "one damaged":
+        last.write_bytes(content[:-1] + b"x")
+    if damage in ("one missing", "one cut off", "empty folder"):
+        with pytest.raises(
+            EffnetlibError, match=r"data_batch_\d.bin is (missing|not whole): get CIFAR-10 with `effnetlib data fetch"
+        ):
+            load("cifar10", "train")
+    asked = []
+
+    def official(scratch, ready, archive):
+        asked.append(archive)
+        for name in fetching.CIFAR10_MD5:
+            (ready / name).write_bytes(content)
+
+    monkeypatch.setattr(fetching, "_cifar10", official)
+    assert fetch("cifar10") == folder and len(asked) == (damage != "nothing")
+    assert len(load("cifar10", "train")) == 10 and len(load("cifar10", "eval")) == 2
+    assert sorted(os.listdir(folder)) == sorted([*fetching.CIFAR10_MD5, "mine.txt"]) and os.listdir(folder.parent) == [
+        "cifar10"
+    ]
+    assert fetch("cifar10") == folder and len(asked) == (damage != "nothing")
+
+
+def test_a_fetch_that_fails_leaves_an_incomplete_folder_as_it_was(tmp_path, monkeypatch):
+    folder, _ = cifar10_folder(monkeypatch, slice(2))
+    (tmp_path / "x.tar.gz").write_bytes(b"nothing")
+    with pytest.raises(EffnetlibError, match="cannot be unpacked"):
+        fetch("cifar10", tmp_path / "x.tar.gz")
+    assert len(os.listdir(folder)) == 2 and os.listdir(folder.parent) == ["cifar10"]

