@@ -44,7 +44,7 @@ def fetch(name: str, archive: Path | None = None) -> Path:
         raise EffnetlibError(f"there is no data set {name!r} to fetch: {did_you_mean(name, ['cifar10'])}")
     place = cache_folder() / name
     try:
-        if _is_whole(place):
+        if all((place / file).is_file() and _md5(place / file) == md5 for file, md5 in CIFAR10_MD5.items()):
             return place
         beside = place.resolve().parent  # on one disk with it, also where it is a link
         beside.mkdir(parents=True, exist_ok=True)
@@ -58,15 +58,6 @@ def fetch(name: str, archive: Path | None = None) -> Path:
     except OSError as error:
         raise EffnetlibError(f"cannot fetch {name} into {place}: {error}") from None
     return place
-
-
-def _is_whole(place: Path) -> bool:
-    try:
-        for name, md5 in CIFAR10_MD5.items():
-            _check_md5(place / name, md5)
-    except EffnetlibError:
-        return False
-    return True
 
 
 def _cifar10(scratch: Path, ready: Path, archive: Path | None) -> None:
@@ -132,6 +123,10 @@ def _unpack(archive: Path, folder: Path) -> None:
 def _check_md5(path: Path, wanted: str) -> None:
     if not path.is_file():
         raise EffnetlibError(f"{path.name} is missing from what was downloaded")
-    found = hashlib.md5(path.read_bytes()).hexdigest()
-    if found != wanted:
-        raise EffnetlibError(f"{path.name} is damaged or not the official file: its md5 is {found}, not {wanted}")
+    if _md5(path) != wanted:
+        raise EffnetlibError(f"{path.name} is damaged or not the official file: its md5 is {_md5(path)}, not {wanted}")
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

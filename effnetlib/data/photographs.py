@@ -116,20 +116,17 @@ def in_words(counts: dict[str, int]) -> str:
 
 
 def check_classes(place: object, classes: dict[str, tuple[str, ...]]) -> None:
-    """Refuses splits that do not have the same classes. `classes` are the names of each split's."""
+    """Refuses splits whose classes differ; `classes` has the names of each split's."""
     (first, wanted), *others = classes.items()
     for other, found in others:
         if found != wanted:
-            one, two = (
-                [shown(name) if name.isascii() else f"{name} ({name!a})" for name in sorted(set(names) - set(rest))]
-                for names, rest in ((wanted, found), (found, wanted))
-            )
-            only = [
-                f"only {split} has {', '.join(names[:5])}" for split, names in ((first, one), (other, two)) if names
-            ]
+            odd = {first: sorted(set(wanted) - set(found))[:5], other: sorted(set(found) - set(wanted))[:5]}
+            words = {
+                s: ", ".join(shown(n) if n.isascii() else f"{n} ({n!a})" for n in names) for s, names in odd.items()
+            }
+            only = "; ".join(f"only {split} has {names}" for split, names in words.items() if names)
             raise EffnetlibError(
-                f"in {place} the splits {first} and {other} must have the same classes, and "
-                f"{'; '.join(only) or 'have them in another order'} (an empty folder stands for a class without photographs to evaluate on)"
+                f"the classes of {place} differ: {only} (for a class without photographs to evaluate on, make an empty folder)"
             )
 
 
@@ -169,6 +166,11 @@ def list_photographs(root: Path, split: str) -> Listing | None:
     return listing
 
 
+def seen(root: Path) -> str:
+    """What lies in a folder, in words."""
+    return in_words(beside(root, root, lambda _: False))
+
+
 def tally(where: str, entries: Iterable[os.DirEntry]) -> Counter:
     """Counts folders by their names, and files by their suffixes."""
     kinds = (
@@ -195,7 +197,7 @@ class _Walk:
     """One listing in the making: when each folder that it read was changed, and what in them is not used."""
 
     def __init__(self, root: Path, split: str):
-        self.root, self.split = root, split
+        self.root, self.split, self.layout = root, split, "folders"
         self.changed: dict[Path, int] = {}
         self.unused: Counter = Counter()
 
@@ -207,7 +209,8 @@ class _Walk:
             return self._official()
         for base in (self.root / "ILSVRC/Data/CLS-LOC", self.root / "Data/CLS-LOC"):
             if base.is_dir():
-                return self._folders(base, "the Kaggle competition's folders", is_imagenet=True)
+                self.layout = "the Kaggle competition's folders"
+                return self._folders(base)
         folders = self._scan(self.root)[0]
         bases = [self.root] if any(split_of(entry.name) for entry in folders) else []
         for entry in () if bases else folders:
@@ -216,22 +219,15 @@ class _Walk:
                 bases.append(Path(entry.path))
         if len(bases) > 1:
             raise EffnetlibError(f"{self.root} holds several data sets: name one of {', '.join(map(str, bases))}")
-        return self._folders(bases[0], "folders", is_imagenet=False) if bases else None
+        return self._folders(bases[0]) if bases else None
 
-    def _listing(self, class_names, photos: list[Photo], layout: str, is_imagenet: bool, origin: str) -> Listing:
+    def _listing(self, class_names: list[str], photos: list[Photo], origin: str) -> Listing:
         digest = hashlib.sha256()
         for photo in photos:
             digest.update(f"{class_names[photo.label]}/{photo.file_name} {photo.size}\n".encode())
-        whole = is_imagenet or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names)))
-        return Listing(
-            tuple(class_names),
-            photos,
-            digest.hexdigest()[:16],
-            layout,
-            whole,
-            origin,
-            dict(sorted(self.unused.items())),
-        )
+        whole = self.layout != "folders" or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names)))
+        fingerprint, unused = digest.hexdigest()[:16], dict(self.unused)
+        return Listing(tuple(class_names), photos, fingerprint, self.layout, whole, origin, unused)
 
     def _scan(self, folder: Path) -> tuple[list[os.DirEntry], list[os.DirEntry], list[os.DirEntry]]:
         """(folders, photographs, other files), each sorted. A link to nothing is a folder: it cannot be passed over."""
@@ -258,7 +254,7 @@ class _Walk:
     def _where(self, folder: Path) -> str:
         return f"{folder.relative_to(self.root).as_posix()}/"
 
-    def _folders(self, base: Path, layout: str, is_imagenet: bool) -> Listing:
+    def _folders(self, base: Path) -> Listing:
         folders, split = self._scan(base)[0], self.split
         places: dict[str, Path] = {}
         for entry in folders:
@@ -292,10 +288,10 @@ class _Walk:
             places["eval"] = places["test"]
         if split not in places:
             seen = in_words(self.unused + Counter(map(self._where, places.values())))
-            raise MissingSplit(f"{base} has no {split} split, only {seen}: wanted is {WANTED[split]}")
-        return self._by_class(places[split], classes, layout, is_imagenet)
+            raise MissingSplit(f"{base} has no {split} split (seen: {seen}): wanted is {WANTED[split]}")
+        return self._by_class(places[split], classes)
 
-    def _by_class(self, place: Path, classes: list[str], layout: str, is_imagenet: bool) -> Listing:
+    def _by_class(self, place: Path, classes: list[str]) -> Listing:
         where = self._where(place)
         folders, loose, others = self._open(place)
         paths, photos = {entry.name: Path(entry.path) for entry in folders}, []
@@ -304,31 +300,31 @@ class _Walk:
             nested, found, rest = self._open(paths[name])
             if self.split == "train" and not found:
                 raise EffnetlibError(
-                    f"the class folder {paths[name]} holds no photographs ({', '.join(SUFFIXES)}), only "
-                    f"{in_words(tally('', [*nested, *rest]))}: fill it, or take it away"
+                    f"the class folder {paths[name]} holds no {', '.join(SUFFIXES)} (seen: "
+                    f"{in_words(tally('', [*nested, *rest]))}): fill it, or take it away"
                 )
             photos += [Photo(entry.path, label, entry.path, entry.stat().st_size) for entry in found]
             self.unused.update(tally(f"{where}**/", [*nested, *rest]) if found else {f"{where}{name}/": 0})
         self.unused.update(tally(where, [entry for entry in others if entry.name != ANNOTATIONS]))
         if loose and not photos and self.split == "eval":
-            return self._flat(place, loose, classes, layout, is_imagenet)
+            return self._flat(place, loose, classes)
         self.unused.update(tally(where, loose))
         if not photos:
             seen = in_words(tally("", [*folders, *loose, *others]))
             raise EffnetlibError(
-                f"{place} holds no photographs in class folders, only {seen}: wanted is CLASS/*.jpg in it"
+                f"{place} holds no photographs in class folders (seen: {seen}): wanted is CLASS/*.jpg in it"
             )
-        return self._listing(names, photos, layout, is_imagenet, where)
+        return self._listing(names, photos, where)
 
-    def _flat(self, place: Path, loose, classes: list[str], layout: str, is_imagenet: bool) -> Listing:
-        by_name = _validation_labels(self.root, place, [entry.name for entry in loose], classes, is_imagenet)
+    def _flat(self, place: Path, loose, classes: list[str]) -> Listing:
+        by_name = _validation_labels(self.root, place, [entry.name for entry in loose], classes)
         classes = classes or sorted(set(by_name.values()))
         labelled = _in_order(by_name, classes, [(entry.name, entry) for entry in loose])
         photos = [Photo(entry.path, label, entry.path, entry.stat().st_size) for label, _, entry in labelled]
-        return self._listing(classes, photos, layout, is_imagenet, self._where(place))
+        return self._listing(classes, photos, self._where(place))
 
     def _official(self) -> Listing:
-        root, split = self.root, self.split
+        root, split, self.layout = self.root, self.split, "the official archives"
         self.unused.update(beside(root, root, lambda name: name in (*TARS.values(), *LABELS)))
         if split not in TARS:
             raise MissingSplit(f"the official archives in {root} have no {split} split")
@@ -344,12 +340,11 @@ class _Walk:
             else:
                 images = (m for m in _members(path) if m.name.lower().endswith(SUFFIXES))
                 members = [(m.name.rpartition("/")[2], m.offset_data, m.size) for m in images]
-                by_name = _validation_labels(root, root, [name for name, *_ in members], [], is_imagenet=True)
+                by_name = _validation_labels(root, root, [name for name, *_ in members], [])
                 classes = sorted(set(by_name.values()))
                 if (root / TARS["train"]).is_file():
-                    classes = sorted(
-                        Path(m.name).stem for m in _members(root / TARS["train"]) if m.name.endswith(".tar")
-                    )
+                    inner = (m.name for m in _members(root / TARS["train"]))
+                    classes = sorted(Path(name).stem for name in inner if name.endswith(".tar"))
                 labelled = _in_order(by_name, classes, [(name, (offset, size)) for name, offset, size in members])
                 numbers = {name: label for label, name in enumerate(classes)}
                 found = [(classes[label], name, *place) for label, name, place in labelled]
@@ -360,7 +355,7 @@ class _Walk:
         ]
         if not photos:
             raise EffnetlibError(f"{path} holds no photographs")
-        return self._listing(classes, photos, "the official archives", True, TARS[split])
+        return self._listing(classes, photos, TARS[split])
 
 
 def _numbered(names: Iterable[str]) -> list[str]:
@@ -403,9 +398,7 @@ def _nested(path: Path) -> Iterator[tuple[str, str, int, int]]:
 # Labels of a flat validation split
 
 
-def _validation_labels(
-    root: Path, place: Path, names: list[str], classes: list[str], is_imagenet: bool
-) -> dict[str, str]:
+def _validation_labels(root: Path, place: Path, names: list[str], classes: list[str]) -> dict[str, str]:
     """The class of each file name in `place`.
 
     Raises:
@@ -422,7 +415,7 @@ def _validation_labels(
         raise
     except Exception as error:  # text that is none, a damaged archive or matrix: each library raises its own kinds
         raise EffnetlibError(f"the validation labels beside {root} cannot be read: {first_line(error)}") from None
-    if is_imagenet or names[0].startswith("ILSVRC2012_val_"):
+    if names[0].startswith("ILSVRC2012_val_"):
         wanted = f"put {SOLUTION} (Kaggle) or {DEVKIT}.tar.gz (official) into {root}"
     else:
         known = ", ".join(map(shown, classes[:5])) + ", …" * (len(classes) > 5)

@@ -20,16 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from effnetlib.data.images import UNREADABLE
-from effnetlib.data.photographs import (
-    SPLIT_NAMES,
-    Listing,
-    MissingSplit,
-    Photo,
-    beside,
-    check_classes,
-    in_words,
-    list_photographs,
-)
+from effnetlib.data.photographs import SPLIT_NAMES, Listing, MissingSplit, Photo, check_classes, list_photographs, seen
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.lock import held
@@ -170,7 +161,7 @@ def _list(source: Path, partial: bool) -> dict[str, Listing]:
             continue
         if listing is None:
             raise EffnetlibError(
-                f"{source} is no layout of photographs, only {in_words(beside(source, source, lambda _: False))}: wanted are "
+                f"{source} is no layout of photographs (seen: {seen(source)}): wanted are "
                 "ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC, or train/CLASS/*.jpg in it"
             )
         listings[split] = listing

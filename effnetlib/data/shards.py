@@ -8,7 +8,6 @@ TFDS's `imagenet2012`, so its shards and ours are read by the same code. A folde
 import functools
 import hashlib
 import json
-import os
 import re
 import resource
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from effnetlib.data.photographs import JUNK, beside, split_of
+from effnetlib.data.photographs import beside, split_of
 from effnetlib.errors import EffnetlibError, FailedError
 
 MANIFEST = "manifest.json"
@@ -145,18 +144,14 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"schema {manifest['schema']}")
-        _ = manifest["classes"], manifest["converted"]
+        parts = [(manifest, ("classes", "converted"))]
         for about in manifest["splits"].values():
-            _ = about["examples"], about["examples_a_class"], about["fingerprint"], about["listing"]
-            for shard in about["shards"]:
-                _ = (
-                    shard["file"],
-                    shard["examples"],
-                    shard["bytes"],
-                    shard["sha256"],
-                    shard["records"],
-                    shard["members"],
-                )
+            parts.append((about, ("examples", "examples_a_class", "fingerprint", "listing")))
+            parts += [
+                (shard, ("file", "examples", "bytes", "sha256", "records", "members")) for shard in about["shards"]
+            ]
+        for part, keys in parts:
+            _ = [part[key] for key in keys]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EffnetlibError(f"{folder / MANIFEST} is damaged, or of another version: {error}") from None
     return manifest
@@ -197,33 +192,15 @@ def open_shards(root: Path, split: str) -> Shards | None:
         used = {shard["file"] for each in manifest["splits"].values() for shard in each["shards"]} | {MANIFEST}
         unused = beside(root, root, used.__contains__)
         return Shards(records, tuple(manifest["classes"]), about["fingerprint"], about.get("origin", split), unused)
-    infos = _infos(root)
+    # NAME/CONFIG/VERSION, or a part of that. Where there are photographs, such a search would take minutes.
+    photographs = any(split_of(path.name) for path in root.glob("*"))
+    infos = sorted(info for depth in range(2 if photographs else 4) for info in root.glob("*/" * depth + INFO))
     if len(infos) > 1:
+        named = " or ".join(str(info.parent) for info in infos)
         raise EffnetlibError(
-            f"{root} holds {len(infos)} data sets or versions of TFDS: name the folder of one, "
-            f"{' or '.join(str(info.parent) for info in infos)}"
+            f"{root} holds {len(infos)} data sets or versions of TFDS: name the folder of one, {named}"
         )
     return _open_tfds(root, infos[0], split) if infos else None
-
-
-def _infos(root: Path) -> list[Path]:
-    """The files of TFDS that describe a data set: in `root`, or at NAME/CONFIG/VERSION in it, or at a part of that."""
-    found, level = [], [root]
-    for _ in range(4):
-        found += [folder / INFO for folder in level if (folder / INFO).is_file()]
-        folders = [entry for folder in level if folder / INFO not in found for entry in _folders(folder)]
-        if level == [root] and any(split_of(entry.name) for entry in folders):
-            break  # photographs: a search among those would take minutes
-        level = [Path(entry.path) for entry in folders if not split_of(entry.name)]
-    return sorted(found)
-
-
-def _folders(place: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(place) as entries:
-            return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(JUNK)]
-    except OSError:
-        return []
 
 
 def _open_tfds(root: Path, info: Path, split: str) -> Shards:

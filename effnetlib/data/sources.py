@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from effnetlib.data.images import decode
-from effnetlib.data.photographs import Listing, beside, check_classes, in_words, kept_listing
+from effnetlib.data.photographs import Listing, check_classes, in_words, kept_listing, seen
 from effnetlib.data.shards import NOTES, Shards, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
 
@@ -129,10 +129,8 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     indices = np.sort(indices)
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
     encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
-    return dataclasses.replace(
-        split, size=len(indices), fingerprint=fingerprint, example=lambda index: split.example(int(indices[index])),
-        encoded=encoded,
-    )  # fmt: skip
+    part = {"size": len(indices), "fingerprint": fingerprint, "encoded": encoded}
+    return dataclasses.replace(split, **part, example=lambda index: split.example(int(indices[index])))
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
@@ -207,27 +205,17 @@ def _photographs(name: str, split: str) -> Split:
         )
     listing = kept_listing(root, split) if root.is_dir() else None
     if listing is not None:
-        return _of_listing(listing)
+        read = lambda photo: (photo.read(), photo.label, photo.name)  # noqa: E731
+        return _of_photographs(len(listing.photos), listing, lambda index: read(listing.photos[index]))
     wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
     if root.is_dir():
-        raise EffnetlibError(
-            f"{root} holds no data set, only {in_words(beside(root, root, lambda _: False))}: {wanted}"
-        )
-    elsewhere = " (EFFNETLIB_DATA names another place than the cache folder)" * (os.sep not in name)
-    if name in KNOWN:
-        attached = " nor, as on Kaggle, in " + " or ".join(map(str, _kaggle_places())) if name == "imagenet" else ""
-        raise EffnetlibError(f"{name} is not in {root}{attached}: {wanted}, or ImageNet's archives{elsewhere}")
-    known = "" if os.sep in name else f" ({did_you_mean(name, KNOWN)})"
-    raise EffnetlibError(f"there is no data set {name!r}{known}: {wanted}{elsewhere}")
-
-
-def _of_listing(listing: Listing) -> Split:
-    photos = listing.photos
-
-    def encoded(index):
-        return photos[index].read(), photos[index].label, photos[index].name
-
-    return _of_photographs(len(photos), listing, encoded)
+        raise EffnetlibError(f"{root} holds no data set (seen: {seen(root)}): {wanted}")
+    if os.sep not in name:
+        wanted += " (EFFNETLIB_DATA names another place than the cache folder)"
+    if name == "imagenet":
+        places = ", ".join(map(str, _kaggle_places()))
+        raise EffnetlibError(f"imagenet is not in {root} (nor, as on Kaggle, in {places}): {wanted}")
+    raise EffnetlibError(f"there is no data set {name!r} ({did_you_mean(name, KNOWN)}): {wanted}")
 
 
 def _of_photographs(size: int, found: Listing | Shards, encoded) -> Split:
