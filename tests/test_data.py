@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import effnetlib
 from effnetlib import EffnetlibError, Recipe, data, make_mesh
 from effnetlib.data import describe, eval_batches, fetch, load, sources, train_batches
 from effnetlib.data.images import AUGMENTATIONS, decode, eval_image, normalize, random_crop, resize, train_image
@@ -277,6 +278,7 @@ def test_other_names_of_the_folders(train, tmp_path):
         (("val/ant/*1",), "only train has bee"),
         (("val/ant/*1", "val/bee /*1"), "only train has bee; only eval has 'bee '"),
         (("val/ant/*1", "val/Bee/*1"), "only train has bee; only eval has Bee"),
+        (("val/ant/*1", *(f"val/{number}/*1" for number in range(7))), "only train has bee; only eval has 0, 1, 2, 3, 4, … "),
     ],
 )  # fmt: skip
 def test_a_refusal_says_what_was_seen_and_what_would_be_accepted(paths, sentence, tmp_path):
@@ -298,6 +300,29 @@ def test_a_refusal_says_what_was_seen_and_what_would_be_accepted(paths, sentence
 def test_folders_without_classes_or_splits(paths, sentence, tmp_path):
     with pytest.raises(EffnetlibError, match=sentence):
         load(photos(tmp_path / "in", *paths), "train")
+
+
+def test_a_path_that_is_no_folder(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"x")
+    with pytest.raises(EffnetlibError, match=r"photos.zip holds no data set \(seen: a file\): wanted is"):
+        load(str(tmp_path / "photos.zip"), "train")
+
+
+def test_training_says_in_a_line_what_it_reads_and_what_not(tmp_path, monkeypatch, capsys):
+    name = photos(
+        tmp_path / "in",
+        "train/ant/*4",
+        "train/bee/*4",
+        "test/ant/*1",
+        "test/bee/*1",
+        "extras/x.jpg",
+        "train/ant/y.webp",
+    )
+    monkeypatch.setattr("effnetlib.training._train", lambda recipe, record, *rest: record)
+    effnetlib.train(Recipe.preset("photos-8-rmsprop").replace(dataset=name), tmp_path / "run")
+    effnetlib.train(Recipe.preset("digits-64-rmsprop"), tmp_path / "digits")
+    line = "photographs: train from train/, eval from test/; not used: extras/, train/**/*.webp"
+    assert capsys.readouterr().out.splitlines() == [line]
 
 
 def test_names_that_look_alike_are_told_apart(tmp_path):

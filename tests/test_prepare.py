@@ -281,6 +281,16 @@ def test_preparing_names_what_is_not_used_in_the_output_and_the_manifest(tmp_pat
     assert prepare(tmp_path / "in", tmp_path / "out")["unused"] == unused | {"shards/": 1}
 
 
+def test_prepared_without_a_split_to_evaluate_on(tmp_path):
+    by_class(tmp_path / "in")
+    (tmp_path / "in/val").rename(tmp_path / "in/holdout")
+    put(tmp_path / "in/test/d.jpg", b"x")
+    manifest = prepare(tmp_path / "in", tmp_path / "out")
+    assert list(manifest["splits"]) == ["train"] and manifest["unused"] == {"holdout/": 1, "test/*.jpg": 1}
+    with pytest.raises(EffnetlibError, match="without the eval split, only with train: add it .* set subset=minival"):
+        load(str(tmp_path / "out"), "eval")
+
+
 def test_shards_and_photographs_in_one_folder(tmp_path):
     by_class(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out")

@@ -120,13 +120,13 @@ def check_classes(place: object, classes: dict[str, tuple[str, ...]]) -> None:
     (first, wanted), *others = classes.items()
     for other, found in others:
         if found != wanted:
-            odd = {first: sorted(set(wanted) - set(found))[:5], other: sorted(set(found) - set(wanted))[:5]}
-            words = {
-                s: ", ".join(shown(n) if n.isascii() else f"{n} ({n!a})" for n in names) for s, names in odd.items()
-            }
-            only = "; ".join(f"only {split} has {names}" for split, names in words.items() if names)
+            only = []
+            for split, names in ((first, set(wanted) - set(found)), (other, set(found) - set(wanted))):
+                words = [shown(name) if name.isascii() else f"{name} ({name!a})" for name in sorted(names)[:5]]
+                if names:
+                    only.append(f"only {split} has {', '.join(words)}{', …' * (len(names) > 5)}")
             raise EffnetlibError(
-                f"the classes of {place} differ: {only} (for a class without photographs to evaluate on, make an empty folder)"
+                f"the classes of {place} differ: {'; '.join(only)} (for a class without photographs to evaluate on, make an empty folder)"
             )
 
 

@@ -178,8 +178,10 @@ def open_shards(root: Path, split: str) -> Shards | None:
     if (root / MANIFEST).is_file():
         manifest = read_manifest(root)
         if split not in manifest["splits"]:
+            hint = ", or set subset=minival, which holds out a part of train" if split == "eval" else ""
             raise EffnetlibError(
-                f"{root} was prepared without the {split} split: it has {', '.join(manifest['splits'])}"
+                f"{root} was prepared without the {split} split, only with {', '.join(manifest['splits'])}: add it to the "
+                f"source and prepare again{hint}"
             )
         about = manifest["splits"][split]
         shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]

@@ -208,8 +208,8 @@ def _photographs(name: str, split: str) -> Split:
         read = lambda photo: (photo.read(), photo.label, photo.name)  # noqa: E731
         return _of_photographs(len(listing.photos), listing, lambda index: read(listing.photos[index]))
     wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
-    if root.is_dir():
-        raise EffnetlibError(f"{root} holds no data set (seen: {seen(root)}): {wanted}")
+    if root.exists():
+        raise EffnetlibError(f"{root} holds no data set (seen: {seen(root) if root.is_dir() else 'a file'}): {wanted}")
     if os.sep not in name:
         wanted += " (EFFNETLIB_DATA names another place than the cache folder)"
     if name == "imagenet":
