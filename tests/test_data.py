@@ -238,6 +238,7 @@ TRAIN_AND = ("train/ant/*2", "train/bee/*3")
         (("val/ant/*1", "val/ant/x.WEBP", "val/bee/*1", "val/bee/y.webp", "train/ant/z.gif", "train/bee/crops/*3", "train/*2"),
          "val/", {"val/**/*.webp": 2, "train/**/*.gif": 1, "train/**/crops/": 1, "train/*.jpg": 2}),
         (("val/ant/*2", "val/bee/"), "val/", {"val/bee/": 0}),
+        (("val/ant/*2", "val/bee/x.webp"), "val/", {"val/bee/": 0, "val/**/*.webp": 1}),
         (("val/ant/*1", "val/bee/*1", "__MACOSX/train/", "train/ant/._0.jpg", "train/.DS_Store", "val/.cache/"), "val/", {}),
     ],
 )  # fmt: skip

@@ -107,7 +107,8 @@ def split_of(name: str) -> str | None:
 
 
 def in_words(counts: dict[str, int]) -> str:
-    """
+    """What was counted, for a sentence.
+
     >>> in_words({"extras/": 1, "valid/**/*.webp": 12})
     'extras/, valid/**/*.webp (12)'
     """
@@ -126,7 +127,8 @@ def check_classes(place: object, classes: dict[str, tuple[str, ...]]) -> None:
                 if names:
                     only.append(f"only {split} has {', '.join(words)}{', …' * (len(names) > 5)}")
             raise EffnetlibError(
-                f"the classes of {place} differ: {'; '.join(only)} (for a class without photographs to evaluate on, make an empty folder)"
+                f"the classes of {place} differ: {'; '.join(only)} (for a class without photographs to evaluate on, make an "
+                "empty folder)"
             )
 
 
@@ -287,8 +289,8 @@ class _Walk:
                 )
             places["eval"] = places["test"]
         if split not in places:
-            seen = in_words(self.unused + Counter(map(self._where, places.values())))
-            raise MissingSplit(f"{base} has no {split} split (seen: {seen}): wanted is {WANTED[split]}")
+            there = in_words(self.unused + Counter(map(self._where, places.values())))
+            raise MissingSplit(f"{base} has no {split} split (seen: {there}): wanted is {WANTED[split]}")
         return self._by_class(places[split], classes)
 
     def _by_class(self, place: Path, classes: list[str]) -> Listing:
@@ -304,15 +306,15 @@ class _Walk:
                     f"{in_words(tally('', [*nested, *rest]))}): fill it, or take it away"
                 )
             photos += [Photo(entry.path, label, entry.path, entry.stat().st_size) for entry in found]
-            self.unused.update(tally(f"{where}**/", [*nested, *rest]) if found else {f"{where}{name}/": 0})
+            self.unused.update(tally(f"{where}**/", [*nested, *rest]) | ({} if found else {f"{where}{name}/": 0}))
         self.unused.update(tally(where, [entry for entry in others if entry.name != ANNOTATIONS]))
         if loose and not photos and self.split == "eval":
             return self._flat(place, loose, classes)
         self.unused.update(tally(where, loose))
         if not photos:
-            seen = in_words(tally("", [*folders, *loose, *others]))
+            there = in_words(tally("", [*folders, *loose, *others]))
             raise EffnetlibError(
-                f"{place} holds no photographs in class folders (seen: {seen}): wanted is CLASS/*.jpg in it"
+                f"{place} holds no photographs in class folders (seen: {there}): wanted is CLASS/*.jpg in it"
             )
         return self._listing(names, photos, where)
 
