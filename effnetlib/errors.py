@@ -26,11 +26,11 @@ def first_line(error: Exception) -> str:
 
 
 def shown(name: str) -> str:
-    """A name of a file or a class as a sentence shows it: as it is, or with escapes where it could be taken for another one
+    r"""A name of a file or a class as a sentence shows it: as it is, or with escapes where it could be taken for another one
     (blanks at its ends, letters made of parts, signs that cannot be seen).
 
-    >>> shown("ant"), shown("ant "), shown("A\u0308pfel")
-    ('ant', "'ant '", "'A\\u0308pfel'")
+    >>> print(shown("ant"), shown("ant "), shown("A\u0308pfel"))
+    ant 'ant ' 'A\u0308pfel'
     """
     plain = name.isprintable() and name == " ".join(name.split()) != "" and unicodedata.is_normalized("NFKC", name)
     return name if plain else ascii(name)
