@@ -119,7 +119,7 @@ def data():
 @click.argument("name")
 @click.option("--archive", metavar="FILE", help="An archive that you have already.")
 def fetch(name, archive):
-    """Fetch cifar10 or fashion_mnist into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
+    """Fetch cifar10 into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
     from effnetlib.data import fetch
 
     click.echo(fetch(name, archive and user_path(archive, "--archive")))
@@ -133,14 +133,17 @@ def fetch(name, archive):
 def prepare(source, dest, convert, partial):
     """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
     folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
+    from effnetlib.data.photographs import in_words
     from effnetlib.data.prepare import prepare
 
     source, dest = user_path(source, "SOURCE", folder=True), user_path(dest, "DEST", folder=True)
     manifest = prepare(source, dest, convert_odd=convert, partial=partial)
     for split, about in manifest["splits"].items():
         click.echo(
-            f"{split}: {about['examples']:,} photographs in {len(about['shards'])} shards, {about['fingerprint']}"
+            f"{split}: {about['examples']:,} photographs of {about['origin']} in {len(about['shards'])} shards, "
+            f"{about['fingerprint']}"
         )
+    click.echo(f"not used: {in_words(manifest['unused'])}")
     click.echo(dest)
 
 

@@ -21,7 +21,6 @@ PAPER_PRESETS = tuple(
 _SMALL_SETS = {
     "digits": (10.0, "shift", None),
     "cifar10": (30.0, "shift_flip", None),
-    "fashion_mnist": (20.0, "shift_flip", None),
     "photos": (16.0, "inception", 128),
 }
 

@@ -33,10 +33,9 @@ class Recipe:
     """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
 
     Attributes:
-      dataset: digits, cifar10, fashion_mnist, imagenet, or a folder of photographs or of shards (a path, which is made
-        absolute, or a name under the cache folder; see `effnetlib.data`).
-      subset: "all", "half" (train on a random half), or "minival" (the reference's hold-out: evaluate on 20/1,024 of the
-        training set, train on the rest).
+      dataset: digits, cifar10, imagenet, or a folder of photographs or of shards (a path, which is made absolute, or a name
+        under the cache folder; see `effnetlib.data`).
+      subset: "all", or "minival" (the reference's hold-out: evaluate on 20/1,024 of the training set, train on the rest).
       variant: b0 to b7, or nano.
       image_size: pixels a side; None is the variant's own resolution.
       augmentation: "inception" (random-resized crop and flip; evaluation on the centre crop), "autoaugment" and
@@ -120,7 +119,7 @@ class Recipe:
         """A recipe by name.
 
         `b0…b7-BATCH-rmsprop|lars` is the paper's Table 2 where it has that row, and else follows the same rules;
-        `digits-`, `cifar10-`, `fashion_mnist-` and `photos-BATCH-rmsprop|lars` are small ones, and their names alone mean
+        `digits-`, `cifar10-` and `photos-BATCH-rmsprop|lars` are small ones, and their names alone mean
         `-64-rmsprop`. `photos` is any set of photographs under that name, at 128 pixels.
         `colab` is B0 on CIFAR-10 in ten minutes of one v5e chip, and `kaggle` B0 on ImageNet in a session of eight.
         """

@@ -71,6 +71,8 @@ def train(
             if is_main_process():
                 block.enter_context(held(directory, "training in"))
             record = _open_record(recipe, directory, splits)
+        if is_main_process() and (remark := data.remark(splits)):
+            print(remark, flush=True)
         if record.status == "completed":
             return record
         stop = block.enter_context(Stop(max_minutes))

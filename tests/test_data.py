@@ -1,5 +1,7 @@
 import hashlib
+import importlib
 import os
+import unicodedata
 
 import cv2
 import jax
@@ -7,13 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effnetlib import EffnetlibError, Recipe, make_mesh
+import effnetlib
+from effnetlib import EffnetlibError, Recipe, data, make_mesh
 from effnetlib.data import describe, eval_batches, fetch, load, sources, train_batches
 from effnetlib.data.images import AUGMENTATIONS, decode, eval_image, normalize, random_crop, resize, train_image
 from effnetlib.data.loader import positions
 from effnetlib.mesh import batch_sharding
 
 RNG = np.random.default_rng
+fetching = importlib.import_module("effnetlib.data.fetch")  # whose function has the module's name
 
 
 def labels_of(split):
@@ -197,8 +201,174 @@ def test_a_class_that_one_split_lacks_is_refused(tmp_path):
     (tmp_path / "data/bugs/val/.ipynb_checkpoints").mkdir()
     assert load("bugs", "eval").class_names == ("ant", "bee")
     (tmp_path / "data/bugs/val/ant").rename(tmp_path / "data/bugs/val/cow")
-    with pytest.raises(EffnetlibError, match="only one of its splits knows: ant, cow"):
+    with pytest.raises(EffnetlibError, match="only train has ant; only eval has cow"):
         describe("bugs")
+
+
+def photos(root, *paths):
+    """Photographs, and what else there is: `train/ant/*3` is three JPEGs in a folder, `val/x.webp` a file, `val/` a folder."""
+    for path in paths:
+        folder, _, count = path.partition("*")
+        if path.endswith("/"):
+            (root / path).mkdir(parents=True, exist_ok=True)
+        elif count:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for number in range(int(count)):
+                cv2.imwrite(str(root / folder / f"{number}.jpg"), np.full((8, 8, 3), number, np.uint8))
+        else:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(b"x")
+    return str(root)
+
+
+TRAIN_AND = ("train/ant/*2", "train/bee/*3")
+
+
+@pytest.mark.parametrize(
+    ("paths", "evaluated", "unused"),
+    [
+        (("valid/ant/*1", "valid/bee/*1", "test/ant/*4", "test/bee/*4"), "valid/", {}),
+        (("Validation/ant/*1", "Validation/bee/*1"), "Validation/", {}),
+        (("val_images/ant/*1", "val_images/bee/*1", "test/*4"), "val_images/", {"test/*.jpg": 4}),
+        (("val/ant/*1", "val/bee/*1", "test/unknown/*4"), "val/", {"test/unknown/": 1}),
+        (("val/ant/*1", "val/bee/*1", "test/"), "val/", {"test/": 0}),
+        (("test/ant/*1", "test/bee/*1", "labels.csv"), "test/", {"*.csv": 1}),
+        (("dev/ant/*1", "dev/bee/*1", "extras/ant/*9", "a.CSV", "b.csv", "LICENSE"), "dev/",
+         {"extras/": 1, "*.csv": 2, "* without a suffix": 1}),
+        (("val/ant/*1", "val/ant/x.WEBP", "val/bee/*1", "val/bee/y.webp", "train/ant/z.gif", "train/bee/crops/*3", "train/*2"),
+         "val/", {"val/**/*.webp": 2, "train/**/*.gif": 1, "train/**/crops/": 1, "train/*.jpg": 2}),
+        (("val/ant/*2", "val/bee/"), "val/", {"val/bee/": 0}),
+        (("val/ant/*2", "val/bee/x.webp"), "val/", {"val/bee/": 0, "val/**/*.webp": 1}),
+        (("val/ant/*1", "val/bee/*1", "__MACOSX/train/", "train/ant/._0.jpg", "train/.DS_Store", "val/.cache/"), "val/", {}),
+    ],
+)  # fmt: skip
+def test_which_split_is_evaluated_on_and_what_is_not_used(paths, evaluated, unused, tmp_path):
+    name = photos(tmp_path / "in", *TRAIN_AND, *paths)
+    splits = {split: load(name, split) for split in ("train", "eval")}
+    assert (len(splits["train"]), len(splits["eval"])) == (5, 2)
+    assert (splits["train"].origin, splits["eval"].origin) == ("train/", evaluated)
+    assert splits["train"].unused | splits["eval"].unused == unused
+    line = data.remark(splits)
+    assert (
+        f"eval from {evaluated}" in line
+        and ("not used" in line) == bool(unused)
+        and all(kind in line for kind in unused)
+    )
+
+
+@pytest.mark.parametrize(
+    "train", ["Train", "TRAIN", "training", "Training_Set", "images/train", "data/train", "only/train", "train/images"]
+)
+def test_other_names_of_the_folders(train, tmp_path):
+    inside = train.rpartition("/")[0] + "/" if train.endswith("/train") else ""
+    name = photos(tmp_path / "in", f"{train}/ant/*2", f"{train}/bee/*3", f"{inside}val/ant/*1", f"{inside}val/bee/*1")
+    assert [len(load(name, split)) for split in ("train", "eval")] == [5, 2] and describe(name).num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "sentence"),
+    [
+        (("test/ant/*1", "test/bee/*1", "holdout/ant/*1"), "has no val folder, and holdout holds classes of train just as test does"),
+        (("val/ant/*1", "val/bee/*1", "valid/ant/*1"), "has val and valid, and each could be the eval split"),
+        (("test/*4",), r"has no eval split \(seen: test/\*.jpg \(4\), train/\): wanted is val/CLASS/\*.jpg .* or the setting subset=minival"),
+        (("test/Ant/*4", "test/Bee/*4"), r"has no eval split \(seen: test/Ant/, test/Bee/, train/"),
+        (("val/*4",), r"the 4 photographs in \S*/val lie in no class folders.*: wanted is val/CLASS/\*.jpg with the classes of train \(ant, bee\)"),
+        (("val/a.webp", "val/ant/b.webp", "test/ant/*1", "test/bee/*1"),
+         r"val holds no photographs in class folders \(seen: \*.webp, ant/\): wanted is CLASS/\*.jpg"),
+        (("train/cow/x.webp", "train/cow/more/", "val/ant/*1"), r"train/cow holds no .jpg, .jpeg, .png \(seen: \*.webp, more/\): fill it"),
+        (("val/ant/*1",), "only train has bee"),
+        (("val/ant/*1", "val/bee /*1"), "only train has bee; only eval has 'bee '"),
+        (("val/ant/*1", "val/Bee/*1"), "only train has bee; only eval has Bee"),
+        (("val/ant/*1", *(f"val/{number}/*1" for number in range(7))), "only train has bee; only eval has 0, 1, 2, 3, 4, … "),
+    ],
+)  # fmt: skip
+def test_a_refusal_says_what_was_seen_and_what_would_be_accepted(paths, sentence, tmp_path):
+    name = photos(tmp_path / "in", *TRAIN_AND, *paths)
+    with pytest.raises(EffnetlibError, match=sentence) as caught:
+        describe(name)
+    assert "ILSVRC" not in str(caught.value) and "LOC_" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("paths", "sentence"),
+    [
+        (("train/*4", "val/*2"), r"train holds no photographs in class folders \(seen: \*.jpg \(4\)"),
+        (("train/", "val/ant/*1"), r"train holds no photographs in class folders \(seen: nothing"),
+        (("ant/*1", "bee/*1", "x.txt"), r"in holds no data set \(seen: \*.txt, ant/, bee/\): wanted is \S*/in/{train,val}/CLASS/\*.jpg"),
+        (("images/train/ant/*1", "data/train/ant/*1"), "holds several data sets: name one of .*/in/data, .*/in/images"),
+    ],
+)  # fmt: skip
+def test_folders_without_classes_or_splits(paths, sentence, tmp_path):
+    with pytest.raises(EffnetlibError, match=sentence):
+        load(photos(tmp_path / "in", *paths), "train")
+
+
+def test_a_path_that_is_no_folder(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"x")
+    with pytest.raises(EffnetlibError, match=r"photos.zip holds no data set \(seen: a file\): wanted is"):
+        load(str(tmp_path / "photos.zip"), "train")
+
+
+def test_training_says_in_a_line_what_it_reads_and_what_not(tmp_path, monkeypatch, capsys):
+    name = photos(
+        tmp_path / "in",
+        "train/ant/*4",
+        "train/bee/*4",
+        "test/ant/*1",
+        "test/bee/*1",
+        "extras/x.jpg",
+        "train/ant/y.webp",
+    )
+    monkeypatch.setattr("effnetlib.training._train", lambda recipe, record, *rest: record)
+    effnetlib.train(Recipe.preset("photos-8-rmsprop").replace(dataset=name), tmp_path / "run")
+    effnetlib.train(Recipe.preset("digits-64-rmsprop"), tmp_path / "digits")
+    line = "photographs: train from train/, eval from test/; not used: extras/, train/**/*.webp"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_names_that_look_alike_are_told_apart(tmp_path):
+    twins = [unicodedata.normalize(form, "Äpfel") for form in ("NFC", "NFD")]
+    name = photos(tmp_path / "in", f"train/{twins[0]}/*1", f"val/{twins[1]}/*1")
+    with pytest.raises(EffnetlibError) as caught:
+        describe(name)
+    assert r"(A\u0308pfel)" not in str(caught.value)
+    assert r"'\xc4pfel'" in str(caught.value) and r"'A\u0308pfel'" in str(caught.value)
+
+
+def test_classes_that_are_numbers_are_numbered_as_numbers(tmp_path):
+    numbers = [str(number) for number in range(12)]
+    name = photos(tmp_path / "in", *(f"{split}/{n}/*1" for split in ("train", "val") for n in numbers))
+    assert load(name, "train").class_names == load(name, "eval").class_names == tuple(numbers)
+    assert labels_of(load(name, "eval")) == list(range(12))
+    photos(tmp_path / "in", "train/x/*1")
+    assert load(name, "train").class_names[:4] == ("0", "1", "10", "11")  # not all are numbers
+
+
+def test_links_are_followed_and_one_to_nothing_is_refused(tmp_path):
+    name = photos(tmp_path / "in", *TRAIN_AND, "test/ant/*1", "test/bee/*1")
+    (tmp_path / "in/val").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EffnetlibError, match="in/val cannot be read: No such file"):
+        load(name, "eval")
+    photos(tmp_path / "elsewhere", "ant/*1", "bee/*2")
+    assert len(load(name, "eval")) == 3 and load(name, "eval").origin == "val/"
+
+
+def test_a_folder_is_listed_once_until_it_changes(tmp_path, monkeypatch):
+    name = photos(tmp_path / "in", "train/ant/*80", "train/bee/*80", "val/ant/*1", "val/bee/*1")
+    for folder, *_ in os.walk(name):
+        os.utime(folder, (1e9, 1e9))  # long ago
+    calls, original = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: calls.append(os.fspath(place)) or original(place))
+    recipe = Recipe.preset("b0-2-rmsprop").replace(dataset=name, epochs=10)
+    assert recipe.data.train_examples == 160
+    for split in ("train", "eval"):
+        load(name, split)
+    assert describe(name, "minival").eval_examples == 3 and len(load(name, "train", "minival")) == 157
+    assert [calls.count(f"{name}/{folder}") for folder in ("train/ant", "train/bee", "val/ant")] == [1, 1, 1]
+    photos(tmp_path / "in", "train/ant/more.jpg")
+    assert len(load(name, "train")) == 161
+    os.remove(tmp_path / "in/train/ant/more.jpg")
+    assert len(load(name, "train")) == 160
 
 
 def test_cifar10_has_its_pixels_and_labels_in_place(tmp_path, monkeypatch):
@@ -231,7 +401,6 @@ def test_grey_and_png_photographs_become_rgb(tmp_path):
     ("name", "sentence"),
     [
         ("cifar10", "effnetlib data fetch cifar10"),
-        ("fashion_mnist", "effnetlib data fetch fashion_mnist"),
         ("imagenet", r"imagenet/\{train,val\}/CLASS/\*.jpg"),
         ("digitz", "did you mean digits?"),
     ],
@@ -270,9 +439,71 @@ def test_not_an_archive(tmp_path):
         fetch("cifar")
 
 
-def test_imagenet_is_the_competitions_where_kaggle_attaches_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "KAGGLE_IMAGENET", tmp_path)
-    assert sources.data_folder("imagenet") == tmp_path
+@pytest.mark.parametrize(
+    "place", ["competitions/imagenet-object-localization-challenge", "imagenet-object-localization-challenge"]
+)
+def test_imagenet_is_the_competitions_where_kaggle_attaches_it(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "KAGGLE_INPUT", tmp_path / "input")
+    with pytest.raises(EffnetlibError) as caught:
+        load("imagenet", "train")
+    assert "there is no data set" not in str(caught.value) and "did you mean" not in str(caught.value)
+    assert all(f"{folder}" in str(caught.value) for folder in (tmp_path / "data/imagenet", tmp_path / "input" / place))
+    (tmp_path / "input" / place).mkdir(parents=True)
+    assert sources.data_folder("imagenet") == tmp_path / "input" / place
+    with pytest.raises(EffnetlibError, match=rf"{place} holds no data set \(seen: nothing\): wanted is"):
+        load("imagenet", "train")
     assert sources.data_folder("photos") == sources.cache_folder() / "photos"
     (sources.cache_folder() / "imagenet").mkdir(parents=True)
     assert sources.data_folder("imagenet") == sources.cache_folder() / "imagenet"
+
+
+def cifar10_folder(monkeypatch, keep=slice(None)):
+    """CIFAR-10 of two examples a file, whose sums pass for the official ones; of its files `keep` are there."""
+    monkeypatch.setitem(sources.KNOWN, "cifar10", sources.DataInfo(10, 2, 10))
+    content = bytes(2 * 3073)
+    monkeypatch.setattr(fetching, "CIFAR10_MD5", dict.fromkeys(fetching.CIFAR10_MD5, hashlib.md5(content).hexdigest()))
+    folder = sources.cache_folder() / "cifar10"
+    folder.mkdir(parents=True)
+    for name in list(fetching.CIFAR10_MD5)[keep]:
+        (folder / name).write_bytes(content)
+    return folder, content
+
+
+@pytest.mark.parametrize("damage", ["nothing", "empty folder", "one missing", "one cut off", "one damaged"])
+def test_fetching_asks_the_files_and_mends_what_is_not_whole(damage, tmp_path, monkeypatch):
+    folder, content = cifar10_folder(monkeypatch, slice(0) if damage == "empty folder" else slice(None))
+    (folder / "mine.txt").write_text("stays")
+    last = folder / "data_batch_5.bin"
+    if damage == "one missing":
+        last.unlink()
+    elif damage == "one cut off":
+        last.write_bytes(content[:-1])
+    elif damage == "one damaged":
+        last.write_bytes(content[:-1] + b"x")
+    if damage in ("one missing", "one cut off", "empty folder"):
+        with pytest.raises(
+            EffnetlibError, match=r"data_batch_\d.bin is (missing|not whole): get CIFAR-10 with `effnetlib data fetch"
+        ):
+            load("cifar10", "train")
+    asked = []
+
+    def official(scratch, ready, archive):
+        asked.append(archive)
+        for name in fetching.CIFAR10_MD5:
+            (ready / name).write_bytes(content)
+
+    monkeypatch.setattr(fetching, "_cifar10", official)
+    assert fetch("cifar10") == folder and len(asked) == (damage != "nothing")
+    assert len(load("cifar10", "train")) == 10 and len(load("cifar10", "eval")) == 2
+    assert sorted(os.listdir(folder)) == sorted([*fetching.CIFAR10_MD5, "mine.txt"]) and os.listdir(folder.parent) == [
+        "cifar10"
+    ]
+    assert fetch("cifar10") == folder and len(asked) == (damage != "nothing")
+
+
+def test_a_fetch_that_fails_leaves_an_incomplete_folder_as_it_was(tmp_path, monkeypatch):
+    folder, _ = cifar10_folder(monkeypatch, slice(2))
+    (tmp_path / "x.tar.gz").write_bytes(b"nothing")
+    with pytest.raises(EffnetlibError, match="cannot be unpacked"):
+        fetch("cifar10", tmp_path / "x.tar.gz")
+    assert len(os.listdir(folder)) == 2 and os.listdir(folder.parent) == ["cifar10"]

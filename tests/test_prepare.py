@@ -21,7 +21,7 @@ from scipy.io import savemat
 
 from effnetlib import EffnetlibError, Recipe, make_mesh
 from effnetlib.__main__ import main
-from effnetlib.data import describe, load, shards, train_batches
+from effnetlib.data import describe, load, remark, shards, train_batches
 from effnetlib.data import prepare as module
 from effnetlib.data.photographs import DEVKIT
 from effnetlib.data.prepare import check, prepare
@@ -61,7 +61,7 @@ def put(path, content):
     path.write_bytes(content)
 
 
-def devkit(root, extracted=False):
+def devkit(root, damage=lambda name, content: content):
     """IDs run against the order of the synsets, as the official ones do."""
     ids = {wnid: len(WNIDS) - k for k, wnid in enumerate(WNIDS)}
     kinds = np.dtype([("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
@@ -70,13 +70,9 @@ def devkit(root, extracted=False):
     savemat(meta, {"synsets": table})
     truth = "".join(f"{ids[wnid]}\n" for wnid, *_ in val_files()).encode()
     files = {"ILSVRC2012_validation_ground_truth.txt": truth, "meta.mat": meta.getvalue()}
-    if extracted:
-        for name, content in files.items():
-            put(root / DEVKIT / "data" / name, content)
-        return
     with tarfile.open(root / f"{DEVKIT}.tar.gz", "w:gz") as archive:
         for name, content in files.items():
-            add(archive, f"{DEVKIT}/data/{name}", content)
+            add(archive, f"{DEVKIT}/data/{name}", damage(name, content))
 
 
 def official(root):
@@ -118,18 +114,10 @@ def flat_with_kit(root):
     for _, name, content in val_files():
         put(root / "val" / name, content)
     put(root / "test/ILSVRC2012_test_00000001.JPEG", jpeg(5))
-    devkit(root, extracted=True)
+    devkit(root)
 
 
-def flat_with_list(root):
-    flat_with_kit(root)
-    for file in (root / DEVKIT / "data").iterdir():
-        file.unlink()
-    text = "".join(f"{wnid}\n" for wnid, *_ in val_files())
-    (root / "imagenet_2012_validation_synset_labels.txt").write_text(text)
-
-
-LAYOUTS = [official, kaggle, by_class, flat_with_kit, flat_with_list]
+LAYOUTS = [official, kaggle, by_class, flat_with_kit]
 
 
 def contents(split):
@@ -214,6 +202,105 @@ def test_tfds_shards(tmp_path):
         load(str(tmp_path / "in"), "train")
 
 
+def test_two_versions_of_tfds_are_refused_by_name(tmp_path):
+    tfds(tmp_path / "in")
+    shutil.copytree(tmp_path / "in/imagenet2012/5.1.0", tmp_path / "in/imagenet2012/5.0.0")
+    for root in (tmp_path / "in", tmp_path / "in/imagenet2012"):
+        with pytest.raises(
+            EffnetlibError, match="name the folder of one, .*/imagenet2012/5.0.0 or .*/imagenet2012/5.1.0"
+        ):
+            load(str(root), "train")
+    assert len(load(str(tmp_path / "in/imagenet2012/5.0.0"), "train")) == 12
+
+
+def test_tfds_without_validation_is_evaluated_on_test_and_says_so(tmp_path):
+    tfds(tmp_path / "in")
+    folder = tmp_path / "in/imagenet2012/5.1.0"
+    about = (folder / "dataset_info.json").read_text()
+    more = [{"name": "extra", "shardLengths": ["7"]}]
+    about = json.loads(about.replace('"validation"', '"test"'))
+    (folder / "dataset_info.json").write_text(json.dumps(about | {"splits": about["splits"] + more}))
+    for path in folder.glob("*-validation.*"):
+        path.rename(path.with_name(path.name.replace("validation", "test")))
+    (folder / "notes.txt").write_text("")
+    found = load(str(tmp_path / "in"), "eval")
+    assert len(found) == 6 and found.origin == "test"
+    assert found.unused == {"the split extra": 7, "imagenet2012/5.1.0/*.txt": 1}
+    with pytest.raises(EffnetlibError, match="has no test split"):
+        load(str(tmp_path / "in"), "test")
+
+
+def tiny_imagenet(root):
+    for wnid, name, content in train_files():
+        put(root / "train" / wnid / "images" / name, content)
+        put(root / "train" / wnid / f"{wnid}_boxes.txt", b"")
+    for _, name, content in val_files():
+        put(root / "val/images" / name, content)
+    put(
+        root / "val/val_annotations.txt",
+        "".join(f"{name}\t{wnid}\t0\t0\t9\t9\n" for wnid, name, _ in val_files()).encode(),
+    )
+    put(root / "test/images/test_0.JPEG", jpeg(5))
+    put(root / "wnids.txt", b"")
+
+
+def test_tiny_imagenet(tmp_path):
+    tiny_imagenet(tmp_path / "in")
+    name = str(tmp_path / "in")
+    assert contents(load(name, "train")) == wanted(train_files())
+    assert contents(load(name, "eval")) == wanted(val_files())
+    assert load(name, "eval").unused == {"*.txt": 1, "test/*.jpeg": 1}
+    assert load(name, "train").unused == {"*.txt": 1, "test/*.jpeg": 1, "train/**/*.txt": 3}
+    (tmp_path / "in/val/val_annotations.txt").write_text("")
+    with pytest.raises(EffnetlibError, match="val_annotations.txt has no label for 6 of 6 photographs"):
+        load(name, "eval")
+
+
+def test_preparing_names_what_is_not_used_in_the_output_and_the_manifest(tmp_path):
+    by_class(tmp_path / "in")
+    (tmp_path / "in/val").rename(tmp_path / "in/valid")
+    for path in (
+        "valid/x/a.webp",
+        f"valid/{WNIDS[0]}/a.webp",
+        f"valid/{WNIDS[1]}/b.webp",
+        "extras/c.jpg",
+        "test/d.jpg",
+    ):
+        put(tmp_path / "in" / path, b"x")
+    shutil.rmtree(tmp_path / "in/valid/x")
+    unused = {"valid/**/*.webp": 2, "extras/": 1, "test/*.jpg": 1}
+    for dest in ("out", "in/shards", "in/shards"):  # what is being written is not named
+        run = CliRunner().invoke(main, ["data", "prepare", str(tmp_path / "in"), str(tmp_path / dest)])
+        assert run.exit_code == 0 and "eval: 6 photographs of valid/ in 1 shards" in run.output
+        assert "not used: extras/, test/*.jpg, valid/**/*.webp (2)\n" in run.output
+        assert shards.read_manifest(tmp_path / dest)["unused"] == unused
+    manifest = shards.read_manifest(tmp_path / "out")
+    del manifest["unused"], manifest["splits"]["train"]["origin"]  # as an older version wrote it
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    assert len(load(str(tmp_path / "out"), "train")) == 12 and check(tmp_path / "out") == []
+    assert prepare(tmp_path / "in", tmp_path / "out")["unused"] == unused | {"shards/": 1}
+
+
+def test_prepared_without_a_split_to_evaluate_on(tmp_path):
+    by_class(tmp_path / "in")
+    (tmp_path / "in/val").rename(tmp_path / "in/holdout")
+    put(tmp_path / "in/test/d.jpg", b"x")
+    manifest = prepare(tmp_path / "in", tmp_path / "out")
+    assert list(manifest["splits"]) == ["train"] and manifest["unused"] == {"holdout/": 1, "test/*.jpg": 1}
+    with pytest.raises(EffnetlibError, match="without the eval split, only with train: add it .* set subset=minival"):
+        load(str(tmp_path / "out"), "eval")
+
+
+def test_shards_and_photographs_in_one_folder(tmp_path):
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+    by_class(tmp_path / "out")
+    found = load(str(tmp_path / "out"), "train")
+    assert found.unused == {"train/": 1, "val/": 1} and "not used: train/, val/" in remark({"train": found})
+    tfds(tmp_path / "in")
+    assert load(str(tmp_path / "in"), "train").unused == {"imagenet2012/": 1}  # the photographs are read
+
+
 def test_a_record_is_a_tensorflow_example():
     # Typed by hand from example.proto: Features(1) { feature(1) { key(1) "label"  value(2) { int64_list(3) { 1: [7] } } } … }
     feature = b"\x0a\x05label\x12\x05\x1a\x03\x0a\x01\x07"
@@ -264,8 +351,7 @@ def test_wrong_label_files(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"99\n99\n99\n99\n99\n99\n", None])
 def test_a_damaged_development_kit(name, content, tmp_path):
     flat_with_kit(tmp_path / "in")
-    file = tmp_path / "in" / DEVKIT / "data" / name
-    file.write_bytes(file.read_bytes()[:-40] if content is None else content)
+    devkit(tmp_path / "in", lambda n, right: right if n != name else right[:-40] if content is None else content)
     with pytest.raises(EffnetlibError) as caught:
         load(str(tmp_path / "in"), "eval")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -296,7 +382,9 @@ def test_an_imagenet_by_class_with_a_test_split(tmp_path, monkeypatch):
     (tmp_path / "in/val").rename(tmp_path / "in/elsewhere")
     shutil.rmtree(tmp_path / "in/test")
     monkeypatch.setattr(module, "IMAGENET", {"train": 12, "eval": 6})
-    with pytest.raises(EffnetlibError, match="has no val or validation or test folder.*--partial"):
+    with pytest.raises(
+        EffnetlibError, match="has no eval split .seen: elsewhere/, train/.: wanted is val/CLASS/.*--partial"
+    ):
         prepare(tmp_path / "in", tmp_path / "other")
 
 
@@ -368,10 +456,10 @@ def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):
 def test_folders_that_lack_something(tmp_path):
     by_class(tmp_path / "in")
     (tmp_path / "in/train/n03000000").mkdir()
-    with pytest.raises(EffnetlibError, match="class folder .*n03000000 holds no photographs"):
+    with pytest.raises(EffnetlibError, match="class folder .*n03000000 holds no .jpg"):
         load(str(tmp_path / "in"), "train")
     (tmp_path / "in/train/n03000000").rmdir()
-    with pytest.raises(EffnetlibError, match="has no test folder"):
+    with pytest.raises(EffnetlibError, match="has no test split .seen: train/, val/"):
         load(str(tmp_path / "in"), "test")
     with pytest.raises(EffnetlibError, match="is no layout of photographs"):
         prepare(tmp_path / "in/train", tmp_path / "out")
@@ -547,14 +635,12 @@ def test_what_was_written_before_a_stop_is_kept(tmp_path, monkeypatch):
     assert check(tmp_path / "out") == [] and not list((tmp_path / "out").glob(".*array_record"))
 
 
-def test_half_and_minival(tmp_path, monkeypatch):
+def test_minival(tmp_path, monkeypatch):
     by_class(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out")
     loose, packed = str(tmp_path / "in"), str(tmp_path / "out")
     with pytest.raises(EffnetlibError, match="has 12 training examples, too few to hold out"):
         describe(loose, "minival")
-    half = load(loose, "train", "half")
-    assert len(half) == 6 and contents(half) == contents(load(packed, "train", "half"))
     monkeypatch.setattr("effnetlib.data.sources.MINIVAL_SHARDS", 256)
     train, held_out = (load(packed, split, "minival") for split in ("train", "eval"))
     assert (len(train), len(held_out)) == (9, 3)
@@ -563,7 +649,7 @@ def test_half_and_minival(tmp_path, monkeypatch):
     assert describe(loose, "minival").eval_examples == 3
     info = describe(packed, "minival")
     assert (info.train_examples, info.eval_examples) == (9, 3)
-    assert Recipe.preset("b0-3-rmsprop").replace(dataset=packed, subset="half", epochs=10).total_steps == 20
+    assert Recipe.preset("b0-3-rmsprop").replace(dataset=packed, subset="minival", epochs=10).total_steps == 30
 
 
 def test_imagenets_minival_has_the_references_size():

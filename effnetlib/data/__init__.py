@@ -3,7 +3,7 @@ function of (seed, step)."""
 
 from effnetlib.data.fetch import fetch
 from effnetlib.data.loader import eval_batches, train_batches
-from effnetlib.data.sources import DataInfo, Split, cache_folder, data_folder, describe, load
+from effnetlib.data.sources import DataInfo, Split, cache_folder, data_folder, describe, load, remark
 
 __all__ = [
     "DataInfo",
@@ -14,5 +14,6 @@ __all__ = [
     "eval_batches",
     "fetch",
     "load",
+    "remark",
     "train_batches",
 ]

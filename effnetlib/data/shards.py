@@ -17,12 +17,13 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
+from effnetlib.data.photographs import beside, split_of
 from effnetlib.errors import EffnetlibError, FailedError
 
 MANIFEST = "manifest.json"
 NOTES = ".prepare"  # a folder that is there while shards are being written
 SCHEMA = 1
-TFDS_SPLITS = {"train": ("train",), "eval": ("validation", "val", "test"), "test": ("test",)}
+INFO = "dataset_info.json"  # of TFDS
 
 
 def _example_class():
@@ -143,18 +144,14 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["schema"] != SCHEMA:
             raise ValueError(f"schema {manifest['schema']}")
-        _ = manifest["classes"], manifest["converted"]
+        parts = [(manifest, ("classes", "converted"))]
         for about in manifest["splits"].values():
-            _ = about["examples"], about["examples_a_class"], about["fingerprint"], about["listing"]
-            for shard in about["shards"]:
-                _ = (
-                    shard["file"],
-                    shard["examples"],
-                    shard["bytes"],
-                    shard["sha256"],
-                    shard["records"],
-                    shard["members"],
-                )
+            parts.append((about, ("examples", "examples_a_class", "fingerprint", "listing")))
+            parts += [
+                (shard, ("file", "examples", "bytes", "sha256", "records", "members")) for shard in about["shards"]
+            ]
+        for part, keys in parts:
+            _ = [part[key] for key in keys]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EffnetlibError(f"{folder / MANIFEST} is damaged, or of another version: {error}") from None
     return manifest
@@ -162,11 +159,14 @@ def read_manifest(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Shards:
-    """An opened split: its records, the names of its classes and a fingerprint."""
+    """An opened split: its records, the names of its classes, a fingerprint, what it was called, and what lies beside the
+    shards and is not used (see `effnetlib.data.photographs.Listing`)."""
 
     records: ShardedRecords
     class_names: tuple[str, ...]
     fingerprint: str
+    origin: str
+    unused: dict[str, int]
 
 
 def open_shards(root: Path, split: str) -> Shards | None:
@@ -178,8 +178,10 @@ def open_shards(root: Path, split: str) -> Shards | None:
     if (root / MANIFEST).is_file():
         manifest = read_manifest(root)
         if split not in manifest["splits"]:
+            hint = ", or set subset=minival, which holds out a part of train" if split == "eval" else ""
             raise EffnetlibError(
-                f"{root} was prepared without the {split} split: it has {', '.join(manifest['splits'])}"
+                f"{root} was prepared without the {split} split, only with {', '.join(manifest['splits'])}: add it to the "
+                f"source and prepare again{hint}"
             )
         about = manifest["splits"][split]
         shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]
@@ -189,24 +191,33 @@ def open_shards(root: Path, split: str) -> Shards | None:
         order = np.argsort(shard_order(about["examples"]))
         remedy = "`effnetlib data check` lists what is; delete those, and preparing again mends it"
         records = ShardedRecords(shards, order, remedy)
-        return Shards(records, tuple(manifest["classes"]), about["fingerprint"])
-    info = next(iter([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json"),
-                      *root.glob("*/*/dataset_info.json")]), None)  # fmt: skip
-    return None if info is None else _open_tfds(info, split)
+        used = {shard["file"] for each in manifest["splits"].values() for shard in each["shards"]} | {MANIFEST}
+        unused = beside(root, root, used.__contains__)
+        return Shards(records, tuple(manifest["classes"]), about["fingerprint"], about.get("origin", split), unused)
+    # NAME/CONFIG/VERSION, or a part of that. Where there are photographs, such a search would take minutes.
+    photographs = any(split_of(path.name) for path in root.glob("*"))
+    infos = sorted(info for depth in range(2 if photographs else 4) for info in root.glob("*/" * depth + INFO))
+    if len(infos) > 1:
+        named = " or ".join(str(info.parent) for info in infos)
+        raise EffnetlibError(
+            f"{root} holds {len(infos)} data sets or versions of TFDS: name the folder of one, {named}"
+        )
+    return _open_tfds(root, infos[0], split) if infos else None
 
 
-def _open_tfds(info: Path, split: str) -> Shards:
+def _open_tfds(root: Path, info: Path, split: str) -> Shards:
     folder = info.parent
     try:
         about = json.loads(info.read_text())
         named = {each["name"]: [int(n) for n in each["shardLengths"]] for each in about["splits"]}
     except (ValueError, KeyError, TypeError) as error:
         raise EffnetlibError(f"{info} is damaged, or of another version: {error!r}") from None
-    name = next((name for name in TFDS_SPLITS[split] if name in named), None)
-    if name is None:
+    known = {kind: name for name in reversed(named) if (kind := split_of(name))}
+    name = known.get(split) or (known.get("test") if split == "eval" else None)
+    if name is None or (split == "test" and "eval" not in known):
         raise EffnetlibError(f"{folder} has no {split} split, only {', '.join(named)}")
     lengths = named[name]
-    pattern = re.compile(rf".+-{name}\.array_record-(\d+)-of-0*{len(lengths)}")
+    pattern = re.compile(rf".+-{re.escape(name)}\.array_record-(\d+)-of-0*{len(lengths)}")
     files = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
     if len(files) != len(lengths):
         raise EffnetlibError(
@@ -220,7 +231,9 @@ def _open_tfds(info: Path, split: str) -> Shards:
     digest = hashlib.sha256(info.read_bytes())
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    return Shards(
-        ShardedRecords(list(zip(files, lengths, strict=True))), names[:-1] if not names[-1] else names,
-        digest.hexdigest()[:16],
-    )  # fmt: skip
+    written = re.compile(r".+\.array_record-\d+-of-\d+|.+\.(json|labels\.txt)")
+    unused = beside(root, folder, written.fullmatch) | {
+        f"the split {each}": sum(count) for each, count in named.items() if each not in known.values()
+    }
+    records = ShardedRecords(list(zip(files, lengths, strict=True)))
+    return Shards(records, names[:-1] if not names[-1] else names, digest.hexdigest()[:16], name, unused)

@@ -1,6 +1,6 @@
-"""Sources: digits (embedded), CIFAR-10, Fashion-MNIST, and photographs such as ImageNet's, loose or in shards."""
+"""Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
 
-import gzip
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from effnetlib.data.images import decode
-from effnetlib.data.photographs import Listing, list_photographs
-from effnetlib.data.shards import NOTES, open_shards, shard_order
+from effnetlib.data.photographs import Listing, check_classes, in_words, kept_listing, seen
+from effnetlib.data.shards import NOTES, Shards, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.paths import name_or_path, user_path
 
 SPLITS = ("train", "eval", "test")
-SUBSETS = ("all", "half", "minival")
+SUBSETS = ("all", "minival")
 MINIVAL_SHARDS, REFERENCE_SHARDS = 20, 1024
 
 
@@ -32,7 +32,6 @@ class DataInfo:
 KNOWN = {
     "digits": DataInfo(1437, 360, 10),
     "cifar10": DataInfo(50_000, 10_000, 10),
-    "fashion_mnist": DataInfo(60_000, 10_000, 10),
     "imagenet": DataInfo(1_281_167, 50_000, 1000),
 }
 
@@ -48,6 +47,8 @@ class Split:
         ours; over names and sizes of the files where they are loose.
       example: ``example(index)`` is an image, uint8 ``[height, width, 3]``, and its label.
       encoded: ``encoded(index)`` is a photograph's file as bytes, its label and its name; None for sets in memory.
+      origin: the folder or archive that photographs come from.
+      unused: counts of what lies among or beside photographs and is not used.
     """
 
     size: int
@@ -55,6 +56,8 @@ class Split:
     fingerprint: str
     example: Callable[[int], tuple[np.ndarray, int]] = field(repr=False)
     encoded: Callable[[int], tuple[bytes, int, str]] | None = field(default=None, repr=False)
+    origin: str = ""
+    unused: dict[str, int] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.size
@@ -74,23 +77,21 @@ def describe(name: str, subset: str = "all") -> DataInfo:
         info = DataInfo(len(train), 0, len(train.class_names))
     else:
         train, evaluation = load(name, "train"), load(name, "eval")
-        if train.class_names != evaluation.class_names:
-            odd = ", ".join(sorted(set(train.class_names) ^ set(evaluation.class_names))[:5])
-            raise EffnetlibError(f"the data set {name} has classes that only one of its splits knows: {odd}")
+        check_classes(data_folder(name), {"train": train.class_names, "eval": evaluation.class_names})
         info = DataInfo(len(train), len(evaluation), len(train.class_names))
     held_out = _minival_size(info.train_examples, name) if subset == "minival" else 0
     if subset == "minival":
         return DataInfo(info.train_examples - held_out, held_out, info.num_classes)
-    return DataInfo(info.train_examples // 2, info.eval_examples, info.num_classes) if subset == "half" else info
+    return info
 
 
 def load(name: str, split: str, subset: str = "all") -> Split:
     """Opens a split of a data set: "train", "eval", or where a folder of photographs has one beside those, "test".
 
     Args:
-      subset: "all"; "half", training on a random half; or "minival", the reference's hold-out: 20 of 1,024 shards of the
-        training set are taken from it and are what "eval" means. Both are drawn once for ever, the same for loose
-        photographs and for shards of ours (TFDS's have an order of their own).
+      subset: "all", or "minival", the reference's hold-out: 20 of 1,024 shards of the training set are taken from it and
+        are what "eval" means. It is drawn once for ever, the same for loose photographs and for shards of ours (TFDS's
+        have an order of their own).
 
     Raises:
       EffnetlibError: the set is unknown, missing (the sentence says how to get it), or not of the size it should be.
@@ -112,8 +113,6 @@ def load(name: str, split: str, subset: str = "all") -> Split:
         wanted = KNOWN[name].train_examples if split == "train" else KNOWN[name].eval_examples
         if len(data) != wanted:
             raise EffnetlibError(f"the {split} split of {name} should have {wanted:,} examples, and has {len(data):,}")
-    if subset == "half" and split == "train":
-        return _select(data, shard_order(len(data))[: len(data) // 2])
     return data
 
 
@@ -131,9 +130,8 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     indices = np.sort(indices)
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
     encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
-    return Split(
-        len(indices), split.class_names, fingerprint, lambda index: split.example(int(indices[index])), encoded
-    )
+    part = {"size": len(indices), "fingerprint": fingerprint, "encoded": encoded}
+    return dataclasses.replace(split, **part, example=lambda index: split.example(int(indices[index])))
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
@@ -160,73 +158,75 @@ def _digits(split: str) -> Split:
     return _in_memory(pixels, digits.target[chosen], map(str, range(10)))
 
 
+CIFAR10_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "eval": ["test_batch.bin"]}
+
+
 def _cifar10(split: str) -> Split:
-    folder = cache_folder() / "cifar10"
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    if not all((folder / name).is_file() for name in names):
-        raise EffnetlibError(f"CIFAR-10 is not in {folder}: get it with `effnetlib data fetch cifar10`")
+    folder, names = cache_folder() / "cifar10", CIFAR10_FILES[split]
+    examples = KNOWN["cifar10"].train_examples if split == "train" else KNOWN["cifar10"].eval_examples
+    for path in (folder / name for name in names):
+        if not path.is_file() or path.stat().st_size != 3073 * examples // len(names):
+            problem = "is not whole" if path.is_file() else "is missing"
+            raise EffnetlibError(f"{path} {problem}: get CIFAR-10 with `effnetlib data fetch cifar10`")
     records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in names])
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     classes = "airplane automobile bird cat deer dog frog horse ship truck"
     return _in_memory(np.ascontiguousarray(images), records[:, 0], classes.split())
 
 
-def _fashion_mnist(split: str) -> Split:
-    folder = cache_folder() / "fashion_mnist"
-    prefix = "train" if split == "train" else "t10k"
-    paths = [folder / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-    if not all(path.is_file() for path in paths):
-        raise EffnetlibError(f"Fashion-MNIST is not in {folder}: get it with `effnetlib data fetch fashion_mnist`")
-    images, labels = (np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8) for path in paths)
-    classes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle-boot"
-    return _in_memory(images[16:].reshape(-1, 28, 28), labels[8:], classes.split())
+IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}
 
 
-IN_MEMORY = {"digits": _digits, "cifar10": _cifar10, "fashion_mnist": _fashion_mnist}
-
-
-KAGGLE_IMAGENET = Path("/kaggle/input/imagenet-object-localization-challenge")
+KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_IMAGENET = "imagenet-object-localization-challenge"
 
 
 def data_folder(name: str) -> Path:
     """Where photographs of this name lie: the path itself, or a folder of the cache. On Kaggle, "imagenet" is the competition's
     where it is attached and the cache has none."""
     folder = user_path(name_or_path(name, "dataset"), "dataset", cache_folder(), folder=True)
-    attached = name == "imagenet" and not folder.is_dir() and KAGGLE_IMAGENET.is_dir()
-    return KAGGLE_IMAGENET if attached else folder
+    if name == "imagenet" and not folder.is_dir():
+        return next((place for place in _kaggle_places() if place.is_dir()), folder)
+    return folder
+
+
+def _kaggle_places() -> list[Path]:
+    return [KAGGLE_INPUT / "competitions" / KAGGLE_IMAGENET, KAGGLE_INPUT / KAGGLE_IMAGENET]  # now, and before
 
 
 def _photographs(name: str, split: str) -> Split:
     root = data_folder(name)
-    if shards := open_shards(root, split):
-        records, class_names, fingerprint = shards.records, shards.class_names, shards.fingerprint
-        return _of_photographs(len(records), class_names, fingerprint, records.__getitem__)
+    if root.is_dir() and (found := open_shards(root, split)):
+        return _of_photographs(len(found.records), found, found.records.__getitem__)
     if (root / NOTES).is_dir():
         raise EffnetlibError(
             f"the preparation of {root} did not end: the same `effnetlib data prepare` goes on with it"
         )
-    listing = list_photographs(root, split) if root.is_dir() else None
-    if listing is None:
-        known = did_you_mean(name, KNOWN)
-        raise EffnetlibError(
-            f"there is no data set {name!r} ({known}): a folder would be {root}/{{train,val}}/CLASS/*.jpg, or shards that "
-            "`effnetlib data prepare` wrote (EFFNETLIB_DATA names another place than the cache folder)"
-        )
-    return _of_listing(listing)
+    listing = kept_listing(root, split) if root.is_dir() else None
+    if listing is not None:
+        read = lambda photo: (photo.read(), photo.label, photo.name)  # noqa: E731
+        return _of_photographs(len(listing.photos), listing, lambda index: read(listing.photos[index]))
+    wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
+    if root.exists():
+        raise EffnetlibError(f"{root} holds no data set (seen: {seen(root) if root.is_dir() else 'a file'}): {wanted}")
+    if os.sep not in name:
+        wanted += " (EFFNETLIB_DATA names another place than the cache folder)"
+    if name == "imagenet":
+        places = ", ".join(map(str, _kaggle_places()))
+        raise EffnetlibError(f"imagenet is not in {root} (nor, as on Kaggle, in {places}): {wanted}")
+    raise EffnetlibError(f"there is no data set {name!r} ({did_you_mean(name, KNOWN)}): {wanted}")
 
 
-def _of_listing(listing: Listing) -> Split:
-    photos = listing.photos
-
-    def encoded(index):
-        return photos[index].read(), photos[index].label, photos[index].name
-
-    return _of_photographs(len(photos), listing.class_names, listing.fingerprint, encoded)
-
-
-def _of_photographs(size: int, class_names, fingerprint: str, encoded) -> Split:
+def _of_photographs(size: int, found: Listing | Shards, encoded) -> Split:
     def example(index):
         photograph, label, name = encoded(index)
         return decode(photograph, name), label
 
-    return Split(size, tuple(class_names), fingerprint, example, encoded)
+    return Split(size, found.class_names, found.fingerprint, example, encoded, found.origin, found.unused)
+
+
+def remark(splits: dict[str, Split]) -> str:
+    """Where the photographs of splits come from, and what is not used, in a line; nothing of what is in memory."""
+    origins = [f"{name} from {split.origin}" for name, split in splits.items() if split.origin]
+    unused = {kind: count for split in splits.values() for kind, count in split.unused.items()}
+    return f"photographs: {', '.join(origins)}{f'; not used: {in_words(unused)}' if unused else ''}" if origins else ""
