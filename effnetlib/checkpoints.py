@@ -8,7 +8,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from effnetlib.errors import EffnetlibError, first_line
+from effnetlib.distributed import all_or_none
+from effnetlib.errors import EffnetlibError, FailedError, first_line
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
 
@@ -49,9 +50,12 @@ def save(
 
 def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict) -> tuple[dict, dict] | None:
     """State and clock of the latest checkpoint that can be read, the state as host arrays with the structure of
-    `template`; None where there is none. One that is damaged is moved aside, with a line that says so.
+    `template`; None where there is none. Those after it are moved aside, with a line that says so.
 
     With several processes, process 0 decides which it is, and the others read the same.
+
+    Raises:
+      FailedError: there are checkpoints, and none can be read. Nothing is moved.
     """
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
 
@@ -60,25 +64,42 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
         restored = checkpoints.restore(step, args=items)
         return restored.state, restored.timing
 
-    found, step = None, -1
-    if jax.process_index() == 0:
-        for candidate in sorted(checkpoints.all_steps(), reverse=True):
-            try:
-                found, step = read(candidate), candidate
-                break
-            except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+    found, step, failed = None, -1, {}
+    with all_or_none():
+        if jax.process_index() == 0:
+            for candidate in sorted(checkpoints.all_steps(), reverse=True):
+                try:
+                    found, step = read(candidate), candidate
+                    break
+                except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+                    failed[candidate] = first_line(error)
+            if failed and not found:
+                _none_can_be_read(directory, failed)
+            for candidate, error in failed.items():
                 print(
-                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {first_line(error)}",
+                    f"the checkpoint of step {candidate} cannot be read, falling back to that of step {step}: {error}",
                     flush=True,
                 )
                 _set_aside(directory / FOLDER / str(candidate))
-        checkpoints.reload()
+            checkpoints.reload()
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if jax.process_index() != 0:
-            checkpoints.reload()
-            found = read(step) if step >= 0 else None
+        with all_or_none():
+            if jax.process_index() != 0 and step >= 0:
+                checkpoints.reload()
+                try:
+                    found = read(step)
+                except Exception as error:
+                    _none_can_be_read(directory, {step: first_line(error)})
     return found
+
+
+def _none_can_be_read(directory: Path, failed: dict[int, str]) -> None:
+    step, error = next(iter(failed.items()))
+    raise FailedError(
+        f"no checkpoint in {directory / FOLDER} can be read, that of step {step} because: {error}. They are left as they "
+        "are: mend that, or go back to the versions that wrote them, and the same call goes on; or choose another folder"
+    ) from None
 
 
 def _set_aside(checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """Joining the processes of a slice: JAX's own multi-controller runtime, one process a host."""
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
@@ -17,6 +18,7 @@ from effnetlib.errors import EffnetlibError, FailedError
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
+_visits = itertools.count()  # a barrier has a name of its own each time
 VARIABLES = {
     "coordinator": "EFFNETLIB_COORDINATOR",
     "processes": "EFFNETLIB_PROCESSES",
@@ -80,6 +82,10 @@ def start(
     try:
         if number > 0:
             _wait_for(address, time.monotonic() + timeout_seconds)
+        host = address.rpartition(":")[0].strip("[]")
+        for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
+            hosts = os.environ.get(name, os.environ.get(other, "")).split(",")
+            os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), host]))  # a proxy could not reach it
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
     finally:
         waiting.cancel()
@@ -101,7 +107,7 @@ def _wait_for(address: str, deadline: float) -> None:
 def wait_for_all(place: str) -> None:
     """Until every process has come to this place, for half an hour. It is no collective: those give up on a process that is
     late, on CPU after 30 seconds, and compiling takes some longer than others."""
-    multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * TIMEOUT_SECONDS)
+    multihost.get_barrier_sync_fn()(key=f"{place} {next(_visits)}", timeout_ms=1000 * TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager

@@ -62,13 +62,14 @@ class Photo:
 class Listing:
     """The photographs of a split in canonical order (class by class, by name), before any is opened.
 
-    `fingerprint` is over names and sizes; `layout` names what was found; `is_imagenet` says whether it must be the whole of
+    `fingerprint` is over names and sizes, `names` over names alone; `layout` names what was found; `is_imagenet` says whether it must be the whole of
     ILSVRC 2012.
     """
 
     class_names: tuple[str, ...]
     photos: list[Photo]
     fingerprint: str
+    names: str
     layout: str
     is_imagenet: bool
 
@@ -100,11 +101,13 @@ def _list(root: Path, split: str) -> Listing | None:
 
 
 def _listing(class_names, photos: list[Photo], layout: str, is_imagenet: bool) -> Listing:
-    digest = hashlib.sha256()
+    digest, names = hashlib.sha256(), hashlib.sha256()
     for photo in photos:
-        digest.update(f"{class_names[photo.label]}/{photo.file_name} {photo.size}\n".encode())
+        name = f"{class_names[photo.label]}/{photo.file_name}"
+        digest.update(f"{name} {photo.size}\n".encode())
+        names.update(f"{name}\n".encode())
     whole = is_imagenet or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names)))
-    return Listing(tuple(class_names), photos, digest.hexdigest()[:16], layout, whole)
+    return Listing(tuple(class_names), photos, digest.hexdigest()[:16], names.hexdigest()[:16], layout, whole)
 
 
 # Folders

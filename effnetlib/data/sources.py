@@ -45,6 +45,7 @@ class Split:
       class_names: the names of the labels.
       fingerprint: sixteen hex digits of a SHA-256. Over every pixel and label where the set is in memory or in shards of
         ours; over names and sizes of the files where they are loose.
+      names: the same over the names of loose files alone; empty for other sets.
       example: ``example(index)`` is an image, uint8 ``[height, width, 3]``, and its label.
       encoded: ``encoded(index)`` is a photograph's file as bytes, its label and its name; None for sets in memory.
     """
@@ -54,6 +55,7 @@ class Split:
     fingerprint: str
     example: Callable[[int], tuple[np.ndarray, int]] = field(repr=False)
     encoded: Callable[[int], tuple[bytes, int, str]] | None = field(default=None, repr=False)
+    names: str = ""
 
     def __len__(self) -> int:
         return self.size
@@ -131,7 +133,12 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
     encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
     return Split(
-        len(indices), split.class_names, fingerprint, lambda index: split.example(int(indices[index])), encoded
+        len(indices),
+        split.class_names,
+        fingerprint,
+        lambda index: split.example(int(indices[index])),
+        encoded,
+        split.names,
     )
 
 
@@ -222,12 +229,12 @@ def _of_listing(listing: Listing) -> Split:
     def encoded(index):
         return photos[index].read(), photos[index].label, photos[index].name
 
-    return _of_photographs(len(photos), listing.class_names, listing.fingerprint, encoded)
+    return _of_photographs(len(photos), listing.class_names, listing.fingerprint, encoded, listing.names)
 
 
-def _of_photographs(size: int, class_names, fingerprint: str, encoded) -> Split:
+def _of_photographs(size: int, class_names, fingerprint: str, encoded, names: str = "") -> Split:
     def example(index):
         photograph, label, name = encoded(index)
         return decode(photograph, name), label
 
-    return Split(size, tuple(class_names), fingerprint, example, encoded)
+    return Split(size, tuple(class_names), fingerprint, example, encoded, names)
