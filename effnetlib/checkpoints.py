@@ -62,6 +62,8 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
     def read(step):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore())
         restored = checkpoints.restore(step, args=items)
+        if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, abstract):  # Orbax does not ask
+            raise ValueError("its arrays have other shapes than this program's")
         return restored.state, restored.timing
 
     found, step, failed = None, -1, {}
@@ -97,9 +99,9 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
 def _none_can_be_read(directory: Path, failed: dict[int, str]) -> None:
     step, error = next(iter(failed.items()))
     raise FailedError(
-        f"no checkpoint in {directory / FOLDER} can be read, that of step {step} because: {error}. They are left as they "
-        "are: mend that, or go back to the versions that wrote them, and the same call goes on; or choose another folder"
-    ) from None
+        f"no checkpoint in {directory / FOLDER} can be read (that of step {step}: {error}); they are left as they are: "
+        "mend that, or go back to the versions that wrote them, and the same call goes on"
+    )
 
 
 def _set_aside(checkpoint: Path) -> None:

@@ -25,6 +25,8 @@ PINNED = {
     "jax_default_matmul_precision": None,
     "jax_allow_f16_reductions": True,
     "jax_default_device": None,
+    "jax_softmax_custom_jvp": False,
+    "jax_safer_randint": True,
     "jax_disable_jit": False,
     "jax_disable_most_optimizations": False,
     "jax_debug_nans": False,
@@ -34,7 +36,10 @@ PINNED = {
     "jax_check_tracer_leaks": False,
     "jax_no_tracing": False,
     "jax_no_execution": False,
-    "jax_transfer_guard": "allow",  # and its three parts
+    "jax_transfer_guard": "allow",
+    "jax_transfer_guard_host_to_device": "allow",
+    "jax_transfer_guard_device_to_device": "allow",
+    "jax_transfer_guard_device_to_host": "allow",
     "flax_hijax_variable": False,
 }
 # Settings in the environment; not those that say where programs run and are kept.
@@ -48,18 +53,19 @@ def pinned() -> Iterator[dict[str, str]]:
     import flax
 
     found = {name.lower(): value for name, value in os.environ.items() if VARIABLES.match(name)}
+    known = jax.config.values | {name: getattr(flax.config, name) for name in PINNED if hasattr(flax.config, name)}
     with contextlib.ExitStack() as block:
         for name, value in PINNED.items():
             found.pop(name, None)
-            config = flax.config if name.startswith("flax_") else jax.config
-            before = getattr(config, name, None)
-            if not hasattr(config, name) or before == value:
+            before = known.get(name, value)
+            if before == value:
                 continue
             if before is not None:
                 found[name] = str(getattr(before, "value", before))
-            if override := getattr(jax, name.removeprefix("jax_"), None):  # it wins over a `with jax...` of the user's
-                block.enter_context(override(value))
+            if hasattr(jax, name.removeprefix("jax_")):  # wins over a `with jax...` of the user's
+                block.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
             else:
+                config = flax.config if name.startswith("flax_") else jax.config
                 block.callback(config.update, name, before)
                 config.update(name, value)
         yield found

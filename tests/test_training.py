@@ -1,3 +1,4 @@
+import collections
 import errno
 import gc
 import json
@@ -15,7 +16,8 @@ import pytest
 from chaos import chaos
 
 import effnetlib
-from effnetlib import EffnetlibError, Recipe, Record, train
+from effnetlib import EffnetlibError, Recipe, Record, checkpoints, train
+from effnetlib.errors import FailedError
 from effnetlib.step import make_train_step, smoothed_cross_entropy
 from effnetlib.stopping import PreemptedError, Stop
 from effnetlib.training import DivergedError
@@ -35,6 +37,13 @@ def weights(directory):
 
 def without_clock(record):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in record.metrics]
+
+
+def begun(directory):
+    """Makes a finished run one that is under way."""
+    record = Record.load(directory)
+    record.status = "running"
+    record.save()
 
 
 def equal_to_the_bit(directory, whole):
@@ -97,7 +106,7 @@ def test_a_run_cut_off_after_a_checkpoint_resumes_to_the_same_bits(whole, tiny, 
 
 def test_the_losses_do_not_depend_on_logging_evaluation_or_reading_ahead(whole, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "LOGGED_STEPS", 3)
-    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    monkeypatch.setattr("effnetlib.data.loader.usable_cores", lambda: 7)
     other = train(tiny.replace(eval_every_epochs=0.5), tmp_path / "other")
     assert len(other.frame("eval")) < len(whole.frame("eval"))
     rows = other.frame("train").set_index("step")[["loss", "top1"]]
@@ -138,23 +147,66 @@ def test_a_stop_between_a_step_and_its_evaluation_loses_neither(whole, tiny, tmp
     equal_to_the_bit(directory, whole)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "missing", "all"])
+@pytest.mark.parametrize("kind", ["truncated", "missing"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(kind, whole, tiny, tmp_path, capsys):
     directory = tmp_path / "damaged"
     shutil.copytree(whole.directory, directory)
-    record = Record.load(directory)
-    record.status = "running"
-    record.save()
+    begun(directory)
     steps = sorted((int(path.name), path) for path in (directory / "checkpoints").iterdir())
     assert [step for step, _ in steps] == list(tiny.eval_steps)[-2:]
-    for _, checkpoint in steps if kind == "all" else steps[-1:]:
-        largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        largest.unlink() if kind == "missing" else os.truncate(largest, largest.stat().st_size // 2)
+    largest = max((path for path in steps[-1][1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.unlink() if kind == "missing" else os.truncate(largest, largest.stat().st_size // 2)
     train(tiny, directory)
-    said = capsys.readouterr().out
-    assert said.count("is damaged, falling back to the one before") == (2 if kind == "all" else 1)
-    assert list((directory / "checkpoints").glob("damaged-*"))  # set aside, not deleted
+    assert "the checkpoint of step 11 cannot be read, falling back to that of step 5" in capsys.readouterr().out
+    assert list((directory / "checkpoints").glob("damaged-11-*"))  # set aside, not deleted
     equal_to_the_bit(directory, whole)
+
+
+def test_where_no_checkpoint_can_be_read_the_run_fails_and_nothing_is_moved(whole, tiny, tmp_path, monkeypatch):
+    directory = tmp_path / "unreadable"
+    shutil.copytree(whole.directory, directory)
+    begun(directory)
+    metrics = (directory / "metrics.jsonl").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("orbax.checkpoint.CheckpointManager.restore", full)
+        with pytest.raises(
+            FailedError, match=r"no checkpoint in .* can be read \(that of step 11: .*Too many open files"
+        ):
+            train(tiny, directory)
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"5", "11"}
+    assert (directory / "metrics.jsonl").read_bytes() == metrics
+    record = Record.load(directory)
+    assert (record.status, record.result, record.timing) == ("failed", whole.result, whole.timing)
+    train(tiny, directory)
+    equal_to_the_bit(directory, whole)
+
+
+Before, Grown = collections.namedtuple("Before", "m"), collections.namedtuple("Grown", "m count")
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted", "reason"),
+    [
+        (Before(np.ones(2)), Grown(np.ones(2), np.ones(1)), ""),  # a field added, as an update of optax may
+        (Grown(np.ones(2), np.ones(1)), Before(np.ones(2)), "do not match"),
+        (Before(np.ones(2)), Before(np.ones(3)), "its arrays have other shapes than this program's"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_program_stays_where_it_is(written, wanted, reason, tmp_path):
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        assert checkpoints.restore(manager, tmp_path, {"opt_state": wanted}) is None  # none at all is a beginning
+        for step in (3, 7):
+            checkpoints.save(manager, step, {"opt_state": written})
+        manager.wait_until_finished()
+        with pytest.raises(FailedError, match=rf"can be read \(that of step 7: .*{reason}"):
+            checkpoints.restore(manager, tmp_path, {"opt_state": wanted})
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "7"}
+        state, _ = checkpoints.restore(manager, tmp_path, {"opt_state": written})
+    np.testing.assert_array_equal(state["opt_state"].m, np.ones(2))
 
 
 def test_two_runs_in_one_folder(tiny, tmp_path):
