@@ -1,5 +1,6 @@
 """A run's checkpoints: `DIRECTORY/checkpoints/STEP`, with the train state and the clock, written by Orbax."""
 
+import time
 from pathlib import Path
 
 import jax
@@ -76,39 +77,21 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
                 except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
                     failed[candidate] = first_line(error)
             if failed and not found:
-                _none_can_be_read(directory, failed)
-            for candidate, error in failed.items():
-                print(
-                    f"the checkpoint of step {candidate} cannot be read, falling back to that of step {step}: {error}",
-                    flush=True,
+                raise FailedError(
+                    f"no checkpoint in {directory / FOLDER} can be read (that of step {max(failed)}: {failed[max(failed)]}); "
+                    "they are left as they are: mend that, or go back to the versions that wrote them, and run it again"
                 )
-                _set_aside(directory / FOLDER / str(candidate))
+            for candidate, error in failed.items():
+                print(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}", flush=True)
+                aside = f"damaged-{candidate}-{time.time_ns()}"
+                (directory / FOLDER / str(candidate)).rename(directory / FOLDER / aside)
             checkpoints.reload()
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        with all_or_none():
-            if jax.process_index() != 0 and step >= 0:
-                checkpoints.reload()
-                try:
-                    found = read(step)
-                except Exception as error:
-                    _none_can_be_read(directory, {step: first_line(error)})
+        if jax.process_index() != 0:
+            checkpoints.reload()
+            found = read(step) if step >= 0 else None
     return found
-
-
-def _none_can_be_read(directory: Path, failed: dict[int, str]) -> None:
-    step, error = next(iter(failed.items()))
-    raise FailedError(
-        f"no checkpoint in {directory / FOLDER} can be read (that of step {step}: {error}); they are left as they are: "
-        "mend that, or go back to the versions that wrote them, and the same call goes on"
-    )
-
-
-def _set_aside(checkpoint: Path) -> None:
-    number = 0
-    while (target := checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")).exists():
-        number += 1
-    checkpoint.rename(target)
 
 
 def latest_weights(directory: Path) -> tuple[int, Weights]:

@@ -14,19 +14,8 @@ from effnetlib.errors import EffnetlibError
 from effnetlib.records import Record
 from effnetlib.report import curves, results
 
-CIRCUMSTANCES = (
-    "host",
-    "device_kind",
-    "devices",
-    "processes",
-    "eval_devices",
-    "python",
-    "jax",
-    "flax",
-    "xla_flags",
-    "settings",
-    "git_commit",
-)
+CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
+                 "xla_flags", "settings")  # fmt: skip
 
 
 def load(paths: Sequence[Path]) -> list[Record]:

@@ -12,36 +12,16 @@ import jax
 # Settings that change numbers, or end a run in an error, with the values that a run has them at. A name that is unknown to
 # the installed version is passed over.
 PINNED = {
-    "jax_default_prng_impl": "threefry2x32",
-    "jax_threefry_partitionable": True,
-    "jax_random_seed_offset": 0,
-    "jax_enable_custom_prng": False,
-    "jax_legacy_prng_key": "allow",
-    "jax_high_dynamic_range_gumbel": False,
-    "jax_enable_x64": False,
-    "jax_default_dtype_bits": "64",
-    "jax_numpy_dtype_promotion": "standard",
-    "jax_numpy_rank_promotion": "allow",
-    "jax_default_matmul_precision": None,
-    "jax_allow_f16_reductions": True,
-    "jax_default_device": None,
-    "jax_softmax_custom_jvp": False,
-    "jax_safer_randint": True,
-    "jax_disable_jit": False,
-    "jax_disable_most_optimizations": False,
-    "jax_debug_nans": False,
-    "jax_debug_infs": False,
-    "jax_debug_key_reuse": False,
-    "jax_enable_checks": False,
-    "jax_check_tracer_leaks": False,
-    "jax_no_tracing": False,
-    "jax_no_execution": False,
-    "jax_transfer_guard": "allow",
-    "jax_transfer_guard_host_to_device": "allow",
-    "jax_transfer_guard_device_to_device": "allow",
-    "jax_transfer_guard_device_to_host": "allow",
-    "flax_hijax_variable": False,
-}
+    "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
+    "jax_enable_custom_prng": False, "jax_legacy_prng_key": "allow", "jax_safer_randint": True,
+    "jax_enable_x64": False, "jax_default_dtype_bits": "64", "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow", "jax_default_matmul_precision": None, "jax_allow_f16_reductions": True,
+    "jax_softmax_custom_jvp": False, "jax_default_device": None, "jax_disable_jit": False, "jax_no_execution": False,
+    "jax_disable_most_optimizations": False, "jax_debug_nans": False, "jax_debug_infs": False, "jax_debug_key_reuse": False,
+    "jax_enable_checks": False, "jax_check_tracer_leaks": False, "jax_no_tracing": False, "flax_hijax_variable": False,
+    "jax_transfer_guard": "allow", "jax_transfer_guard_host_to_device": "allow",
+    "jax_transfer_guard_device_to_device": "allow", "jax_transfer_guard_device_to_host": "allow",
+}  # fmt: skip
 # Settings in the environment; not those that say where programs run and are kept.
 VARIABLES = re.compile(r"(JAX|FLAX|NNX)_(?!PLATFORM|COMPILATION_CACHE|PERSISTENT_CACHE)|NVIDIA_TF32_OVERRIDE$")
 
@@ -72,27 +52,16 @@ def pinned() -> Iterator[dict[str, str]]:
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores that this process may use: by affinity, and by the quota of its control group (of containers, and of
-    SLURM's jobs), rounded up."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13
-        cores = os.process_cpu_count() or 1
-    else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min([cores, *_quotas(cgroups, own)])))
-
-
-def _quotas(cgroups: Path, own: Path) -> Iterator[float]:
-    """Cores, of the process's control group and of all above it: version 2 (`cpu.max`), or 1."""
+    """The cores that this process may use: by affinity, and by the quota, rounded up, of its control group and of those
+    above it (containers and SLURM's jobs have one)."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has none
+    cores = os.process_cpu_count() or 1 if hasattr(os, "process_cpu_count") else len(affinity(0))  # since Python 3.13
     for line in own.read_text().splitlines() if own.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = cgroups / controllers
-        for folder in (root / path.strip("/"), *(root / path.strip("/")).parents):
-            files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if controllers else ["cpu.max"]
+        _, controllers, path = line.split(":", 2)  # version 2 has no controllers, and one file of quota and period
+        group = cgroups / controllers / path.strip("/")
+        for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                quota, period = " ".join((folder / name).read_text() for name in files).split()
-                if int(quota) > 0:
-                    yield int(quota) / int(period)
-            if folder == root:
-                break
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                cores = min(cores, max(1, math.ceil(quota / period))) if quota > 0 else cores
+    return cores

@@ -42,7 +42,7 @@ def train(
     """Trains a recipe into a folder, on all devices of all processes.
 
     Running it again resumes: from the latest checkpoint that can be read, at the step it was saved, with the same data, to
-    the same bits. A finished run is returned as it is. A checkpoint is written at every evaluation, every ten minutes, and
+    the same bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.host`). A finished run is returned as it is. A checkpoint is written at every evaluation, every ten minutes, and
     when the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
 
     Args:
@@ -59,6 +59,7 @@ def train(
       EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be written or holds
         another recipe's run, or another process is training in it. Nothing has been compiled or written then.
       PreemptedError: asked to stop; all is saved, the record is `preempted`, and the same call goes on.
+      FailedError: the input or the file system failed, which is saved like a stop, or no checkpoint can be read.
       DivergedError: the loss became infinite, nan or huge; the record is `failed` and says at which step, with which
         learning rate and norms.
     """
@@ -289,9 +290,8 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     def evaluate(step: int) -> None:
         between = SimpleNamespace(update=lambda _: stop_if_asked(step, "evaluation"))
         with clock.measure("eval_seconds"), saved_first(step):
-            raw, ema = evaluator(
-                (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats), progress=between
-            )
+            weights = (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats)
+            raw, ema = evaluator(*weights, progress=between)
         record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
                    top1=raw.top1, top5=raw.top5, loss=raw.loss,
                    ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip

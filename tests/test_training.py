@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(kind, who
     largest = max((path for path in steps[-1][1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.unlink() if kind == "missing" else os.truncate(largest, largest.stat().st_size // 2)
     train(tiny, directory)
-    assert "the checkpoint of step 11 cannot be read, falling back to that of step 5" in capsys.readouterr().out
+    assert "the checkpoint of step 11 cannot be read, falling back to 5" in capsys.readouterr().out
     assert list((directory / "checkpoints").glob("damaged-11-*"))  # set aside, not deleted
     equal_to_the_bit(directory, whole)
 
@@ -255,6 +255,76 @@ def test_a_full_disk_or_a_folder_made_read_only_is_a_sentence_and_loses_nothing(
     assert Record.load(directory).status in ("failed", "running")  # what was written last before the disk failed
     train(tiny, directory)
     equal_to_the_bit(directory, whole)
+
+
+def photographs(root):
+    from test_prepare import by_class
+
+    by_class(root)
+    return Recipe.preset("photos").replace(
+        dataset=str(root), variant="nano", image_size=32, augmentation="inception", global_batch_size=8,
+        batch_norm_batch_size=8, epochs=1.0, eval_every_epochs=0.5, warmup_epochs=0.1, lr_per_256=0.008, end_lr=0.0,
+    )  # fmt: skip
+
+
+def test_a_photograph_that_cannot_be_read_loses_nothing_and_may_be_replaced(tmp_path, capsys):
+    recipe = photographs(tmp_path / "photos")
+    files = sorted((tmp_path / "photos/train").rglob("*.*"))
+    good, bad = files[0].read_bytes(), files[-1]
+    whole = bad.read_bytes()
+    bad.write_bytes(b"no photograph")
+    with pytest.raises(
+        FailedError, match=rf"the input failed after step (\d+) of .*{bad.name}.*saved, and once"
+    ) as failed:
+        train(recipe, tmp_path / "run")
+    step = int(str(failed.value).split("after step ")[1].split()[0])
+    assert Record.load(tmp_path / "run").status == "failed"
+    assert not step or (tmp_path / "run/checkpoints" / str(step)).is_dir()
+    bad.write_bytes(good)
+    record = train(recipe, tmp_path / "run")
+    assert "were replaced by others of the same names" in capsys.readouterr().out
+    assert [list(each) for each in record.data["replaced"]] == [["train"]]
+    assert record.status == "completed" and record.timing["images"] == 8 * recipe.total_steps
+
+    begun(tmp_path / "run")
+    bad.rename(bad.with_name("another" + bad.suffix))
+    with pytest.raises(EffnetlibError, match="is not the one that .* was begun with"):
+        train(recipe, tmp_path / "run")
+    assert whole != good
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_whatever_the_input_raises_is_saved_first_and_goes_on_to_the_same_bits(
+    split, whole, tiny, tmp_path, monkeypatch
+):
+    module = MODULE.data if split == "train" else sys.modules["effnetlib.evaluation"]
+    original = getattr(module, f"{split}_batches")
+
+    def failing(*arguments, **options):
+        for step, batch in enumerate(original(*arguments, **options)):
+            if step == 3:
+                raise KeyError("a decoder's")
+            yield batch
+
+    with monkeypatch.context() as broken:
+        broken.setattr(module, f"{split}_batches", failing)
+        at = 3 if split == "train" else tiny.eval_steps[0]
+        with pytest.raises(
+            FailedError, match=f"the input failed after step {at} of 11: KeyError: .*a decoder's.*; saved"
+        ):
+            train(tiny, tmp_path / "run")
+    assert (tmp_path / "run/checkpoints" / str(at)).is_dir()
+    train(tiny, tmp_path / "run")
+    equal_to_the_bit(tmp_path / "run", whole)
+
+
+def test_a_run_that_goes_on_in_another_environment_says_so(whole, tiny, tmp_path, capsys):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    record.status, record.environment["xla_flags"] = "running", "--xla_other"
+    record.save()
+    assert train(tiny, tmp_path / "run").environment["earlier"] == [{"xla_flags": "--xla_other"}]
+    assert "another environment, and the record says so: xla_flags was '--xla_other'" in capsys.readouterr().out
 
 
 def test_a_clock_that_jumps_changes_nothing(whole, tiny, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,14 +132,11 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     indices = np.sort(indices)
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
     encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
-    return Split(
-        len(indices),
-        split.class_names,
-        fingerprint,
-        lambda index: split.example(int(indices[index])),
-        encoded,
-        split.names,
-    )
+
+    def example(index):
+        return split.example(int(indices[index]))
+
+    return replace(split, size=len(indices), fingerprint=fingerprint, example=example, encoded=encoded)
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
