@@ -1,5 +1,6 @@
 """A run's checkpoints: `DIRECTORY/checkpoints/STEP`, with the train state and the clock, written by Orbax."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -42,11 +43,28 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
 ) -> None:
-    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `wait_until_finished` ends it. `top1` is
-    what the best one is chosen by, None where the state was not evaluated."""
+    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it. `top1` is what the
+    best one is chosen by, None where the state was not evaluated. Raises OSError, as `finish` does."""
     items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave(dict(timing or {}))}
     metrics = None if top1 is None else {"top1": top1}
-    checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+    with _os_errors():
+        checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits until what was begun is on disk."""
+    with _os_errors():
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _os_errors():
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a ValueError where TensorStore finds the disk full
+        raise OSError(f"a checkpoint cannot be written: {str(error)[-200:]}") from error
 
 
 def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict) -> tuple[dict, dict] | None:

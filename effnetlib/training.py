@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from effnetlib import data
-from effnetlib.checkpoints import open_checkpoints, restore, save
+from effnetlib.checkpoints import finish, open_checkpoints, restore, save
 from effnetlib.distributed import all_or_none, wait_for_all
 from effnetlib.errors import EffnetlibError, FailedError, first_line
 from effnetlib.evaluation import Evaluator
@@ -42,8 +42,9 @@ def train(
     """Trains a recipe into a folder, on all devices of all processes.
 
     Running it again resumes: from the latest checkpoint that can be read, at the step it was saved, with the same data, to
-    the same bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.host`). A finished run is returned as it is. A checkpoint is written at every evaluation, every ten minutes, and
-    when the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
+    the same bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.host`). A finished run is
+    returned as it is. A checkpoint is written at every evaluation, every ten minutes, before an error of the input, and when
+    the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
 
     Args:
       recipe: what to train.
@@ -271,7 +272,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
         settle(keep=0)
         clock.stop_lap("train_seconds")
         checkpoint(step, by_any=by_any)
-        checkpoints.wait_until_finished()
+        finish(checkpoints)
 
     @contextlib.contextmanager
     def saved_first(step: int):
@@ -331,7 +332,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             continue
         last_saved = time.monotonic()
         clock.start_lap()
-    checkpoints.wait_until_finished()
+    finish(checkpoints)
 
 
 class _Clock:

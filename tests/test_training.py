@@ -3,6 +3,7 @@ import errno
 import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -183,6 +184,19 @@ def test_where_no_checkpoint_can_be_read_the_run_fails_and_nothing_is_moved(whol
     assert (record.status, record.result, record.timing) == ("failed", whole.result, whole.timing)
     train(tiny, directory)
     equal_to_the_bit(directory, whole)
+
+
+def test_a_disk_that_is_full_for_a_checkpoint_is_an_error_of_the_file_system(tmp_path):
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with checkpoints.open_checkpoints(tmp_path) as manager:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            with pytest.raises(OSError, match="a checkpoint cannot be written: .*File too large"):
+                checkpoints.save(manager, 1, {"w": np.random.default_rng(0).random(100_000)})
+                checkpoints.finish(manager)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 Before, Grown = collections.namedtuple("Before", "m"), collections.namedtuple("Grown", "m count")
