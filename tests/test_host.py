@@ -12,20 +12,23 @@ def test_settings_are_pinned_while_a_block_runs_and_named_and_then_as_they_were(
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     before = dict(jax.config.values)
-    with jax.enable_x64(True), jax.transfer_guard("disallow"):  # of this thread alone
+    with jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):  # of this thread alone
         jax.config.update("jax_random_seed_offset", 3)
+        jax.config.update("jax_enable_x64", True)
         try:
             with pinned() as found:
                 assert all(getattr(jax.config, name, value) in (value, None) for name, value in PINNED.items())
                 assert jax.jit(lambda x: x + 1)(1).dtype == "int32"
                 with pinned() as inside:
                     assert not inside.keys() & PINNED.keys()
-            assert jax.config.jax_enable_x64 and jax.config.jax_random_seed_offset == 3
+            assert jax.config.jax_enable_x64 and jax.config.jax_numpy_rank_promotion == "raise"
         finally:
             jax.config.update("jax_random_seed_offset", 0)
+            jax.config.update("jax_enable_x64", False)
     assert dict(jax.config.values) == before
     assert found.items() >= {
         "jax_log_compiles": "1", "jax_enable_x64": "True", "jax_random_seed_offset": "3", "jax_transfer_guard": "disallow",
+        "jax_numpy_rank_promotion": "raise",
     }.items()  # fmt: skip
     assert "jax_platforms" not in found
 
