@@ -88,7 +88,7 @@ def test_a_record_of_another_version_or_of_an_optimizer_of_a_notebook_is_read_an
     found = Record.load(record.directory)
     assert (found.recipe.optimizer, found.recipe.drop_path, found.recipe.hash) == ("lamb", 0.2, "0123456789ab")
     assert results([found]).loc["run", "optimizer"] == "lamb"
-    with pytest.raises(EffnetlibError, match=r"another recipe \(mixup, optimizer differ\)|\(optimizer, mixup differ\)"):
+    with pytest.raises(EffnetlibError, match=r"another recipe \(.*mixup.* differ\)"):
         train(record.recipe, record.directory)
     found.save()
     kept = json.loads(file.read_text())
