@@ -1,5 +1,7 @@
 """A run's checkpoints: `DIRECTORY/checkpoints/STEP`, with the train state and the clock, written by Orbax."""
 
+import contextlib
+import time
 from pathlib import Path
 
 import jax
@@ -8,7 +10,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from effnetlib.errors import EffnetlibError, first_line
+from effnetlib.distributed import all_or_none
+from effnetlib.errors import EffnetlibError, FailedError, first_line
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
 
@@ -40,52 +43,73 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
 ) -> None:
-    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `wait_until_finished` ends it. `top1` is
-    what the best one is chosen by, None where the state was not evaluated."""
+    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it. `top1` is what the
+    best one is chosen by, None where the state was not evaluated. Raises OSError, as `finish` does."""
     items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave(dict(timing or {}))}
     metrics = None if top1 is None else {"top1": top1}
-    checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+    with _os_errors():
+        checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+
+def finish(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits until what was begun is on disk."""
+    with _os_errors():
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _os_errors():
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a ValueError where TensorStore finds the disk full
+        raise OSError(f"a checkpoint cannot be written: {str(error)[-200:]}") from error
 
 
 def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict) -> tuple[dict, dict] | None:
     """State and clock of the latest checkpoint that can be read, the state as host arrays with the structure of
-    `template`; None where there is none. One that is damaged is moved aside, with a line that says so.
+    `template`; None where there is none. Those after it are moved aside, with a line that says so.
 
     With several processes, process 0 decides which it is, and the others read the same.
+
+    Raises:
+      FailedError: there are checkpoints, and none can be read. Nothing is moved.
     """
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
 
     def read(step):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore())
         restored = checkpoints.restore(step, args=items)
+        if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, abstract):  # Orbax does not ask
+            raise ValueError("its arrays have other shapes than this program's")
         return restored.state, restored.timing
 
-    found, step = None, -1
-    if jax.process_index() == 0:
-        for candidate in sorted(checkpoints.all_steps(), reverse=True):
-            try:
-                found, step = read(candidate), candidate
-                break
-            except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
-                print(
-                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {first_line(error)}",
-                    flush=True,
+    found, step, failed = None, -1, {}
+    with all_or_none():
+        if jax.process_index() == 0:
+            for candidate in sorted(checkpoints.all_steps(), reverse=True):
+                try:
+                    found, step = read(candidate), candidate
+                    break
+                except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+                    failed[candidate] = first_line(error)
+            if failed and not found:
+                raise FailedError(
+                    f"no checkpoint in {directory / FOLDER} can be read (that of step {max(failed)}: {failed[max(failed)]}); "
+                    "they are left as they are: mend that, or go back to the versions that wrote them, and run it again"
                 )
-                _set_aside(directory / FOLDER / str(candidate))
-        checkpoints.reload()
+            for candidate, error in failed.items():
+                print(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}", flush=True)
+                aside = f"damaged-{candidate}-{time.time_ns()}"
+                (directory / FOLDER / str(candidate)).rename(directory / FOLDER / aside)
+            checkpoints.reload()
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if jax.process_index() != 0:
             checkpoints.reload()
             found = read(step) if step >= 0 else None
     return found
-
-
-def _set_aside(checkpoint: Path) -> None:
-    number = 0
-    while (target := checkpoint.with_name(f"damaged-{checkpoint.name}-{number}")).exists():
-        number += 1
-    checkpoint.rename(target)
 
 
 def latest_weights(directory: Path) -> tuple[int, Weights]:

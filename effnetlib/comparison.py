@@ -15,7 +15,8 @@ from effnetlib.paths import user_path
 from effnetlib.records import Record
 from effnetlib.report import curves, results
 
-CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit")
+CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
+                 "xla_flags", "settings")  # fmt: skip
 
 
 def load(paths: Sequence[Path]) -> list[Record]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+import itertools
 import os
 import re
 import socket
@@ -21,6 +22,7 @@ PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
 RESOLVE_SECONDS = 60.0  # a pod that has just begun to start may not have its name yet
 VARIABLES = {name: f"EFFNETLIB_{name.upper()}" for name in ("coordinator", "processes", "process")}
+_visits = itertools.count()  # a barrier has a name of its own each time
 
 
 def start(
@@ -78,6 +80,9 @@ def start(
     waiting.start()
     try:
         _wait_for(host, port, time.monotonic() + timeout_seconds, answer=number > 0)
+        for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
+            hosts = os.environ.get(name, os.environ.get(other, "")).split(",")
+            os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), host]))  # a proxy could not reach it
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
     finally:
         waiting.cancel()
@@ -118,7 +123,7 @@ def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
 def wait_for_all(place: str) -> None:
     """Until every process has come to this place, for half an hour. It is no collective: those give up on a process that is
     late, on CPU after 30 seconds, and compiling takes some longer than others."""
-    multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * TIMEOUT_SECONDS)
+    multihost.get_barrier_sync_fn()(key=f"{place} {next(_visits)}", timeout_ms=1000 * TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from effnetlib.data.images import normalize
 from effnetlib.data.loader import eval_batches
 from effnetlib.data.sources import Split
+from effnetlib.host import pinned
 from effnetlib.mesh import batch_sharding, make_mesh, replicated, shapes_of
 from effnetlib.progress import Progress
 
@@ -135,6 +136,7 @@ class Evaluator:
         return results
 
 
+@pinned()
 def evaluate(
     model: nnx.Module, split: Split, *, batch: int, size: int, augmentation: str = "inception", mesh: Mesh | None = None
 ) -> EvalResult:

@@ -22,6 +22,7 @@ import yaml
 
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.host import usable_cores
 from effnetlib.progress import duration
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, published_folder, write_atomically
@@ -86,7 +87,7 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
             if settled[-1].status == "preempted":
                 render_index(suite.directory, suite.directory.name)
                 return settled
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
     render_index(suite.directory, suite.directory.name)
     return settled

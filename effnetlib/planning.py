@@ -23,6 +23,7 @@ import jax
 from effnetlib.collectives import Collective, collectives, seconds
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluation import lower_eval_step
+from effnetlib.host import pinned
 from effnetlib.mesh import make_mesh
 from effnetlib.model import multiply_adds
 from effnetlib.progress import duration
@@ -176,6 +177,7 @@ class Plan:
         return "\n".join(f"{name:18}{value}" for name, value in lines)
 
 
+@pinned()
 def plan(recipe: Recipe, topology: str, *, chip_hour: float | None = None, folder: Path | str | None = None) -> Plan:
     """Compiles a recipe's train and evaluation steps for a slice that need not be there, and says what to expect.
 

@@ -18,6 +18,7 @@ from effnetlib.data import Split
 from effnetlib.data.images import normalize
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluation import EvalResult, evaluate
+from effnetlib.host import pinned
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
 from effnetlib.paths import user_path
@@ -131,6 +132,7 @@ def _write_import(pretrained: Pretrained, directory: Path) -> None:
         whole.rename(directory)
 
 
+@pinned()
 def predict(
     pretrained: Pretrained,
     split: Split,
@@ -187,15 +189,18 @@ def evaluate_pretrained(
         )
     if batch < 1 or batch % jax.device_count():
         raise EffnetlibError(f"a batch of {batch} does not divide over {jax.device_count()} devices")
-    model = weights.build(pretrained.weights, pretrained.variant, pretrained.num_classes, dtype=jnp.dtype(precision))
     size = image_size or pretrained.image_size
-    result = evaluate(model, split, batch=batch, size=size, augmentation=augmentation)
+    with pinned() as settings:
+        model = weights.build(
+            pretrained.weights, pretrained.variant, pretrained.num_classes, dtype=jnp.dtype(precision)
+        )
+        result = evaluate(model, split, batch=batch, size=size, augmentation=augmentation)
     text = {
         "schema": SCHEMA,
         "weights": {"variant": pretrained.variant, "num_classes": pretrained.num_classes, **pretrained.origin},
         "settings": {"image_size": size, "augmentation": augmentation, "precision": precision},
         "data": {"source": dataset, "eval_examples": len(split), "fingerprint": split.fingerprint},
-        "environment": environment(),
+        "environment": environment() | {"settings": settings},
         "result": asdict(result) | {"top1": result.top1, "top5": result.top5, "loss": result.loss},
     }
     file.parent.mkdir(parents=True, exist_ok=True)

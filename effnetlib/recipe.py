@@ -143,6 +143,15 @@ class Recipe:
         """The inverse of `to_json`; unknown fields are an EffnetlibError."""
         return cls().replace(**json.loads(text))
 
+    @classmethod
+    def recorded(cls, fields: Mapping, hash: str | None) -> "Recipe":
+        """A record's recipe as it stands there, whatever program wrote it: nothing is checked, unknown fields are left out,
+        those that are missing have their defaults, and the hash is the one given, if any."""
+        recipe = object.__new__(cls)
+        vars(recipe).update({field.name: fields.get(field.name, field.default) for field in dataclasses.fields(cls)})
+        vars(recipe).update({"hash": hash} if hash else {})
+        return recipe
+
     def to_json(self) -> str:
         """All fields, in order, as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2)

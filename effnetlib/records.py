@@ -15,11 +15,13 @@ from pathlib import Path
 import jax
 import pandas as pd
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, first_line
+from effnetlib.host import usable_cores
 from effnetlib.paths import user_path
 from effnetlib.recipe import Recipe
 
 SCHEMA = 1
+SECTIONS = ("status", "environment", "data", "timing", "result", "error")
 # What XLA_FLAGS say so that a simulated device computes on one core, as a real one has its own.
 ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 
@@ -88,10 +90,12 @@ class Record:
     result: dict = field(default_factory=dict)
     error: str | None = None
     metrics: list[dict] = field(default_factory=list)
+    as_read: dict = field(default_factory=dict, repr=False, compare=False)  # with what only another version knows
 
     @classmethod
     def load(cls, directory: Path | str) -> "Record":
-        """Reads a run's folder. A last metrics line that was cut off by a crash is left out.
+        """Reads a run's folder, whichever version of effnetlib wrote it and whatever its optimizer is: nothing is checked. A
+        last metrics line that was cut off by a crash is left out.
 
         Raises:
           EffnetlibError: there is no readable record in the folder.
@@ -99,20 +103,23 @@ class Record:
         directory = user_path(directory, "the run")
         try:
             run = json.loads((directory / "run.json").read_text())
-            fields = {name: run.get(name) for name in ("status", "environment", "data", "timing", "result", "error")}
-            recipe = Recipe().replace(**run["recipe"])
+            fields = {name: run[name] for name in SECTIONS if run.get(name) is not None}
+            recipe = Recipe.recorded(dict(run["recipe"]), run.get("recipe_hash"))
+            log = directory / "metrics.jsonl"
+            lines = log.read_bytes().splitlines() if log.exists() else []
         except FileNotFoundError:
             raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EffnetlibError(f"{directory / 'run.json'} is damaged, or of another version: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EffnetlibError(
+                f"{directory / 'run.json'} is damaged ({first_line(error)}): it is left as it is; mend it, or delete the folder"
+            ) from None
         metrics = []
-        if (directory / "metrics.jsonl").exists():
-            for line in (directory / "metrics.jsonl").read_text().splitlines():
-                try:
-                    metrics.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
-        return cls(directory, recipe, **fields, metrics=metrics)
+        for line in lines:
+            try:
+                metrics.append(json.loads(line))
+            except ValueError:
+                break
+        return cls(directory, recipe, **fields, metrics=metrics, as_read=run)
 
     @property
     def name(self) -> str:
@@ -134,15 +141,11 @@ class Record:
         """Writes `run.json`."""
         if not is_main_process():
             return
-        run = {
-            "schema": SCHEMA,
-            "status": self.status,
-            "recipe": asdict(self.recipe),
-            "recipe_hash": self.recipe.hash,
-            **{name: getattr(self, name) for name in ("environment", "data", "timing", "result")},
-        }
-        if self.error:
-            run["error"] = self.error
+        run = {"schema": SCHEMA, "status": "", "recipe": {}, "recipe_hash": self.recipe.hash} | self.as_read
+        run["recipe"] = run["recipe"] | asdict(self.recipe)
+        run |= {name: getattr(self, name) for name in SECTIONS}
+        if not self.error:
+            del run["error"]
         write_atomically(self.directory / "run.json", json.dumps(run, indent=2) + "\n")
 
     def log(self, **row) -> None:
@@ -214,7 +217,7 @@ def environment() -> dict:
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "processes": jax.process_count(),
-        "host": f"{platform.system()} {platform.machine()}, {_cpu_model()}, {os.cpu_count()} cores",
+        "host": f"{platform.system()} {platform.machine()}, {_cpu_model()}, {usable_cores()} cores",
         "xla_flags": " ".join(filter(None, (os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "git_commit": _git_commit(),

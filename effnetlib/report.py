@@ -78,11 +78,10 @@ def _completed(suite: str) -> list[Record]:
 def results(records: Sequence[Record]) -> pd.DataFrame:
     """A row a run: its name (the index), its point (the name without the seed), every recipe field, its peak learning rate
     and steps, and every value of timing, environment and result."""
-    derived = ("peak_lr", "total_steps")
     rows = [
         {"point": r.point}
         | asdict(r.recipe)
-        | {name: getattr(r.recipe, name) for name in derived}
+        | {"peak_lr": r.recipe.peak_lr, "total_steps": r.data.get("total_steps")}
         | r.environment
         | r.timing
         | r.result

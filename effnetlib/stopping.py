@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped and may be started again
+AGREE_SECONDS = 5.0  # half of what several hosts may take to hear of it
 REASONS = ("", "SIGTERM", "SIGINT", "max_minutes")
 
 
@@ -25,7 +26,8 @@ class Stop:
 
     def __init__(self, max_minutes: float | None):
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.signal = ""
+        self.signal = self.during = ""
+        self.calls, self.interval, self.last = 0, 1, time.monotonic()
         self.before = {}
 
     def __enter__(self) -> "Stop":
@@ -50,9 +52,10 @@ class Stop:
             return self.signal
         return "max_minutes" if self.deadline is not None and time.monotonic() >= self.deadline else ""
 
-    def agreed(self) -> str:
-        """`asked`, the same in every process: if one is to stop, all are. With several processes it is a collective, which all
-        must call at the same step."""
+    def agreed(self, during: str) -> str:
+        """`asked`, the same in every process: if one is to stop, all are. With several processes all must call it equally
+        often; it is a collective about every `AGREE_SECONDS`, by the pace of the slowest since the last one, and at every
+        call until that is known: at first, and when what is done `during` it is no longer the same."""
         import jax
         import numpy as np
         from jax.experimental import multihost_utils
@@ -60,7 +63,15 @@ class Stop:
         reason = self.asked()
         if jax.process_count() == 1:
             return reason
-        return REASONS[int(multihost_utils.process_allgather(np.int32(REASONS.index(reason))).max())]
+        self.calls += 1
+        known = during == self.during
+        if known and self.calls < self.interval:
+            return ""
+        mine = np.float32([REASONS.index(reason), (time.monotonic() - self.last) / self.calls])
+        reasons, seconds = multihost_utils.process_allgather(mine).T
+        self.interval = int(AGREE_SECONDS / max(seconds.max(), 1e-6)) if known else 1
+        self.during, self.calls, self.last = during, 0, time.monotonic()
+        return REASONS[int(reasons.max())]
 
 
 @contextlib.contextmanager

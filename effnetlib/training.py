@@ -3,16 +3,19 @@
 import contextlib
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 
 from effnetlib import data
-from effnetlib.checkpoints import open_checkpoints, restore, save
+from effnetlib.checkpoints import finish, open_checkpoints, restore, save
 from effnetlib.distributed import all_or_none, wait_for_all
-from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.errors import EffnetlibError, FailedError, first_line
 from effnetlib.evaluation import Evaluator
+from effnetlib.host import pinned
 from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
 from effnetlib.paths import user_path
@@ -26,6 +29,7 @@ LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
 
 
 CHECKPOINT_SECONDS = 600.0  # between checkpoints where evaluations, each of which makes one, are further apart
+CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", "xla_flags")  # of the environment
 EXPLODED_LOSS = 1000.0  # nats: no cross-entropy comes near it unless the weights have blown up
 
 
@@ -39,8 +43,9 @@ def train(
     """Trains a recipe into a folder, on all devices of all processes.
 
     Running it again resumes: from the latest checkpoint that can be read, at the step it was saved, with the same data, to
-    the same bits. A finished run is returned as it is. A checkpoint is written at every evaluation, every ten minutes, and
-    when the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
+    the same bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.host`). A finished run is
+    returned as it is. A checkpoint is written at every evaluation, every ten minutes, before an error of the input, and when
+    the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
 
     Args:
       recipe: what to train.
@@ -56,11 +61,13 @@ def train(
       EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be written or holds
         another recipe's run, or another process is training in it. Nothing has been compiled or written then.
       PreemptedError: asked to stop; all is saved, the record is `preempted`, and the same call goes on.
+      FailedError: the input or the file system failed, which is saved like a stop, or no checkpoint can be read.
       DivergedError: the loss became infinite, nan or huge; the record is `failed` and says at which step, with which
         learning rate and norms.
     """
     devices = jax.devices()
     with contextlib.ExitStack() as block:
+        settings = block.enter_context(pinned())
         with all_or_none():
             directory = user_path(directory, "directory", folder=True)
             recipe.validate(len(devices))
@@ -76,11 +83,22 @@ def train(
         if record.status == "completed":
             return record
         stop = block.enter_context(Stop(max_minutes))
+        _note_environment(record, environment() | {"settings": settings, "eval_devices": len(devices[:eval_devices])})
         return _train(recipe, record, splits, devices[:eval_devices], stop)
 
 
+def _note_environment(record: Record, now: dict) -> None:
+    """Into the record; and, where a run that was begun goes on in another one, what was otherwise before."""
+    before = record.environment
+    changed = {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}
+    if changed:
+        said = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
+        print(f"this run goes on in another environment, and the record says so: {said}", flush=True)
+    earlier = before.get("earlier", []) + ([changed] if changed else [])
+    record.environment = now | ({"earlier": earlier} if earlier else {})
+
+
 def _train(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> Record:
-    record.environment = environment() | {"eval_devices": len(eval_devices)}
     record.status, record.error = "running", None
     try:
         _run(recipe, record, splits, eval_devices, stop)
@@ -129,6 +147,7 @@ def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
         "eval_examples": len(splits["eval"]),
         "num_classes": len(splits["train"].class_names),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
+        "names": {name: split.names for name, split in splits.items() if split.names},
         "total_steps": recipe.total_steps,
     }
     if not (directory / "run.json").exists():
@@ -136,17 +155,36 @@ def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
         record.data = described
         return record
     record = Record.load(directory)
-    if record.recipe != recipe:
-        fields = [name for name, value in vars(recipe).items() if vars(record.recipe).get(name, value) != value]
+    wanted, known = asdict(recipe), record.as_read["recipe"] | asdict(record.recipe)
+    if fields := [name for name, value in known.items() if name not in wanted or value != wanted[name]]:
         raise EffnetlibError(
             f"{directory} holds a run of another recipe ({', '.join(fields)} differ): choose another folder, "
             "or delete that one"
         )
-    if record.status != "completed" and record.data != described:
-        raise EffnetlibError(
-            f"the data set {recipe.dataset} is not the one that {directory} was begun with: choose another folder"
-        )
+    if record.status != "completed":
+        record.data = _same_data(described, record)
     return record
+
+
+def _same_data(described: dict, record: Record) -> dict:
+    """What is there, if a run may go on with it: what it was begun with, or photographs of the same names."""
+    source, before, replaced = described["source"], record.data, record.data.get("replaced", [])
+    same = all(before.get(name) == value for name, value in described.items() if name not in ("fingerprints", "names"))
+    ours, theirs = described["fingerprints"], before.get("fingerprints", {})
+    changed = {name: theirs.get(name) for name in ours if ours[name] != theirs.get(name)}
+    names = described["names"]
+    if not same or any(name not in names or names[name] != before.get("names", {}).get(name) for name in changed):
+        raise EffnetlibError(
+            f"the data set {source} is not the one that {record.directory} was begun with: choose another folder"
+        )
+    if changed:
+        replaced = [*replaced, changed]
+        print(
+            f"photographs in {source} ({', '.join(changed)}) were replaced by others of the same names since this run began: "
+            "it goes on with them, and the record says so",
+            flush=True,
+        )
+    return described | ({"replaced": replaced} if replaced else {})
 
 
 def _run(recipe: Recipe, record: Record, splits, eval_devices, stop: Stop) -> None:
@@ -224,18 +262,40 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
                 record.log(kind="train", step=step, epoch=step / recipe.steps_per_epoch, **row,
                            lr=float(learning_rates[step - 1]), images_per_second=rate, seconds=seconds)  # fmt: skip
 
-    def checkpoint(step: int, top1: float | None = None) -> None:
-        nonlocal saved
+    def checkpoint(step: int, top1: float | None = None, by_any: bool = False) -> None:
+        nonlocal saved  # the state is replicated, so that a process whose input fails can save it too
         timing["total_seconds"] = clock.now()
-        if is_main_process() and saved != step:
+        if (is_main_process() or by_any) and saved != step:
             host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
             save(checkpoints, step, host_state, timing, top1)
         saved = step
         record.save()
 
+    def save_all(step: int, by_any: bool = False) -> None:
+        settle(keep=0)
+        clock.stop_lap("train_seconds")
+        checkpoint(step, by_any=by_any)
+        finish(checkpoints)
+
+    @contextlib.contextmanager
+    def saved_first(step: int):
+        """Saves the state after `step` where the input fails, so that nothing but what is still to do is lost."""
+        try:
+            yield
+        except (PreemptedError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # whatever a decoder, a file system or a thread of the input raises
+            save_all(step, by_any=True)
+            said = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
+            raise FailedError(
+                f"the input failed after step {step} of {total}: {said}; saved, and once it is mended the same call goes on"
+            ) from error
+
     def evaluate(step: int) -> None:
-        with clock.measure("eval_seconds"):
-            raw, ema = evaluator((state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats))
+        between = SimpleNamespace(update=lambda _: stop_if_asked(step, "evaluation"))
+        with clock.measure("eval_seconds"), saved_first(step):
+            weights = (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats)
+            raw, ema = evaluator(*weights, progress=between)
         record.log(kind="eval", step=step, epoch=step / recipe.steps_per_epoch, nseen=raw.nseen,
                    top1=raw.top1, top5=raw.top5, loss=raw.loss,
                    ema_top1=ema.top1, ema_top5=ema.top5, ema_loss=ema.loss, seconds=clock.now())  # fmt: skip
@@ -244,12 +304,9 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
         progress.draw([row["epoch"] for row in evaluated], [row["ema_top1"] for row in evaluated])
         checkpoint(step, ema.top1)
 
-    def stop_if_asked(step: int) -> None:
-        if reason := stop.agreed():
-            settle(keep=0)
-            clock.stop_lap("train_seconds")
-            checkpoint(step)
-            checkpoints.wait_until_finished()
+    def stop_if_asked(step: int, during: str = "training") -> None:
+        if reason := stop.agreed(during):
+            save_all(step)
             raise PreemptedError(
                 f"stopped at step {step} of {total} ({reason}); saved, and the same command or cell, run again, goes on"
             )
@@ -259,17 +316,14 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
     last_saved = time.monotonic()
     clock.start_lap()
     for step in range(first + 1, total + 1):
-        # With several processes asking is a collective, so not at every step.
-        if jax.process_count() == 1 or step % log_every == 0:
-            stop_if_asked(step - 1)
-        with clock.measure("input_wait_seconds"):
+        stop_if_asked(step - 1)
+        with clock.measure("input_wait_seconds"), saved_first(step - 1):
             batch = next(batches)
         state, metrics = train_step(state, batch, run_key, learning_rates[step - 1])
         pending.append((step, metrics))
         # The metrics of a step are read once the next one is under way, so the devices never wait for the host.
         settle(keep=1)
         if step in eval_steps:
-            stop_if_asked(step)
             settle(keep=0)
             clock.stop_lap("train_seconds")
             evaluate(step)
@@ -281,7 +335,7 @@ def _loop(recipe, record, state, run_key, batches, train_step, evaluator, checkp
             continue
         last_saved = time.monotonic()
         clock.start_lap()
-    checkpoints.wait_until_finished()
+    finish(checkpoints)
 
 
 class _Clock:
@@ -290,7 +344,7 @@ class _Clock:
     def __init__(self, timing: dict):
         self.timing = timing
         self.zero = time.perf_counter() - timing["total_seconds"]
-        self.start_lap()
+        self.lap_start = None
 
     def now(self) -> float:
         return time.perf_counter() - self.zero
@@ -302,7 +356,9 @@ class _Clock:
         return time.perf_counter() - self.lap_start
 
     def stop_lap(self, name: str) -> None:
-        self.timing[name] += self.lap()
+        if self.lap_start is not None:
+            self.timing[name] += self.lap()
+        self.lap_start = None
 
     @contextlib.contextmanager
     def measure(self, name: str):

@@ -100,8 +100,8 @@ def damage(folder: Path, kind: str, rng: random.Random) -> bool:
             file.write('{"kind": "train", "st')
         return True
     steps = sorted((int(path.name), path) for path in folder.glob("checkpoints/*") if path.name.isdigit())
-    if not steps:
-        return False
+    if len(steps) < 2:
+        return False  # nothing could go on without the only one
     files = sorted(path for path in steps[-1][1].rglob("*") if path.is_file() and path.stat().st_size)
     if not files:
         return False

@@ -41,6 +41,42 @@ def losses(recipe, devices):
     return out
 
 
+SHELL = {
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "5",
+    "JAX_LEGACY_PRNG_KEY": "error",
+    "JAX_ENABLE_X64": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+    "JAX_SOFTMAX_CUSTOM_JVP": "1",
+    "JAX_DISABLE_JIT": "1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_DEBUG_NANS": "1",
+    "JAX_CHECK_TRACER_LEAKS": "1",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "FLAX_HIJAX_VARIABLE": "1",
+}
+TRAINS = """
+import sys, effnetlib
+effnetlib.simulate_devices(8)
+effnetlib.train(effnetlib.Recipe.from_json(sys.argv[1]), sys.argv[2])
+"""
+
+
+def test_the_shell_changes_no_number(whole, tiny, tmp_path):
+    command = [sys.executable, "-c", TRAINS, tiny.to_json(), tmp_path / "run"]
+    subprocess.run(command, env=os.environ | SHELL, check=True, timeout=300)
+    record = Record.load(tmp_path / "run")
+    for name in ("loss", "top1"):
+        for kind in ("train", "eval"):
+            assert list(record.frame(kind)[name]) == list(whole.frame(kind)[name])
+    assert whole.environment["settings"] == {}
+    assert record.environment["settings"]["jax_default_prng_impl"] == "rbg"
+    assert len(record.environment["settings"]) >= len(SHELL)
+
+
 # A device's share of 64 on eight devices is 8: groups of 4 lie within a device, groups of 32 span four.
 @pytest.mark.slow
 @pytest.mark.parametrize(("preset", "group"), [("digits-64-rmsprop", 4), ("digits-64-lars", 32)])
@@ -222,6 +258,56 @@ def test_four_hosts_are_stopped_and_two_others_go_on_with_the_losses_of_one_proc
     assert {path.name for path in (tmp_path / "outputs/hosts").iterdir()} >= {"host0.ipynb", "host0.log", "host3.log"}
     copied = tmp_path / "bucket"
     assert any(Record.load(path.parent).result == record.result for path in copied.rglob("run.json"))
+
+
+STOPS = """
+import os, signal, sys, threading, time, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+port, process, folder = sys.argv[1:]
+import effnetlib
+from effnetlib import distributed, training
+distributed.start(f"localhost:{port}", 2, int(process))
+recipe = effnetlib.Recipe.preset("digits-64-rmsprop").replace(image_size=16, epochs=2000.0, eval_every_epochs=1900.0)
+assert recipe.total_steps // training.LOGGED_STEPS > 200  # steps between logged ones
+batches = training.data.train_batches
+def asking(*arguments, **options):
+    for step, batch in enumerate(batches(*arguments, **options)):
+        if process == "1" and step == 40:
+            print(time.time(), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+training.data.train_batches = asking
+try:
+    effnetlib.train(recipe, folder)
+except training.PreemptedError as error:
+    print(time.time(), str(error).split(" of ")[0], flush=True)
+    distributed.wait_for_all("end")
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_stop_at_the_same_step_within_ten_seconds_of_a_signal_to_one_of_them(tmp_path):
+    port = free_port()
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://localhost:9")  # nobody is there
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", STOPS, str(port), str(i), str(tmp_path / "run")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )  # fmt: skip
+        for i in (0, 1)
+    ]
+    said = [process.communicate(timeout=300)[0].splitlines() for process in both]
+    asked = float(next(line for line in said[1] if line[:1].isdigit()))
+    ends = [lines[-1].split(" ", 1) for lines in said]
+    assert ends[0][1] == ends[1][1] and ends[0][1].startswith("stopped at step"), said
+    assert all(float(at) - asked < 10 for at, _ in ends)
+    step = int(ends[0][1].rpartition(" ")[2])
+    assert step >= 40 and (tmp_path / "run/checkpoints" / str(step)).is_dir()
+    assert Record.load(tmp_path / "run").status == "preempted"
 
 
 REFUSES = """

@@ -624,7 +624,7 @@ def test_what_was_written_before_a_stop_is_kept(tmp_path, monkeypatch):
         return original(dest, shard, convert_odd)
 
     monkeypatch.setattr(module, "_write_shard", stopping)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(module, "usable_cores", lambda: 1)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "in", tmp_path / "out")
     (tmp_path / "out/.train-00003-of-00004.array_record").write_bytes(b"half a shard")

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from effnetlib import EffnetlibError, Recipe, Record, load_records
+from effnetlib import EffnetlibError, Recipe, Record, load_records, train
 from effnetlib.records import environment, outputs_folder, write_atomically
+from effnetlib.report import results
 
 
 def rows(record):
@@ -66,6 +67,32 @@ def test_a_missing_or_damaged_record(tmp_path, record):
     (record.directory / "run.json").write_text("{")
     with pytest.raises(EffnetlibError, match="run.json is damaged"):
         Record.load(record.directory)
+
+
+@pytest.mark.parametrize("content", ["[]", '"text"', "{}", '{"recipe": 3}', "\x00\x00"])
+def test_a_damaged_record_is_a_sentence_and_is_never_written_over(content, record):
+    file = record.directory / "run.json"
+    file.write_text(content)
+    with pytest.raises(EffnetlibError, match="run.json is damaged"):
+        train(record.recipe, record.directory)
+    assert file.read_text() == content
+
+
+def test_a_record_of_another_version_or_of_an_optimizer_of_a_notebook_is_read_and_kept(record):
+    file = record.directory / "run.json"
+    run = json.loads(file.read_text())
+    run |= {"schema": 2, "weather": "fair", "recipe_hash": "0123456789ab", "status": "preempted"}
+    run["recipe"] |= {"optimizer": "lamb", "mixup": 0.2}
+    del run["recipe"]["drop_path"]
+    file.write_text(json.dumps(run))
+    found = Record.load(record.directory)
+    assert (found.recipe.optimizer, found.recipe.drop_path, found.recipe.hash) == ("lamb", 0.2, "0123456789ab")
+    assert results([found]).loc["run", "optimizer"] == "lamb"
+    with pytest.raises(EffnetlibError, match=r"another recipe \(.*mixup.* differ\)"):
+        train(record.recipe, record.directory)
+    found.save()
+    kept = json.loads(file.read_text())
+    assert kept["recipe"].pop("drop_path") == 0.2 and kept == run
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
+import collections
 import errno
 import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,9 +15,11 @@ import jax
 import numpy as np
 import pytest
 from chaos import chaos
+from PIL import Image
 
 import effnetlib
-from effnetlib import EffnetlibError, Recipe, Record, train
+from effnetlib import EffnetlibError, Recipe, Record, checkpoints, train
+from effnetlib.errors import FailedError
 from effnetlib.step import make_train_step, smoothed_cross_entropy
 from effnetlib.stopping import PreemptedError, Stop
 from effnetlib.training import DivergedError
@@ -35,6 +39,13 @@ def weights(directory):
 
 def without_clock(record):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in record.metrics]
+
+
+def begun(directory):
+    """Makes a finished run one that is under way."""
+    record = Record.load(directory)
+    record.status = "running"
+    record.save()
 
 
 def equal_to_the_bit(directory, whole):
@@ -97,7 +108,7 @@ def test_a_run_cut_off_after_a_checkpoint_resumes_to_the_same_bits(whole, tiny, 
 
 def test_the_losses_do_not_depend_on_logging_evaluation_or_reading_ahead(whole, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "LOGGED_STEPS", 3)
-    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    monkeypatch.setattr("effnetlib.data.loader.usable_cores", lambda: 7)
     other = train(tiny.replace(eval_every_epochs=0.5), tmp_path / "other")
     assert len(other.frame("eval")) < len(whole.frame("eval"))
     rows = other.frame("train").set_index("step")[["loss", "top1"]]
@@ -138,23 +149,79 @@ def test_a_stop_between_a_step_and_its_evaluation_loses_neither(whole, tiny, tmp
     equal_to_the_bit(directory, whole)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "missing", "all"])
+@pytest.mark.parametrize("kind", ["truncated", "missing"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(kind, whole, tiny, tmp_path, capsys):
     directory = tmp_path / "damaged"
     shutil.copytree(whole.directory, directory)
-    record = Record.load(directory)
-    record.status = "running"
-    record.save()
+    begun(directory)
     steps = sorted((int(path.name), path) for path in (directory / "checkpoints").iterdir())
     assert [step for step, _ in steps] == list(tiny.eval_steps)[-2:]
-    for _, checkpoint in steps if kind == "all" else steps[-1:]:
-        largest = max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-        largest.unlink() if kind == "missing" else os.truncate(largest, largest.stat().st_size // 2)
+    largest = max((path for path in steps[-1][1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.unlink() if kind == "missing" else os.truncate(largest, largest.stat().st_size // 2)
     train(tiny, directory)
-    said = capsys.readouterr().out
-    assert said.count("is damaged, falling back to the one before") == (2 if kind == "all" else 1)
-    assert list((directory / "checkpoints").glob("damaged-*"))  # set aside, not deleted
+    assert "the checkpoint of step 11 cannot be read, falling back to 5" in capsys.readouterr().out
+    assert list((directory / "checkpoints").glob("damaged-11-*"))  # set aside, not deleted
     equal_to_the_bit(directory, whole)
+
+
+def test_where_no_checkpoint_can_be_read_the_run_fails_and_nothing_is_moved(whole, tiny, tmp_path, monkeypatch):
+    directory = tmp_path / "unreadable"
+    shutil.copytree(whole.directory, directory)
+    begun(directory)
+    metrics = (directory / "metrics.jsonl").read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("orbax.checkpoint.CheckpointManager.restore", full)
+        with pytest.raises(
+            FailedError, match=r"no checkpoint in .* can be read \(that of step 11: .*Too many open files"
+        ):
+            train(tiny, directory)
+    assert {path.name for path in (directory / "checkpoints").iterdir()} == {"5", "11"}
+    assert (directory / "metrics.jsonl").read_bytes() == metrics
+    record = Record.load(directory)
+    assert (record.status, record.result, record.timing) == ("failed", whole.result, whole.timing)
+    train(tiny, directory)
+    equal_to_the_bit(directory, whole)
+
+
+def test_a_disk_that_is_full_for_a_checkpoint_is_an_error_of_the_file_system(tmp_path):
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with checkpoints.open_checkpoints(tmp_path) as manager:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            with pytest.raises(OSError, match="a checkpoint cannot be written: .*File too large"):
+                checkpoints.save(manager, 1, {"w": np.random.default_rng(0).random(100_000)})
+                checkpoints.finish(manager)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+Before, Grown = collections.namedtuple("Before", "m"), collections.namedtuple("Grown", "m count")
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted", "reason"),
+    [
+        (Before(np.ones(2)), Grown(np.ones(2), np.ones(1)), ""),  # a field added, as an update of optax may
+        (Grown(np.ones(2), np.ones(1)), Before(np.ones(2)), "do not match"),
+        (Before(np.ones(2)), Before(np.ones(3)), "its arrays have other shapes than this program's"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_program_stays_where_it_is(written, wanted, reason, tmp_path):
+    with checkpoints.open_checkpoints(tmp_path) as manager:
+        assert checkpoints.restore(manager, tmp_path, {"opt_state": wanted}) is None  # none at all is a beginning
+        for step in (3, 7):
+            checkpoints.save(manager, step, {"opt_state": written})
+        manager.wait_until_finished()
+        with pytest.raises(FailedError, match=rf"can be read \(that of step 7: .*{reason}"):
+            checkpoints.restore(manager, tmp_path, {"opt_state": wanted})
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "7"}
+        state, _ = checkpoints.restore(manager, tmp_path, {"opt_state": written})
+    np.testing.assert_array_equal(state["opt_state"].m, np.ones(2))
 
 
 def test_two_runs_in_one_folder(tiny, tmp_path):
@@ -203,6 +270,73 @@ def test_a_full_disk_or_a_folder_made_read_only_is_a_sentence_and_loses_nothing(
     assert Record.load(directory).status in ("failed", "running")  # what was written last before the disk failed
     train(tiny, directory)
     equal_to_the_bit(directory, whole)
+
+
+def photographs(root, tiny):
+    """Ten classes of eight, for which the program is that of `tiny`."""
+    for number in range(90):
+        split, label = ("train", number % 10) if number < 80 else ("val", number % 10)
+        (root / split / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (20 * label, number, 0)).save(root / split / str(label) / f"{number:02}.png")
+    return tiny.replace(dataset=str(root), augmentation="inception", epochs=3.0, eval_every_epochs=1.0)
+
+
+def test_a_photograph_that_cannot_be_read_loses_nothing_and_may_be_replaced(tiny, tmp_path, capsys):
+    recipe = photographs(tmp_path / "photos", tiny)
+    bad = tmp_path / "photos/train/9/79.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"no photograph")
+    with pytest.raises(
+        FailedError, match=rf"the input failed after step (\d+) of .*{bad.name}.*saved, and once"
+    ) as failed:
+        train(recipe, tmp_path / "run")
+    step = int(str(failed.value).split("after step ")[1].split()[0])
+    assert Record.load(tmp_path / "run").status == "failed"
+    assert not step or (tmp_path / "run/checkpoints" / str(step)).is_dir()
+    bad.write_bytes(good + b"and more")
+    record = train(recipe, tmp_path / "run")
+    assert "were replaced by others of the same names" in capsys.readouterr().out
+    assert [list(each) for each in record.data["replaced"]] == [["train"]]
+    assert record.status == "completed" and record.timing["images"] == 64 * recipe.total_steps
+
+    begun(tmp_path / "run")
+    bad.rename(bad.with_name("another" + bad.suffix))
+    with pytest.raises(EffnetlibError, match="is not the one that .* was begun with"):
+        train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_whatever_the_input_raises_is_saved_first_and_goes_on_to_the_same_bits(
+    split, whole, tiny, tmp_path, monkeypatch
+):
+    module = MODULE.data if split == "train" else sys.modules["effnetlib.evaluation"]
+    original = getattr(module, f"{split}_batches")
+
+    def failing(*arguments, **options):
+        for step, batch in enumerate(original(*arguments, **options)):
+            if step == 3:
+                raise KeyError("a decoder's")
+            yield batch
+
+    with monkeypatch.context() as broken:
+        broken.setattr(module, f"{split}_batches", failing)
+        at = 3 if split == "train" else tiny.eval_steps[0]
+        with pytest.raises(
+            FailedError, match=f"the input failed after step {at} of 11: KeyError: .*a decoder's.*; saved"
+        ):
+            train(tiny, tmp_path / "run")
+    assert (tmp_path / "run/checkpoints" / str(at)).is_dir()
+    train(tiny, tmp_path / "run")
+    equal_to_the_bit(tmp_path / "run", whole)
+
+
+def test_a_run_that_goes_on_in_another_environment_says_so(whole, tiny, tmp_path, capsys):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    record = Record.load(tmp_path / "run")
+    record.status, record.environment["xla_flags"] = "running", "--xla_other"
+    record.save()
+    assert train(tiny, tmp_path / "run").environment["earlier"] == [{"xla_flags": "--xla_other"}]
+    assert "another environment, and the record says so: xla_flags was '--xla_other'" in capsys.readouterr().out
 
 
 def test_a_clock_that_jumps_changes_nothing(whole, tiny, tmp_path, monkeypatch):

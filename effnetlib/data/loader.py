@@ -7,7 +7,6 @@ from the sharding, and never changes what the global batch is.
 
 import functools
 import logging
-import os
 from collections.abc import Iterator
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from effnetlib.data.images import eval_image, train_image
 from effnetlib.data.sources import Split
+from effnetlib.host import usable_cores
 
 # With a jaxlib before 0.11 grain warns, when imported, that it cannot profile its worker processes. None are used here, and the
 # line would stand at the top of every notebook on Colab and Kaggle.
@@ -94,7 +94,7 @@ def _on_devices(make, start: int, stop: int, batch: int, sharding) -> Iterator[B
     """Makes the batches in threads ahead of their use, and puts the rows of each device on it."""
     if start >= stop:
         return
-    threads = min(os.cpu_count() or 1, 16)
+    threads = min(usable_cores(), 16)
     ahead = grain.MapDataset.range(start, stop).map(make)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     rows = _local_rows(sharding, batch)

@@ -82,14 +82,15 @@ class Photo:
 class Listing:
     """The photographs of a split in canonical order (class by class, by name), before any is opened.
 
-    `fingerprint` is over names and sizes; `layout` names what was found; `is_imagenet` says whether it must be the whole of
-    ILSVRC 2012; `origin` is the folder or archive of the split; `unused` counts what lies in it or beside the splits and is
-    not used, such as `{"valid/**/*.webp": 12, "extras/": 1}`.
+    `fingerprint` is over names and sizes, `names` over names alone; `layout` names what was found; `is_imagenet` says whether it
+    must be the whole of ILSVRC 2012; `origin` is the folder or archive of the split; `unused` counts what lies in it or beside the
+    splits and is not used, such as `{"valid/**/*.webp": 12, "extras/": 1}`.
     """
 
     class_names: tuple[str, ...]
     photos: list[Photo]
     fingerprint: str
+    names: str
     layout: str
     is_imagenet: bool
     origin: str
@@ -224,12 +225,14 @@ class _Walk:
         return self._folders(bases[0]) if bases else None
 
     def _listing(self, class_names: list[str], photos: list[Photo], origin: str) -> Listing:
-        digest = hashlib.sha256()
+        digest, names = hashlib.sha256(), hashlib.sha256()
         for photo in photos:
-            digest.update(f"{class_names[photo.label]}/{photo.file_name} {photo.size}\n".encode())
+            name = f"{class_names[photo.label]}/{photo.file_name}"
+            digest.update(f"{name} {photo.size}\n".encode())
+            names.update(f"{name}\n".encode())
         whole = self.layout != "folders" or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names)))
-        fingerprint, unused = digest.hexdigest()[:16], dict(self.unused)
-        return Listing(tuple(class_names), photos, fingerprint, self.layout, whole, origin, unused)
+        fingerprint, names = digest.hexdigest()[:16], names.hexdigest()[:16]
+        return Listing(tuple(class_names), photos, fingerprint, names, self.layout, whole, origin, dict(self.unused))
 
     def _scan(self, folder: Path) -> tuple[list[os.DirEntry], list[os.DirEntry], list[os.DirEntry]]:
         """(folders, photographs, other files), each sorted. A link to nothing is a folder: it cannot be passed over."""

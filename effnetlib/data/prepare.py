@@ -23,6 +23,7 @@ from effnetlib.data.images import UNREADABLE
 from effnetlib.data.photographs import SPLIT_NAMES, Listing, MissingSplit, Photo, check_classes, list_photographs, seen
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.host import usable_cores
 from effnetlib.lock import held
 from effnetlib.progress import Progress
 from effnetlib.records import write_atomically
@@ -220,7 +221,7 @@ def _require_space(dest: Path, shards: list[_Shard]) -> None:
 def _write_shards(dest: Path, shards: list[_Shard], convert_odd: bool) -> None:
     progress = Progress(sum(len(shard.photos) for shard in shards), 0, 1, unit="photograph")
     seen, refused = 0, []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         try:
             for shard, odd in zip(shards, pool.map(lambda s: _write_shard(dest, s, convert_odd), shards), strict=True):
                 refused += odd
@@ -341,7 +342,7 @@ def check(dest: Path) -> list[str]:
     seen, problems = 0, []
     records = {split: [] for split in manifest["splits"]}
     counts = {split: np.zeros(len(manifest["classes"]), np.int64) for split in manifest["splits"]}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for (split, shard), (wrong, labels, digest) in zip(
             shards, pool.map(lambda item: _check_shard(dest / item[1]["file"], item[1]), shards), strict=True
         ):

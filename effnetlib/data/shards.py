@@ -167,6 +167,7 @@ class Shards:
     fingerprint: str
     origin: str
     unused: dict[str, int]
+    names: str = ""  # of loose photographs alone
 
 
 def open_shards(root: Path, split: str) -> Shards | None:

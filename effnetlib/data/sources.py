@@ -1,10 +1,9 @@
 """Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +44,7 @@ class Split:
       class_names: the names of the labels.
       fingerprint: sixteen hex digits of a SHA-256. Over every pixel and label where the set is in memory or in shards of
         ours; over names and sizes of the files where they are loose.
+      names: the same over the names of loose files alone; empty for other sets.
       example: ``example(index)`` is an image, uint8 ``[height, width, 3]``, and its label.
       encoded: ``encoded(index)`` is a photograph's file as bytes, its label and its name; None for sets in memory.
       origin: the folder or archive that photographs come from.
@@ -58,6 +58,7 @@ class Split:
     encoded: Callable[[int], tuple[bytes, int, str]] | None = field(default=None, repr=False)
     origin: str = ""
     unused: dict[str, int] = field(default_factory=dict, repr=False)
+    names: str = ""
 
     def __len__(self) -> int:
         return self.size
@@ -130,8 +131,11 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     indices = np.sort(indices)
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
     encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
-    part = {"size": len(indices), "fingerprint": fingerprint, "encoded": encoded}
-    return dataclasses.replace(split, **part, example=lambda index: split.example(int(indices[index])))
+
+    def example(index):
+        return split.example(int(indices[index]))
+
+    return replace(split, size=len(indices), fingerprint=fingerprint, example=example, encoded=encoded)
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
@@ -222,7 +226,7 @@ def _of_photographs(size: int, found: Listing | Shards, encoded) -> Split:
         photograph, label, name = encoded(index)
         return decode(photograph, name), label
 
-    return Split(size, found.class_names, found.fingerprint, example, encoded, found.origin, found.unused)
+    return Split(size, found.class_names, found.fingerprint, example, encoded, found.origin, found.unused, found.names)
 
 
 def remark(splits: dict[str, Split]) -> str:

@@ -1,0 +1,67 @@
+"""What the machine and the user's shell decide, kept away from the numbers: settings of jax, and the cores there are."""
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+# Settings that change numbers, or end a run in an error, with the values that a run has them at. A name that is unknown to
+# the installed version is passed over.
+PINNED = {
+    "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
+    "jax_enable_custom_prng": False, "jax_legacy_prng_key": "allow", "jax_safer_randint": True,
+    "jax_enable_x64": False, "jax_default_dtype_bits": "64", "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow", "jax_default_matmul_precision": None, "jax_allow_f16_reductions": True,
+    "jax_softmax_custom_jvp": False, "jax_default_device": None, "jax_disable_jit": False, "jax_no_execution": False,
+    "jax_disable_most_optimizations": False, "jax_debug_nans": False, "jax_debug_infs": False, "jax_debug_key_reuse": False,
+    "jax_enable_checks": False, "jax_check_tracer_leaks": False, "jax_no_tracing": False, "flax_hijax_variable": False,
+    "jax_transfer_guard": "allow", "jax_transfer_guard_host_to_device": "allow",
+    "jax_transfer_guard_device_to_device": "allow", "jax_transfer_guard_device_to_host": "allow",
+}  # fmt: skip
+# Settings in the environment; not those that say where programs run and are kept.
+VARIABLES = re.compile(r"(JAX|FLAX|NNX)_(?!PLATFORM|COMPILATION_CACHE|PERSISTENT_CACHE)|NVIDIA_TF32_OVERRIDE$")
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[dict[str, str]]:
+    """Keeps the settings of `PINNED` while the block runs, whatever the shell or the notebook has set. Yields those that
+    were otherwise, and every other setting in the environment, as the user had them: for the record."""
+    import flax
+
+    found = {name.lower(): value for name, value in os.environ.items() if VARIABLES.match(name)}
+    known = jax.config.values | {name: getattr(flax.config, name) for name in PINNED if hasattr(flax.config, name)}
+    with contextlib.ExitStack() as block:
+        for name, value in PINNED.items():
+            found.pop(name, None)
+            before = known.get(name, value)
+            if before == value:
+                continue
+            if before is not None:
+                found[name] = str(getattr(before, "value", before))
+            if hasattr(jax, name.removeprefix("jax_")):  # wins over a `with jax...` of the user's
+                block.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
+            else:
+                config = flax.config if name.startswith("flax_") else jax.config
+                block.callback(config.update, name, before)
+                config.update(name, value)
+        yield found
+
+
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """The cores that this process may use: by affinity, and by the quota, rounded up, of its control group and of those
+    above it (containers and SLURM's jobs have one)."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has none
+    cores = os.process_cpu_count() or 1 if hasattr(os, "process_cpu_count") else len(affinity(0))  # since Python 3.13
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)  # version 2 has no controllers, and one file of quota and period
+        group = cgroups / controllers / path.strip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                cores = min(cores, max(1, math.ceil(quota / period))) if quota > 0 else cores
+    return cores
