@@ -1,5 +1,8 @@
 """The command line: run a suite, render its reports, plan for a slice, fetch data, bring weights in and out."""
 
+import contextlib
+import locale
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import yaml
 
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.parameters import read_yaml
+from effnetlib.progress import say
 
 
 class _Commands(click.Group):
@@ -17,35 +21,47 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except EffnetlibError as error:
-            click.echo(f"effnetlib: {error}", err=True)
+            say(f"effnetlib: {error}", err=True)
             context.exit(1 if isinstance(error, FailedError) else 2)
         except KeyboardInterrupt:
-            click.echo("effnetlib: interrupted; what was finished is kept", err=True)
+            say("effnetlib: interrupted; what was finished is kept", err=True)
             context.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main():
     """EfficientNet at supercomputer scale (arXiv 2011.00071): suites of notebooks, their reports, and data."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a standard stream that is closed would be the number of the next file that is opened
+    os.close(number)
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # in which our files are, whatever the shell's language
+
+
+def _result(text: str) -> None:
+    """Prints what a command is for."""
+    if not say(text):
+        raise FailedError("the result could not be written: is the device full?")
 
 
 @main.command()
 @click.argument("suite", type=click.Path(path_type=Path))
 @click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A parameter for every run; repeatable.")
-def run(suite, only, changes):
+@click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="What a kernel may take to start: 60.")
+def run(suite, only, changes, start_timeout):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
     from effnetlib import execute
     from effnetlib.stopping import TRY_AGAIN
     from effnetlib.suite import load_suite
 
     loaded = load_suite(suite, dict(_assignment(change) for change in changes))
-    outcomes = execute.execute(loaded, only)
-    click.echo(execute.table(outcomes))
-    click.echo(loaded.directory / "index.html")
+    outcomes = execute.execute(loaded, only, start_timeout or execute.START_SECONDS)
+    say(execute.table(outcomes))
+    say(loaded.directory / "index.html")
     statuses = {outcome.status for outcome in outcomes}
     if "preempted" in statuses:
-        click.echo("effnetlib: stopped as asked; the same command goes on where this one stopped", err=True)
+        say("effnetlib: stopped as asked; the same command goes on where this one stopped", err=True)
         sys.exit(TRY_AGAIN)
     sys.exit("failed" in statuses)
 
@@ -76,9 +92,9 @@ def report(directories, price):
     if len(directories) > 1:
         if price is not None:
             raise EffnetlibError("--price is for the paper against ours, and not for a comparison of runs")
-        click.echo(compare(directories))
+        say(compare(directories))
     else:
-        click.echo(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
+        say(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
 
 
 @main.command()
@@ -89,7 +105,7 @@ def publish(suite):
     from effnetlib.publish import publish, refresh
     from effnetlib.records import outputs_folder
 
-    click.echo(publish(outputs_folder() / suite) if suite else refresh())
+    say(publish(outputs_folder() / suite) if suite else refresh())
 
 
 @main.command()
@@ -110,7 +126,7 @@ def plan(preset, topology, changes, price, as_json):
     jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
     recipe = Recipe.preset(preset).replace(**dict(_assignment(change) for change in changes))
     found = plan(recipe, topology, chip_hour=price)
-    click.echo(found.to_json() if as_json else found.table())
+    _result(found.to_json() if as_json else found.table())
     if not found.fits:
         smaller = (
             f"a batch of {found.largest_batch} would"
@@ -132,7 +148,7 @@ def fetch(name, archive):
     """Fetch cifar10 or fashion_mnist into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
     from effnetlib.data import fetch
 
-    click.echo(fetch(name, archive))
+    say(fetch(name, archive))
 
 
 @data.command()
@@ -147,10 +163,8 @@ def prepare(source, dest, convert, partial):
 
     manifest = prepare(source.expanduser(), dest.expanduser(), convert_odd=convert, partial=partial)
     for split, about in manifest["splits"].items():
-        click.echo(
-            f"{split}: {about['examples']:,} photographs in {len(about['shards'])} shards, {about['fingerprint']}"
-        )
-    click.echo(dest)
+        say(f"{split}: {about['examples']:,} photographs in {len(about['shards'])} shards, {about['fingerprint']}")
+    say(dest)
 
 
 @data.command()
@@ -161,8 +175,8 @@ def check(dest):
 
     problems = check(dest.expanduser())
     for problem in problems:
-        click.echo(problem)
-    click.echo(f"{len(problems)} problems" if problems else "all is as the manifest says")
+        say(problem)
+    say(f"{len(problems)} problems" if problems else "all is as the manifest says")
     sys.exit(bool(problems))
 
 
@@ -185,7 +199,7 @@ def bench(source, images, size, tensorflow, file):
         raise EffnetlibError(f"there is no folder {file.absolute().parent}")
     source = str(Path(source).absolute()) if Path(source).is_dir() else source
     rates = bench.bench(source, images=images, size=size, tensorflow=tensorflow)
-    click.echo(bench.table(rates))
+    _result(bench.table(rates))
     if file:
         write_atomically(file, bench.to_json(rates, source, environment()) + "\n")
 
@@ -205,8 +219,8 @@ def import_(file, to):
 
     to = to or outputs_folder() / "weights" / file.name.removesuffix(file.suffix).removesuffix(".weights")
     pretrained = import_weights(file, to)
-    click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
-    click.echo(to)
+    say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    say(to)
 
 
 @weights.command("export")
@@ -224,12 +238,10 @@ def export_(source, file):
     pretrained = Pretrained.load(source)
     pretrained.export(file)
     size = pretrained.image_size
-    click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
     if file.suffix == ".stablehlo":
-        click.echo(
-            f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet"
-        )
-    click.echo(file)
+        say(f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet")
+    say(file)
 
 
 if __name__ == "__main__":

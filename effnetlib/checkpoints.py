@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from effnetlib.errors import EffnetlibError, first_line
+from effnetlib.progress import say
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
 
@@ -67,9 +68,8 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
                 found, step = read(candidate), candidate
                 break
             except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
-                print(
-                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {first_line(error)}",
-                    flush=True,
+                say(
+                    f"the checkpoint of step {candidate} is damaged, falling back to the one before: {first_line(error)}"
                 )
                 _set_aside(directory / FOLDER / str(candidate))
         checkpoints.reload()

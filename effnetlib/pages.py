@@ -5,6 +5,7 @@ from pathlib import Path
 
 from effnetlib import comparison, execute
 from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.lock import held
 from effnetlib.records import load_records, outputs_folder
 from effnetlib.render import outcome, render_html, render_index
 from effnetlib.suite import Suite, report_alone
@@ -49,9 +50,10 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
         )
     elif chip_hour is not None:
         raise EffnetlibError(f"--price is for {AGAINST_PAPER}, which is not among the reports of {directory}")
-    for name in executed:
-        render_html(directory, name)
-    return render_index(directory, directory.absolute().name)
+    with held(directory, "rendering the reports of"):
+        for name in executed:
+            render_html(directory, name)
+        return render_index(directory, directory.absolute().name)
 
 
 def compare(paths: Sequence[Path]) -> Path:

@@ -16,6 +16,7 @@ import jax
 import pandas as pd
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.progress import say
 from effnetlib.recipe import Recipe
 
 SCHEMA = 1
@@ -48,7 +49,7 @@ def runs_folder(suite: str) -> Path:
     mine, published = (folder / suite / "runs" for folder in (outputs_folder(), published_folder()))
     if mine.exists() or not published.exists():
         return mine
-    print(f"There is no {mine}: these are the records that come with effnetlib.")
+    say(f"There is no {mine}: these are the records that come with effnetlib.")
     return published
 
 
