@@ -38,12 +38,6 @@ def main():
         locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # in which our files are, whatever the shell's language
 
 
-def _result(text: str) -> None:
-    """Prints what a command is for."""
-    if not say(text):
-        raise FailedError("the result could not be written: is the device full?")
-
-
 @main.command()
 @click.argument("suite", type=click.Path(path_type=Path))
 @click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
@@ -126,7 +120,8 @@ def plan(preset, topology, changes, price, as_json):
     jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
     recipe = Recipe.preset(preset).replace(**dict(_assignment(change) for change in changes))
     found = plan(recipe, topology, chip_hour=price)
-    _result(found.to_json() if as_json else found.table())
+    if not say(found.to_json() if as_json else found.table()):
+        raise FailedError("the plan could not be written: is the device full?")
     if not found.fits:
         smaller = (
             f"a batch of {found.largest_batch} would"
@@ -199,7 +194,7 @@ def bench(source, images, size, tensorflow, file):
         raise EffnetlibError(f"there is no folder {file.absolute().parent}")
     source = str(Path(source).absolute()) if Path(source).is_dir() else source
     rates = bench.bench(source, images=images, size=size, tensorflow=tensorflow)
-    _result(bench.table(rates))
+    say(bench.table(rates))
     if file:
         write_atomically(file, bench.to_json(rates, source, environment()) + "\n")
 

@@ -12,8 +12,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped 
 # What a user, a terminal, ssh, SLURM or a cloud sends to a process that is to end.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REASONS = ("", *(each.name for each in SIGNALS), "max_minutes")
-FOLLOW_SECONDS = 1.0
-REPEAT_SECONDS = 5.0
+FOLLOW_SECONDS = 2.0
 
 
 class PreemptedError(RuntimeError):
@@ -74,11 +73,7 @@ class Stop(_Handler):
 
 
 class Children(_Handler):
-    """Child processes to which `SIGNALS` are passed on while the block runs.
-
-    Attributes:
-      asked: the signals that came so far.
-    """
+    """Child processes to which `SIGNALS` are passed on while the block runs; `asked` are those that came so far."""
 
     def __init__(self):
         self.asked, self.processes = [], []
@@ -98,17 +93,16 @@ class Children(_Handler):
 
 def follow(parent: int) -> None:
     """Sends SIGTERM to this process when its parent has ended, even if that was killed: so a run is saved, and no process is
-    left behind. The signal is repeated, because a kernel that has saved would wait for its next cell for ever.
+    left behind. The signal is repeated: after the first, a kernel saves and would wait for its next cell for ever.
 
     Args:
       parent: the parent's process id, from the parent itself: it may have ended before this process asks.
     """
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(FOLLOW_SECONDS)
         while True:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(REPEAT_SECONDS)
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(FOLLOW_SECONDS)
 
     threading.Thread(target=watch, daemon=True).start()

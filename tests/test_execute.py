@@ -289,6 +289,12 @@ def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_h
     assert Record.load(run).status == "preempted" and not run.with_name("never").exists()
     command += ["--only", "long"]
     process = start_and_wait((run / "metrics.jsonl").stat().st_size)  # it goes on
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=120)
+    assert len(started) == 2 and psutil.wait_procs(started, timeout=60)[1] == []
+    assert Record.load(run).status == "preempted"
+    process = start_and_wait((run / "metrics.jsonl").stat().st_size)
     (papermill,) = psutil.Process(process.pid).children()
     (kernel,) = papermill.children()
     kernel.kill()
