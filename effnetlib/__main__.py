@@ -35,7 +35,8 @@ def main():
         pass  # a standard stream that is closed would be the number of the next file that is opened
     os.close(number)
     with contextlib.suppress(locale.Error):
-        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # in which our files are, whatever the shell's language
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # all text files of ours are UTF-8, whatever the shell says
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened here; an unknown name would end the import of matplotlib
 
 
 @main.command()

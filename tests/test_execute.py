@@ -197,12 +197,15 @@ def test_a_signal_between_two_entries_begins_nothing_more(drawn, monkeypatch):
     assert not (suite.directory / "executed/b.ipynb").exists()
 
 
-def test_output_that_cannot_be_written_does_not_end_a_suite(drawn):
-    shell = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(drawn("print('·')"), stdout=full, stderr=subprocess.PIPE, env=shell, timeout=120)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert "·" in (outputs_folder() / "small/a.html").read_text(encoding="utf-8")
+def test_neither_output_nor_the_shell_ends_a_suite(drawn):
+    shell = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "MPLBACKEND": "no such backend"}
+    run = drawn("import matplotlib.pyplot; print('·')")
+    report = [*run[:3], "report", str(outputs_folder() / "small")]
+    for command in (run, report):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=shell, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert "·" in (outputs_folder() / "small/a.html").read_text(encoding="utf-8")
 
 
 def test_closed_standard_streams_do_not_end_a_suite(drawn):
