@@ -132,7 +132,7 @@ class _Client(PapermillNotebookClient):
 
     def _last_words(self) -> str:
         self.listener.join(1.0)
-        told = [line for line in self.last_lines if line and not line.lstrip().startswith(TRACE)]
+        told = [line for line in list(self.last_lines) if line and not line.lstrip().startswith(TRACE)]
         return f"; its last words: {told[-1][:300]}" if told else ""
 
     @property
