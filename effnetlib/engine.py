@@ -58,8 +58,9 @@ TRACE = ("@", "***", "File ", "Thread 0x", "Current thread ", "Extension modules
 ROOT = str(Path(__file__).parent.parent)
 KERNEL = f"""
 import os, sys
-{ROOT!r} in sys.path or sys.path.insert(0, {ROOT!r})
+sys.path.insert(0, {ROOT!r})
 from effnetlib.stopping import follow
+if {ROOT!r} in sys.path[1:]: del sys.path[0]
 follow(int(os.environ["JPY_PARENT_PID"]))
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance()

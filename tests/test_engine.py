@@ -169,15 +169,18 @@ print(sys.executable, effnetlib.__file__)
     assert f"{sys.executable} {effnetlib.__file__}" in out.read_text() and "image/png" in out.read_text()
 
 
-def test_another_checkout_that_is_installed_does_not_take_the_place_of_papermills(tmp_path):
+def test_another_checkout_on_the_path_does_not_take_the_place_of_papermills(tmp_path):
     other = tmp_path / "other/effnetlib"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text("raise RuntimeError('another checkout')")
-    root = Path(effnetlib.__file__).parent.parent
     source, out = notebook(tmp_path / "in.ipynb", "import effnetlib; print(effnetlib.__file__)"), tmp_path / "out.ipynb"
-    code = "import sys; from papermill.__main__ import papermill; sys.path.append({!r}); papermill(sys.argv[1:])"
-    command = [sys.executable, "-c", code.format(str(other.parent)), str(source), str(out), "--engine", "effnetlib"]
-    done = subprocess.run([*command, "--cwd", str(other.parent)], cwd=root, capture_output=True, text=True, timeout=60)
+    root = str(Path(effnetlib.__file__).parent.parent)
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); from papermill.__main__ import papermill; papermill(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, str(source), str(out), "--engine", "effnetlib"]
+    shell = {**os.environ, "PYTHONPATH": str(other.parent)}
+    done = subprocess.run(command, env=shell, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and effnetlib.__file__ in out.read_text(), done.stderr
 
 
