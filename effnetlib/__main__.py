@@ -1,5 +1,8 @@
 """The command line: run a suite, render its reports, plan for a slice, fetch data, bring weights in and out."""
 
+import contextlib
+import locale
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import yaml
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.parameters import read_yaml
 from effnetlib.paths import user_path
+from effnetlib.progress import say
 
 
 class _Commands(click.Group):
@@ -18,35 +22,42 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except EffnetlibError as error:
-            click.echo(f"effnetlib: {error}", err=True)
+            say(f"effnetlib: {error}", err=True)
             context.exit(1 if isinstance(error, FailedError) else 2)
         except KeyboardInterrupt:
-            click.echo("effnetlib: interrupted; what was finished is kept", err=True)
+            say("effnetlib: interrupted; what was finished is kept", err=True)
             context.exit(130)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main():
     """EfficientNet at supercomputer scale (arXiv 2011.00071): suites of notebooks, their reports, and data."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a standard stream that is closed would be the number of the next file that is opened
+    os.close(number)
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # all text files of ours are UTF-8, whatever the shell says
+    os.environ["MPLBACKEND"] = "agg"  # no window is opened here; an unknown name would end the import of matplotlib
 
 
 @main.command()
 @click.argument("suite")
 @click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
 @click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A parameter for every run; repeatable.")
-def run(suite, only, changes):
+@click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="What a kernel may take to start: 60.")
+def run(suite, only, changes, start_timeout):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
     from effnetlib import execute
     from effnetlib.stopping import TRY_AGAIN
     from effnetlib.suite import load_suite
 
     loaded = load_suite(suite, dict(_assignment(change) for change in changes))
-    outcomes = execute.execute(loaded, only)
-    click.echo(execute.table(outcomes))
-    click.echo(loaded.directory / "index.html")
+    outcomes = execute.execute(loaded, only, start_timeout or execute.START_SECONDS)
+    say(execute.table(outcomes))
+    say(loaded.directory / "index.html")
     statuses = {outcome.status for outcome in outcomes}
     if "preempted" in statuses:
-        click.echo("effnetlib: stopped as asked; the same command goes on where this one stopped", err=True)
+        say("effnetlib: stopped as asked; the same command goes on where this one stopped", err=True)
         sys.exit(TRY_AGAIN)
     sys.exit("failed" in statuses)
 
@@ -77,9 +88,9 @@ def report(directories, price):
     if len(directories) > 1:
         if price is not None:
             raise EffnetlibError("--price is for the paper against ours, and not for a comparison of runs")
-        click.echo(compare(directories))
+        say(compare(directories))
     else:
-        click.echo(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
+        say(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
 
 
 @main.command()
@@ -100,7 +111,8 @@ def plan(preset, topology, changes, price, as_json):
     jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
     recipe = Recipe.preset(preset).replace(**dict(_assignment(change) for change in changes))
     found = plan(recipe, topology, chip_hour=price)
-    click.echo(found.to_json() if as_json else found.table())
+    if not say(found.to_json() if as_json else found.table()):
+        raise FailedError("the plan could not be written: is the device full?")
     if not found.fits:
         smaller = (
             f"a batch of {found.largest_batch} would"
@@ -122,7 +134,7 @@ def fetch(name, archive):
     """Fetch cifar10 into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
     from effnetlib.data import fetch
 
-    click.echo(fetch(name, archive and user_path(archive, "--archive")))
+    say(fetch(name, archive and user_path(archive, "--archive")))
 
 
 @data.command()
@@ -139,12 +151,12 @@ def prepare(source, dest, convert, partial):
     source, dest = user_path(source, "SOURCE", folder=True), user_path(dest, "DEST", folder=True)
     manifest = prepare(source, dest, convert_odd=convert, partial=partial)
     for split, about in manifest["splits"].items():
-        click.echo(
+        say(
             f"{split}: {about['examples']:,} photographs of {about['origin']} in {len(about['shards'])} shards, "
             f"{about['fingerprint']}"
         )
-    click.echo(f"not used: {in_words(manifest['unused'])}")
-    click.echo(dest)
+    say(f"not used: {in_words(manifest['unused'])}")
+    say(dest)
 
 
 @data.command()
@@ -155,8 +167,8 @@ def check(dest):
 
     problems = check(user_path(dest, "DEST", folder=True))
     for problem in problems:
-        click.echo(problem)
-    click.echo(f"{len(problems)} problems" if problems else "all is as the manifest says")
+        say(problem)
+    say(f"{len(problems)} problems" if problems else "all is as the manifest says")
     sys.exit(bool(problems))
 
 
@@ -176,8 +188,8 @@ def import_(file, to):
     name = Path(file).stem.removesuffix(".weights")
     to = user_path(to or outputs_folder() / "weights" / name, "--to", folder=True)
     pretrained = import_weights(file, to)
-    click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
-    click.echo(to)
+    say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    say(to)
 
 
 @weights.command("export")
@@ -196,12 +208,10 @@ def export_(source, file):
     pretrained = Pretrained.load(source)
     pretrained.export(file)
     size = pretrained.image_size
-    click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
     if file.suffix == ".stablehlo":
-        click.echo(
-            f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet"
-        )
-    click.echo(file)
+        say(f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet")
+    say(file)
 
 
 if __name__ == "__main__":

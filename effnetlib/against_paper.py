@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator
 from effnetlib import paper
 from effnetlib.data import describe
 from effnetlib.presets import PAPER_PRESETS
+from effnetlib.progress import say
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, load_records, runs_folder
 
@@ -34,7 +35,7 @@ def completed_records(suite: str) -> list[Record]:
     completed = [record for record in found if record.status == "completed"]
     others = ", ".join(f"{record.name} ({record.status})" for record in found if record not in completed)
     count = f"{len(completed) or 'no'} completed record{'s' * (len(completed) != 1)}"
-    print(f"{folder} holds {count}{'; not completed: ' * bool(others)}{others}.")
+    say(f"{folder} holds {count}{'; not completed: ' * bool(others)}{others}.")
     return completed
 
 

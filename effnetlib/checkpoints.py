@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from effnetlib.distributed import all_or_none
 from effnetlib.errors import EffnetlibError, FailedError, first_line
+from effnetlib.progress import say
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
 
@@ -100,7 +101,7 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
                     "they are left as they are: mend that, or go back to the versions that wrote them, and run it again"
                 )
             for candidate, error in failed.items():
-                print(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}", flush=True)
+                say(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}")
                 aside = f"damaged-{candidate}-{time.time_ns()}"
                 (directory / FOLDER / str(candidate)).rename(directory / FOLDER / aside)
             checkpoints.reload()

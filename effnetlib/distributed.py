@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.progress import say
 
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
@@ -70,10 +71,9 @@ def start(
         return
     waiting = threading.Timer(
         PATIENCE_SECONDS,
-        lambda: print(
+        lambda: say(
             f"process {number} of {count} still waits for the others at {address}: has the same notebook been started on "
-            f"every host? Giving up after {timeout_seconds} s",
-            flush=True,
+            f"every host? Giving up after {timeout_seconds} s"
         ),
     )
     waiting.daemon = True

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,15 +24,17 @@ import yaml
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.host import usable_cores
-from effnetlib.progress import duration
+from effnetlib.lock import held
+from effnetlib.progress import duration, say
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, published_folder, write_atomically
 from effnetlib.render import outcome, render_html, render_index
-from effnetlib.stopping import TRY_AGAIN, signals_to
+from effnetlib.stopping import TRY_AGAIN, Children
 from effnetlib.suite import Entry, Suite
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
+START_SECONDS = 60
 
 
 @dataclass
@@ -45,19 +48,20 @@ class Outcome:
     error: str = ""
 
 
-def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
-    """Executes a suite and renders its reports; goes on after a failure. SIGTERM and SIGINT are passed on to the run that is
-    under way, and end the suite after it.
+def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SECONDS) -> list[Outcome]:
+    """Executes a suite and renders its reports; goes on after a failure. The signals that end a process are passed on to all
+    that is under way, and end the suite after it.
 
     Args:
       suite: what to execute.
       only: the name of the one run or report to execute, or a pattern of names such as "lars-*".
+      start_timeout: seconds that a notebook's kernel may take to start.
 
     Returns:
       What became of each entry, up to one that was preempted.
 
     Raises:
-      EffnetlibError: `only` names nothing, or the outputs folder cannot be written.
+      EffnetlibError: `only` names nothing, the outputs folder cannot be written, or another process executes a suite there.
     """
     entries = [*suite.runs, *suite.reports]
     if only is not None:
@@ -73,27 +77,28 @@ def execute(suite: Suite, only: str | None = None) -> list[Outcome]:
     except OSError as error:
         raise EffnetlibError(f"the outputs folder {suite.directory} cannot be written: {error.strerror}") from None
     prefixes = {entry: f"[{number}/{len(entries)}] {entry.name}" for number, entry in enumerate(entries, 1)}
+    with held(suite.directory, "executing a suite in"), Children() as children:
 
-    def settle(entry: Entry) -> Outcome:
-        settled = _execute_entry(suite, entry, prefixes[entry])
-        print(f"{prefixes[entry]}: {_describe(settled)}", flush=True)
-        return settled
+        def settle(entry: Entry) -> Outcome | None:
+            if children.asked:
+                return None
+            papermill = functools.partial(_run_papermill, suite, entry, prefixes[entry], children, start_timeout)
+            settled = _execute_entry(suite, entry, papermill)
+            say(f"{prefixes[entry]}: {_describe(settled)}")
+            return settled
 
-    # A run has the machine to itself, for its speed is part of the record; reports share it.
-    settled = []
-    for entry in entries:
-        if entry.is_run:
-            settled.append(settle(entry))
-            if settled[-1].status == "preempted":
-                render_index(suite.directory, suite.directory.name)
-                return settled
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
-    render_index(suite.directory, suite.directory.name)
-    return settled
+        # A run has the machine to itself, for its speed is part of the record; reports share it.
+        settled = [settle(entry) for entry in entries if entry.is_run]
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
+        render_index(suite.directory, suite.directory.name)
+    begun = [each for each in settled if each]
+    if len(begun) < len(entries) and not any(each.status == "preempted" for each in begun):
+        begun.append(Outcome(entries[len(begun)], "preempted"))  # the signal came between two entries
+    return begun
 
 
-def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
+def _execute_entry(suite: Suite, entry: Entry, papermill: Callable[[Path], int]) -> Outcome:
     executed = suite.directory / "executed" / f"{entry.name}.ipynb"
     key = _key(suite, entry)
     html = suite.directory / f"{entry.name}.html"
@@ -103,7 +108,7 @@ def _execute_entry(suite: Suite, entry: Entry, prefix: str) -> Outcome:
     start = time.perf_counter()
     if entry.is_run and (error := _other_recipe(entry)):
         return Outcome(entry, "failed", error=error)  # the finished run's pages stay as they are
-    code = _run_papermill(suite, entry, executed, prefix)
+    code = papermill(executed)
     error = _error(entry, code, suite.directory / "logs" / f"{entry.name}.log")
     write_atomically(executed.with_suffix(".json"), json.dumps(_outcome(entry, key, error)))
     if executed.exists():
@@ -150,7 +155,7 @@ def _other_recipe(entry: Entry) -> str:
 def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     """Why an entry does not count as completed; empty if it does. For a run its record decides."""
     said = _last_error(log) if code else ""
-    died = f"papermill ended with {code}: the kernel died, see {log}" if code else ""
+    died = f"papermill ended with {code}, see {log}" if code else ""
     if entry.is_run:
         try:
             record = Record.load(entry.directory)
@@ -163,29 +168,31 @@ def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
 
 def _last_error(log: Path) -> str:
     """The last line of a log that names an exception."""
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     named = [line for line in lines if line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))]
     return named[-1] if named else ""
 
 
-def _run_papermill(suite: Suite, entry: Entry, executed: Path, prefix: str) -> int:
+def _run_papermill(
+    suite: Suite, entry: Entry, prefix: str, children: Children, start_timeout: int, executed: Path
+) -> int:
     command = [sys.executable, "-m", "papermill", str(suite.notebook_path(entry)), str(executed), "--kernel", "python3"]
     command += ["--engine", "effnetlib", "--no-progress-bar", "--cwd", str(suite.notebooks)]
+    command += ["--start-timeout", str(start_timeout)]
     command += ["--parameters_yaml", yaml.safe_dump(dict(entry.parameters))]
     environment = _kernel_environment(entry)
     start = time.perf_counter()
     with open(suite.directory / "logs" / f"{entry.name}.log", "w") as log, _StatusLine(prefix) as status:
         # In a session of its own a terminal's Ctrl-C reaches it once, through us.
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        with signals_to(process) as passed:
-            while process.poll() is None:
-                time.sleep(POLL_SECONDS)
-                if entry.is_run:
-                    status.show(functools.partial(_live, entry, start))
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
+        children.add(process)
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if entry.is_run:
+                status.show(functools.partial(_live, entry, start))
     # Asked to stop before papermill could pass it on, it ends in its own way; the suite is to stop all the same.
-    return TRY_AGAIN if passed and process.returncode else process.returncode
+    return TRY_AGAIN if children.asked and process.returncode else process.returncode
 
 
 def _kernel_environment(entry: Entry) -> dict:
@@ -193,6 +200,8 @@ def _kernel_environment(entry: Entry) -> dict:
     # next ones, where they are the same.
     outputs = outputs_folder().absolute()
     environment = os.environ | {
+        "EFFNETLIB_PARENT": str(os.getpid()),  # papermill's engine ends with us
+        "PYTHONUTF8": "1",
         "EFFNETLIB_OUTPUTS": str(outputs),
         "EFFNETLIB_DATA": str(cache_folder().absolute()),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(outputs / ".compiled")),
@@ -226,7 +235,7 @@ class _StatusLine:
 
     def __init__(self, prefix: str):
         self.prefix = prefix
-        self.terminal = sys.stdout.isatty()
+        self.terminal = os.isatty(1) and os.environ.get("TERM", "dumb") != "dumb"
         self.shown = time.perf_counter()
 
     def __enter__(self):
@@ -236,14 +245,15 @@ class _StatusLine:
         """Shows what `text` returns, if it is time to; only then is it called, for it reads files beside the run."""
         now = time.perf_counter()
         if self.terminal:
-            print(f"\r\x1b[K{self.prefix}: {text()}", end="", flush=True)
+            line, width = f"{self.prefix}: {text()}", shutil.get_terminal_size().columns - 1
+            say(f"\r\x1b[K{line if len(line) <= width else line[: width - 1] + '…'}", end="")
         elif now - self.shown >= LINE_SECONDS:
             self.shown = now
-            print(f"{self.prefix}: {text()}", flush=True)
+            say(f"{self.prefix}: {text()}")
 
     def __exit__(self, *_):
         if self.terminal:
-            print("\r\x1b[K", end="", flush=True)
+            say("\r\x1b[K", end="")
 
 
 def _describe(outcome: Outcome) -> str:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from effnetlib.progress import say
 from effnetlib.records import Record
 from effnetlib.stopping import PreemptedError
 
@@ -24,11 +25,11 @@ def session(directory: Path) -> Iterator[None]:
     earlier = _earlier(directory)
     if earlier and not (directory / "run.json").exists():
         shutil.copytree(earlier, directory, dirs_exist_ok=True)
-        print(f"goes on with {earlier}")
+        say(f"goes on with {earlier}")
     try:
         yield
     except PreemptedError as stopped:
-        print(f"{stopped}; in the next session, attach the output of this version as an input")
+        say(f"{stopped}; in the next session, attach the output of this version as an input")
         raise SystemExit from None  # with no code: papermill, which runs Kaggle's notebooks, takes it for a success
 
 

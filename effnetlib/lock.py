@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.progress import say
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def held(folder: Path, doing: str) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise EffnetlibError(f"{holder} is {doing} {folder} at this moment: wait for it, or stop it") from None
         except OSError as error:  # mounted buckets know no locks
-            print(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second process out", flush=True)
+            say(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second process out")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from effnetlib import comparison, execute
 from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.lock import held
 from effnetlib.paths import user_path
 from effnetlib.records import load_records, outputs_folder
 from effnetlib.render import outcome, render_html, render_index
@@ -51,9 +52,10 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
         )
     elif chip_hour is not None:
         raise EffnetlibError(f"--price is for {AGAINST_PAPER}, which is not among the reports of {directory}")
-    for name in executed:
-        render_html(directory, name)
-    return render_index(directory, directory.name)
+    with held(directory, "rendering the reports of"):
+        for name in executed:
+            render_html(directory, name)
+        return render_index(directory, directory.name)
 
 
 def compare(paths: Sequence[Path]) -> Path:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from effnetlib.evaluation import lower_eval_step
 from effnetlib.host import pinned
 from effnetlib.mesh import make_mesh
 from effnetlib.model import multiply_adds
-from effnetlib.progress import duration
+from effnetlib.progress import duration, say
 from effnetlib.recipe import Recipe
 from effnetlib.records import outputs_folder, write_atomically
 from effnetlib.step import lower_train_step, make_train_step
@@ -359,11 +358,11 @@ def _at_work(what: str) -> Iterator[None]:
     """A line now and then, on the standard error, while the block runs."""
     done, start = threading.Event(), time.perf_counter()
 
-    def say():
+    def talk():
         while not done.wait(LINE_SECONDS):
-            print(f"{what} · {duration(time.perf_counter() - start)}", file=sys.stderr, flush=True)
+            say(f"{what} · {duration(time.perf_counter() - start)}", err=True)
 
-    thread = threading.Thread(target=say, daemon=True)
+    thread = threading.Thread(target=talk, daemon=True)
     thread.start()
     try:
         yield

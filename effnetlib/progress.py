@@ -1,9 +1,44 @@
 """Progress of long work: in place in a notebook, a plain line now and then elsewhere; and a curve where somebody watches."""
 
+import atexit
+import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Sequence
+
+
+def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
+    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work: characters that it does not
+    know become "?", and a line that cannot be written is lost.
+
+    Returns:
+      False if the line is lost and somebody may miss it, as on a full device; who has closed a pipe misses nothing.
+    """
+    stream = sys.stderr if err else sys.stdout
+    try:
+        try:
+            print(text, end=end, file=stream or io.StringIO(), flush=True)
+        except UnicodeEncodeError:
+            known = str(text).encode(stream.encoding, "replace").decode(stream.encoding)
+            print(known, end=end, file=stream, flush=True)
+    except BrokenPipeError:
+        pass
+    except (OSError, ValueError, RuntimeError):  # closed; or a signal's handler speaks amid a line
+        return False
+    return True
+
+
+@atexit.register
+def _end_output() -> None:
+    """Lines that still cannot be written are lost: Python would show a traceback, and exit with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def duration(seconds: float) -> str:
@@ -71,7 +106,7 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if not self.in_notebook:
-            print(line, flush=True)
+            say(line)
             return
         self._display("line", {"text/plain": line})
 

@@ -18,6 +18,7 @@ import pandas as pd
 from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.host import usable_cores
 from effnetlib.paths import user_path
+from effnetlib.progress import say
 from effnetlib.recipe import Recipe
 
 SCHEMA = 1
@@ -51,7 +52,7 @@ def runs_folder(suite: str) -> Path:
     mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
     if any(mine.glob("*/run.json")) or not published.exists():
         return mine
-    print(f"{mine} holds no record: these are the records that come with effnetlib.")
+    say(f"{mine} holds no record: these are the records that come with effnetlib.")
     return published
 
 

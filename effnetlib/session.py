@@ -16,6 +16,7 @@ from glob import glob
 from pathlib import Path
 
 from effnetlib.errors import EffnetlibError, FailedError, first_line
+from effnetlib.progress import say
 
 CHECKOUT = Path(__file__).parent.parent
 NOT_ADDED = ("jupyterlab",)  # there is a front end already, or nobody would run this
@@ -32,7 +33,7 @@ def begin() -> None:
     """
     added = install()
     devices = _devices()
-    print(table(added, devices))
+    say(table(added, devices))
     check_accelerator(devices)
 
 

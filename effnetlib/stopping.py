@@ -1,24 +1,43 @@
 """Asking a run to stop: a signal, or its time is up. It saves and says that the same command goes on."""
 
-import contextlib
+import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+
+from effnetlib.progress import say
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped and may be started again
+# What a user, a terminal, ssh, SLURM or a cloud sends to a process that is to end.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+REASONS = ("", *(each.name for each in SIGNALS), "max_minutes")
 AGREE_SECONDS = 5.0  # half of what several hosts may take to hear of it
-REASONS = ("", "SIGTERM", "SIGINT", "max_minutes")
+FOLLOW_SECONDS = 2.0
 
 
 class PreemptedError(RuntimeError):
     """The run stopped before its end because it was asked to; it is saved, and running it again goes on."""
 
 
-class Stop:
-    """Notes SIGTERM and SIGINT while the block runs, in place of what they do otherwise; a second SIGINT interrupts at once.
+class _Handler:
+    """Handles `SIGNALS` while the block runs, in place of what they do otherwise. A signal that is ignored stays ignored, as
+    SIGHUP is under nohup. Python allows handlers in the main thread only: in another one the block changes nothing."""
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            wanted = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+            self.before = {each: signal.signal(each, self._handle) for each in wanted}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for each, old in self.before.items():
+            signal.signal(each, signal.SIG_DFL if old is None else old)  # None: it was set by a library in C
+
+
+class Stop(_Handler):
+    """Notes the first of `SIGNALS` while the block runs; a second SIGINT interrupts at once.
 
     Args:
       max_minutes: minutes from now after which to stop; None is never.
@@ -28,23 +47,13 @@ class Stop:
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.signal = self.during = ""
         self.calls, self.interval, self.last = 0, 1, time.monotonic()
-        self.before = {}
 
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():  # only there may Python handle signals
-            for each in (signal.SIGTERM, signal.SIGINT):
-                self.before[each] = signal.signal(each, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-
-    def _note(self, number, frame) -> None:
+    def _handle(self, number, frame) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number).name
-        print(f"{self.signal}: stopping after this step", flush=True)
+        if not self.signal:
+            self.signal = signal.Signals(number).name
+            say(f"{self.signal}: stopping after this step")
 
     def asked(self) -> str:
         """Why to stop, in this process's own view: one of `REASONS`, empty to go on."""
@@ -74,23 +83,37 @@ class Stop:
         return REASONS[int(reasons.max())]
 
 
-@contextlib.contextmanager
-def signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Passes SIGTERM and SIGINT on to another process while the block runs, in place of what they do otherwise (where Python
-    allows it: in the main thread). Yields the list of those that were passed on so far."""
-    passed = []
-    if threading.current_thread() is not threading.main_thread():
-        yield passed
-        return
+class Children(_Handler):
+    """Child processes to which `SIGNALS` are passed on while the block runs; `asked` are those that came so far."""
 
-    def pass_on(number, frame):
-        passed.append(number)
-        print(f"{signal.Signals(number).name}: passed on, waiting for it to save", file=sys.stderr, flush=True)
-        process.send_signal(number)  # does nothing where it has ended
+    def __init__(self):
+        self.asked, self.processes = [], []
 
-    before = {each: signal.signal(each, pass_on) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield passed
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    def add(self, process: subprocess.Popen) -> None:
+        """Adds a process; from any thread. One that comes after a signal is asked to stop at once."""
+        self.processes.append(process)
+        if self.asked:
+            process.terminate()
+
+    def _handle(self, number, frame) -> None:
+        self.asked.append(number)
+        say(f"{signal.Signals(number).name}: passed on, waiting for it to save", err=True)
+        for process in list(self.processes):
+            process.send_signal(number)  # does nothing where it has ended
+
+
+def follow(parent: int) -> None:
+    """Sends SIGTERM to this process when its parent has ended, even if that was killed: so a run is saved, and no process is
+    left behind. The signal is repeated: after the first, a kernel saves and would wait for its next cell for ever.
+
+    Args:
+      parent: the parent's process id, from the parent itself: it may have ended before this process asks.
+    """
+
+    def watch():
+        while True:
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(FOLLOW_SECONDS)
+
+    threading.Thread(target=watch, daemon=True).start()

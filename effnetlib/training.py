@@ -19,7 +19,7 @@ from effnetlib.host import pinned
 from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
 from effnetlib.paths import user_path
-from effnetlib.progress import Progress
+from effnetlib.progress import Progress, say
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, environment, is_main_process
 from effnetlib.step import TrainState, lower_train_step
@@ -79,7 +79,7 @@ def train(
                 block.enter_context(held(directory, "training in"))
             record = _open_record(recipe, directory, splits)
         if is_main_process() and (remark := data.remark(splits)):
-            print(remark, flush=True)
+            say(remark)
         if record.status == "completed":
             return record
         stop = block.enter_context(Stop(max_minutes))
@@ -93,7 +93,7 @@ def _note_environment(record: Record, now: dict) -> None:
     changed = {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}
     if changed:
         said = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
-        print(f"this run goes on in another environment, and the record says so: {said}", flush=True)
+        say(f"this run goes on in another environment, and the record says so: {said}")
     earlier = before.get("earlier", []) + ([changed] if changed else [])
     record.environment = now | ({"earlier": earlier} if earlier else {})
 
@@ -179,10 +179,9 @@ def _same_data(described: dict, record: Record) -> dict:
         )
     if changed:
         replaced = [*replaced, changed]
-        print(
+        say(
             f"photographs in {source} ({', '.join(changed)}) were replaced by others of the same names since this run began: "
-            "it goes on with them, and the record says so",
-            flush=True,
+            "it goes on with them, and the record says so"
         )
     return described | ({"replaced": replaced} if replaced else {})
 

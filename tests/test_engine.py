@@ -1,13 +1,19 @@
 """What papermill's own engine leaves undone, and ours does."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
+
+import effnetlib
 
 
 def notebook(path, *sources):
@@ -17,9 +23,16 @@ def notebook(path, *sources):
     return path
 
 
-def start(source, out, *options):
+def start(source, out, *options, **settings):
     command = [sys.executable, "-m", "papermill", str(source), str(out), "--no-progress-bar", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
 
 
 def statuses(path):
@@ -68,14 +81,11 @@ raise PreemptedError(f"saved after {stop.asked()}")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_reaches_the_kernel_which_saves_and_the_exit_code_says_try_again(number, tmp_path):
     source = notebook(tmp_path / "in.ipynb", SAVES, "2")
     process = start(source, tmp_path / "out.ipynb", "--engine", "effnetlib", "--cwd", str(tmp_path))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for(tmp_path / "ready", process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
@@ -105,10 +115,115 @@ for step in (1, 2, 3):
 def test_a_kernel_asked_to_stop_before_it_can_save_is_to_be_tried_again_too(tmp_path):
     source = notebook(tmp_path / "in.ipynb", "import pathlib, time; pathlib.Path('ready').touch(); time.sleep(600)")
     process = start(source, tmp_path / "out.ipynb", "--engine", "effnetlib", "--cwd", str(tmp_path))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
+    wait_for(tmp_path / "ready", process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75 and "killed by SIGTERM" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    source = notebook(
+        tmp_path / "in.ipynb",
+        SAVES.replace("ready", "begun").replace(
+            "while not", "pathlib.Path('ready').touch(); import os\n    while not os.path.exists('go') and not"
+        ),
+    )
+    options = ("--engine", "effnetlib", "--cwd", str(tmp_path))
+    nohup = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    process = start(source, tmp_path / "out.ipynb", *options, **nohup)
+    wait_for(tmp_path / "ready", process)
+    (kernel,) = psutil.Process(process.pid).children()
+    for pid in (process.pid, kernel.pid):
+        os.kill(pid, signal.SIGHUP)
+    time.sleep(0.5)
+    (tmp_path / "go").touch()
+    output, _ = process.communicate(timeout=60)
+    assert '"evalue": "saved after "' in (tmp_path / "out.ipynb").read_text() and "passed on" not in output
+
+
+def test_a_kernel_whose_papermill_is_killed_saves_and_ends(tmp_path):
+    source = notebook(tmp_path / "in.ipynb", SAVES)
+    process = start(source, tmp_path / "out.ipynb", "--engine", "effnetlib", "--cwd", str(tmp_path))
+    wait_for(tmp_path / "ready", process)
+    (kernel,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=60)
+    assert psutil.wait_procs([kernel], timeout=20)[1] == []
+    assert (tmp_path / "saved").exists()
+
+
+def test_the_kernel_is_the_interpreter_that_runs_papermill_whatever_the_shell_says(tmp_path):
+    spec = tmp_path / "share/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "stale", "language": "python"}))
+    code = """
+import sys, effnetlib, matplotlib.pyplot as plt
+plt.plot([1, 2]); plt.show()
+print(sys.executable, effnetlib.__file__)
+"""
+    shell = {"JUPYTER_PATH": str(tmp_path / "share"), "MPLBACKEND": "module://backend_interagg"}
+    source, out = notebook(tmp_path / "in.ipynb", code), tmp_path / "out.ipynb"
+    process = start(source, out, "--engine", "effnetlib", "-k", "python3", env={**os.environ, **shell})
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert f"{sys.executable} {effnetlib.__file__}" in out.read_text() and "image/png" in out.read_text()
+
+
+def test_another_checkout_on_the_path_does_not_take_the_place_of_papermills(tmp_path):
+    other = tmp_path / "other/effnetlib"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise RuntimeError('another checkout')")
+    source, out = notebook(tmp_path / "in.ipynb", "import effnetlib; print(effnetlib.__file__)"), tmp_path / "out.ipynb"
+    root = str(Path(effnetlib.__file__).parent.parent)
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); from papermill.__main__ import papermill; papermill(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, str(source), str(out), "--engine", "effnetlib"]
+    shell = {**os.environ, "PYTHONPATH": str(other.parent)}
+    done = subprocess.run(command, env=shell, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and effnetlib.__file__ in out.read_text(), done.stderr
+
+
+def test_the_last_words_of_a_dying_kernel_are_kept(tmp_path):
+    source, out = notebook(tmp_path / "in.ipynb", "import jax; jax.devices()"), tmp_path / "out.ipynb"
+    process = start(source, out, "--engine", "effnetlib", env={**os.environ, "XLA_FLAGS": "--xla_no_such_flag=1"})
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "XLA_FLAGS: --xla_no_such_flag=1" in output
+    (error,) = [each for cell in nbformat.read(out, 4).cells for each in cell.get("outputs", ()) if "ename" in each]
+    assert re.fullmatch("the kernel died .*; its last words: .*XLA_FLAGS: --xla_no_such_flag=1.*", error.evalue)
+
+
+def test_stack_traces_do_not_hide_the_last_words(tmp_path):
+    code = "import os; os.write(2, b'F0000 00:00 x.cc:1] Check failed: a == b\\n*** Check failure stack trace: ***\\n    @  0x7f  f()\\n'); os.abort()"
+    process = start(notebook(tmp_path / "in.ipynb", code), tmp_path / "out.ipynb", "--engine", "effnetlib")
+    process.communicate(timeout=60)
+    assert (
+        "killed by SIGABRT; its last words: F0000 00:00 x.cc:1] Check failed: a == b"
+        in (tmp_path / "out.ipynb").read_text()
+    )
+
+
+def test_a_kernel_that_does_not_start_in_time_names_the_setting(tmp_path):
+    slow = "import sys, time\nif any('IPKernelApp' in each for each in sys.orig_argv): time.sleep(60)"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    shell = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    options = ("--engine", "effnetlib", "--start-timeout", "1")
+    process = start(notebook(tmp_path / "in.ipynb", "1"), tmp_path / "out.ipynb", *options, env=shell)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "FailedError: the notebook's kernel did not start: " in output
+    assert output.strip().endswith("--start-timeout SECONDS gives it more time")
+
+
+def test_nobody_reads_what_papermill_says(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook(tmp_path / "in.ipynb", "1 + 1")),
+        str(tmp_path / "out.ipynb"),
+    ]
+    done = subprocess.run([*command, "--engine", "effnetlib"], stdout=write, stderr=write, timeout=60)
+    os.close(write)
+    assert done.returncode == 0 and statuses(tmp_path / "out.ipynb") == ["completed"]

