@@ -1,6 +1,7 @@
 """The one exception for bad input: a sentence that says what is wrong, where, and the nearest valid choice."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -22,6 +23,17 @@ def first_line(error: Exception) -> str:
     ('no such thing', 'KeyError')
     """
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
+
+
+def shown(name: str) -> str:
+    """A name of a file or a class as a sentence shows it: as it is, or with escapes where it could be taken for another one
+    (blanks at its ends, letters made of parts, signs that cannot be seen).
+
+    >>> shown("ant"), shown("ant "), shown("A\u0308pfel")
+    ('ant', "'ant '", "'A\\u0308pfel'")
+    """
+    plain = name.isprintable() and name == " ".join(name.split()) != "" and unicodedata.is_normalized("NFKC", name)
+    return name if plain else ascii(name)
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
