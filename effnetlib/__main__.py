@@ -138,7 +138,7 @@ def fetch(name, archive):
 @data.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of PNGs posing as JPEGs.")
+@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of formats with another's name.")
 @click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
 def prepare(source, dest, convert, partial):
     """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
@@ -199,36 +199,32 @@ def weights():
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Path(path_type=Path), help="The folder to write; outputs/weights/NAME if not given.")
 def import_(file, to):
-    """Read FILE (timm's tf_efficientnet_b*.safetensors, or Keras' .weights.h5 or .h5) into a checkpoint."""
+    """Read FILE (timm's tf_efficientnet_b*.safetensors, its config.json beside it, or Keras' .weights.h5, .h5 or .keras) into a
+    checkpoint."""
     from effnetlib.pretrained import import_weights
     from effnetlib.records import outputs_folder
 
     to = to or outputs_folder() / "weights" / file.name.removesuffix(file.suffix).removesuffix(".weights")
     pretrained = import_weights(file, to)
     click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    if "note" in pretrained.origin:
+        click.echo(pretrained.origin["note"])
     click.echo(to)
 
 
 @weights.command("export")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
-def export_(source, file):
-    """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE: .safetensors under timm's names, or
-    .stablehlo, the whole float32 forward pass, which jax and flatbuffers alone can run."""
-    from effnetlib.pretrained import EXPORTS, Pretrained
+@click.option("--best", is_flag=True, help="Of a run, the checkpoint with the highest top-1 and not the latest.")
+def export_(source, file, best):
+    """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE, .safetensors under timm's names."""
+    from effnetlib.pretrained import Pretrained
 
-    if file.suffix not in EXPORTS:
-        raise EffnetlibError(f"{file} ends in neither of {' and '.join(EXPORTS)}")
     if not file.absolute().parent.is_dir():
         raise EffnetlibError(f"there is no folder {file.absolute().parent}")
-    pretrained = Pretrained.load(source)
+    pretrained = Pretrained.load(source, best=best)
     pretrained.export(file)
-    size = pretrained.image_size
     click.echo(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
-    if file.suffix == ".stablehlo":
-        click.echo(
-            f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet"
-        )
     click.echo(file)
 
 

@@ -88,26 +88,33 @@ def _set_aside(checkpoint: Path) -> None:
     checkpoint.rename(target)
 
 
-def latest_weights(directory: Path) -> tuple[int, Weights]:
-    """Step and moving average of the latest checkpoint in a folder: the weights that evaluation means.
+def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
+    """Step and moving average, the weights that evaluation means, of the latest checkpoint in a folder that can be read, with a
+    line on each later one that cannot; or of the one with the highest top-1 (`best`).
 
     Raises:
-      EffnetlibError: the folder holds no checkpoint, or it is damaged.
+      EffnetlibError: the folder holds no checkpoint, or none that was evaluated, or what is wrong with it.
     """
+    wrong = f"{directory} holds no checkpoint"
     if not (directory / FOLDER).is_dir():
-        raise EffnetlibError(f"{directory} holds no checkpoint")
+        raise EffnetlibError(wrong)
     with open_checkpoints(directory) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise EffnetlibError(f"{directory} holds no checkpoint")
-        # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.
-        try:
-            state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
-            return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
-        except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
-            raise EffnetlibError(
-                f"the checkpoint of step {step} in {directory} is damaged: {first_line(error)}"
-            ) from None
+        steps = sorted(checkpoints.all_steps(), reverse=True)
+        if best:
+            scores = {step: (checkpoints.metrics(step) or {}).get("top1", -1.0) for step in steps}
+            steps = [step for step in steps if 0 <= scores[step] == max(scores.values())][:1]
+            wrong += " whose top-1 was measured"
+        for step in steps:
+            # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.
+            try:
+                state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+                return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
+            except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+                reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+                wrong = f"the checkpoint of step {step} in {directory} is damaged: {reason}"
+                if step != steps[-1]:
+                    print(f"{wrong}; the one before is taken instead", flush=True)
+    raise EffnetlibError(wrong)
 
 
 def _with_numbered_blocks(tree: dict) -> dict:

@@ -125,6 +125,7 @@ def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
         "train_examples": len(splits["train"]),
         "eval_examples": len(splits["eval"]),
         "num_classes": len(splits["train"].class_names),
+        "class_names": list(splits["train"].class_names),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
         "total_steps": recipe.total_steps,
     }
@@ -139,7 +140,7 @@ def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
             f"{directory} holds a run of another recipe ({', '.join(fields)} differ): choose another folder, "
             "or delete that one"
         )
-    if record.status != "completed" and record.data != described:
+    if record.status != "completed" and {**described, **record.data} != described:
         raise EffnetlibError(
             f"the data set {recipe.dataset} is not the one that {directory} was begun with: choose another folder"
         )
