@@ -15,6 +15,14 @@ Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 ar
 FOLDER = "checkpoints"
 
 
+class _Checkpoints(ocp.CheckpointManager):
+    def metrics(self, step):
+        try:
+            return super().metrics(step)
+        except Exception:  # Orbax asks when it opens the folder: one damaged checkpoint must not be the end of all
+            return None
+
+
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     """The checkpoints of a run's folder, of which the last two and the best one are kept. The state is replicated, so
     process 0 alone writes it, and each reads it for itself."""
@@ -23,18 +31,22 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
     )
     policies = ocp.checkpoint_managers
-    kept = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(2),
-            policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False),
-        ]
-    )
+    best = policies.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)
+    kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
+        best_fn=_top1,  # or Orbax would write no metrics
+        preservation_policy=kept,
+        create=False,
+        enable_async_checkpointing=True,
+        multiprocessing_options=alone,
     )
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return _Checkpoints(folder.absolute(), options=options)
+
+
+def _top1(metrics: dict | None) -> float:
+    return (metrics or {}).get("top1", -1.0)
 
 
 def save(
@@ -43,7 +55,7 @@ def save(
     """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `wait_until_finished` ends it. `top1` is
     what the best one is chosen by, None where the state was not evaluated."""
     items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave(dict(timing or {}))}
-    metrics = None if top1 is None else {"top1": top1}
+    metrics = {} if top1 is None else {"top1": top1}
     checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
@@ -101,7 +113,7 @@ def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
     with open_checkpoints(directory) as checkpoints:
         steps = sorted(checkpoints.all_steps(), reverse=True)
         if best:
-            scores = {step: (checkpoints.metrics(step) or {}).get("top1", -1.0) for step in steps}
+            scores = {step: _top1(checkpoints.metrics(step)) for step in steps}
             steps = [step for step in steps if 0 <= scores[step] == max(scores.values())][:1]
             wrong += " whose top-1 was measured"
         for step in steps:
