@@ -1,5 +1,6 @@
 """A run's checkpoints: `DIRECTORY/checkpoints/STEP`, with the train state and the clock, written by Orbax."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -17,9 +18,10 @@ FOLDER = "checkpoints"
 
 class _Checkpoints(ocp.CheckpointManager):
     def metrics(self, step):
+        """Top-1 as `save` wrote it beside the clock; None where it did not, or where that is damaged."""
         try:
-            return super().metrics(step)
-        except Exception:  # Orbax asks when it opens the folder: one damaged checkpoint must not be the end of all
+            return {"top1": float(json.loads((self.directory / str(step) / "timing/metadata").read_text())["top1"])}
+        except Exception:
             return None
 
 
@@ -31,10 +33,9 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
     )
     policies = ocp.checkpoint_managers
-    best = policies.BestN(get_metric_fn=_top1, n=1, keep_checkpoints_without_metrics=False)
+    best = policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
     options = ocp.CheckpointManagerOptions(
-        best_fn=_top1,  # or Orbax would write no metrics
         preservation_policy=kept,
         create=False,
         enable_async_checkpointing=True,
@@ -45,17 +46,13 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     return _Checkpoints(folder.absolute(), options=options)
 
 
-def _top1(metrics: dict | None) -> float:
-    return (metrics or {}).get("top1", -1.0)
-
-
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
 ) -> None:
     """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `wait_until_finished` ends it. `top1` is
     what the best one is chosen by, None where the state was not evaluated."""
-    items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave(dict(timing or {}))}
-    metrics = {} if top1 is None else {"top1": top1}
+    metrics = None if top1 is None else {"top1": top1}
+    items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave({**(timing or {}), **(metrics or {})})}
     checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
@@ -70,6 +67,7 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
     def read(step):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore())
         restored = checkpoints.restore(step, args=items)
+        restored.timing.pop("top1", None)
         return restored.state, restored.timing
 
     found, step = None, -1
@@ -113,8 +111,8 @@ def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
     with open_checkpoints(directory) as checkpoints:
         steps = sorted(checkpoints.all_steps(), reverse=True)
         if best:
-            scores = {step: _top1(checkpoints.metrics(step)) for step in steps}
-            steps = [step for step in steps if 0 <= scores[step] == max(scores.values())][:1]
+            scores = {step: found["top1"] for step in steps if (found := checkpoints.metrics(step))}
+            steps = sorted(scores, key=scores.get)[-1:]
             wrong += " whose top-1 was measured"
         for step in steps:
             # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.

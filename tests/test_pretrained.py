@@ -204,7 +204,7 @@ def test_the_best_checkpoint_and_the_latest(scored, nano):
     with checkpoints.open_checkpoints(scored) as manager:  # as a run that goes on: the best one stays
         checkpoints.save(manager, 5, {"ema_params": nano[0], "ema_batch_stats": nano[1]}, top1=0.7)
     assert checkpoints.latest_weights(scored, best=True)[0] == 2
-    for file in (scored / "checkpoints").glob("*/metrics/*"):
+    for file in (scored / "checkpoints").glob("*/timing/*"):
         file.write_text("")
     assert checkpoints.latest_weights(scored)[0] == 5
     shutil.rmtree(scored / "checkpoints/2")
