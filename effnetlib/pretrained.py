@@ -108,7 +108,9 @@ class Pretrained:
         numbers = [int(name) if name.isdecimal() else -1 for name in theirs]
         numbered = numbers == list(range(len(theirs)))
         if sorted(numbers) == list(range(len(theirs))) and not numbered:
-            raise EffnetlibError(f"the classes of {dataset} are numbers that are not in their order: {theirs[:4]}")
+            raise EffnetlibError(
+                f"the classes of {dataset} are numbers out of order ({', '.join(theirs[:4])}): prepare it anew"
+            )
         if ours and not numbered and theirs != ours:
             at = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
             raise EffnetlibError(

@@ -270,10 +270,11 @@ def _stated(path: Path) -> dict:
 
 
 def _unknown(path: Path) -> str:
-    words = {*re.split("[^a-z0-9]+", path.stem.lower())}
-    hint = " (its name speaks of AdvProp)" if words & {"ap", "advprop"} else ""
-    if "efficientnet" in words and "tf" not in words:
-        hint = " (its name speaks of timm's own efficientnet, not of tf_efficientnet)"
+    words, hint = {*re.split("[^a-z0-9]+", path.stem.lower())}, ""
+    if words & {"ap", "advprop"} or ("efficientnet" in words and "tf" not in words):
+        hint = " (its name speaks of " + (
+            "AdvProp)" if "tf" in words else "timm's own efficientnet, not of tf_efficientnet)"
+        )
     return (
         f"nothing beside {path.name} states which network of timm's it holds{hint}: without its config.json, efficientnet_b* "
         "(other padding and epsilon) and AdvProp's weights (other normalisation) look like ours, and would score badly"
@@ -343,6 +344,10 @@ def read(path: Path | str) -> tuple[str, int, Weights, dict]:
             f"{path} holds {variant} without its classifier {classifier.rpartition(dot)[0]}, "
             + (f"under another head ({listed(other)})" if other else "without any head")
             + ": what can be imported has the head it was published with"
+        )
+    if len(known.get("class_names", ())) not in (0, num_classes):
+        raise EffnetlibError(
+            f"{path} has {num_classes} logits, and {len(known['class_names'])} names of classes are stated"
         )
     notes = [known["note"]] if "note" in known else []
     if outer:

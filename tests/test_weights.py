@@ -302,6 +302,7 @@ def test_what_a_config_says_is_known(timm, b0, tmp_path):
     (config(mean=[0, 0, 0], std=[1, 1, 1]), r"mean \[0, 0, 0\]"), ({"architecture": "tf_efficientnet_b0_ap"}, "mean 0.5"),
     (config(top={"model_args": {"bn_eps": 1e-5}}), "built with another bn_eps"),
     (config("tf_efficientnet_b1"), "does not hold b1 with 10 classes: blocks.0.1.conv_dw.weight is missing"),
+    (config(label_names=["a"]), "has 10 logits, and 1 names of classes are stated"),
     ("{", "config.json is damaged, or no config of timm's"), ("[]", "config.json is damaged"), ('{"architecture": 3}', "is damaged"),
     ({"architecture": "tf_efficientnet_b0", "input_size": "big"}, "is damaged"),
 ])  # fmt: skip
