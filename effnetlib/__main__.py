@@ -140,7 +140,7 @@ def fetch(name, archive):
 @data.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of PNGs posing as JPEGs.")
+@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of formats with another's name.")
 @click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
 def prepare(source, dest, convert, partial):
     """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
@@ -181,7 +181,8 @@ def weights():
 @click.argument("file")
 @click.option("--to", metavar="FOLDER", help="The folder to write; outputs/weights/NAME if not given.")
 def import_(file, to):
-    """Read FILE (timm's tf_efficientnet_b*.safetensors, or Keras' .weights.h5 or .h5) into a checkpoint."""
+    """Read FILE (timm's tf_efficientnet_b*.safetensors, its config.json beside it, or Keras' .weights.h5, .h5 or .keras) into a
+    checkpoint."""
     from effnetlib.pretrained import import_weights
     from effnetlib.records import outputs_folder
 
@@ -189,28 +190,25 @@ def import_(file, to):
     to = user_path(to or outputs_folder() / "weights" / name, "--to", folder=True)
     pretrained = import_weights(file, to)
     say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
+    if "note" in pretrained.origin:
+        say(pretrained.origin["note"])
     say(to)
 
 
 @weights.command("export")
 @click.argument("source")
 @click.argument("file")
-def export_(source, file):
-    """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE: .safetensors under timm's names, or
-    .stablehlo, the whole float32 forward pass, which jax and flatbuffers alone can run."""
-    from effnetlib.pretrained import EXPORTS, Pretrained
+@click.option("--best", is_flag=True, help="Of a run, the checkpoint with the highest top-1 and not the latest.")
+def export_(source, file, best):
+    """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE, .safetensors under timm's names."""
+    from effnetlib.pretrained import Pretrained
 
     file = user_path(file, "FILE")
-    if file.suffix not in EXPORTS:
-        raise EffnetlibError(f"{file} ends in neither of {' and '.join(EXPORTS)}")
     if not file.parent.is_dir():
         raise EffnetlibError(f"there is no folder {file.parent}")
-    pretrained = Pretrained.load(source)
+    pretrained = Pretrained.load(source, best=best)
     pretrained.export(file)
-    size = pretrained.image_size
     say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
-    if file.suffix == ".stablehlo":
-        say(f"takes float32 images [batch, {size}, {size}, 3], normalised: (pixel / 255 - mean) / std of ImageNet")
     say(file)
 
 

@@ -1,6 +1,7 @@
 """A run's checkpoints: `DIRECTORY/checkpoints/STEP`, with the train state and the clock, written by Orbax."""
 
 import contextlib
+import json
 import time
 from pathlib import Path
 
@@ -19,6 +20,15 @@ Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 ar
 FOLDER = "checkpoints"
 
 
+class _Checkpoints(ocp.CheckpointManager):
+    def metrics(self, step):
+        """Top-1 as `save` wrote it beside the clock; None where it did not, or where that is damaged."""
+        try:
+            return {"top1": float(json.loads((self.directory / str(step) / "timing/metadata").read_text())["top1"])}
+        except Exception:
+            return None
+
+
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     """The checkpoints of a run's folder, of which the last two and the best one are kept. The state is replicated, so
     process 0 alone writes it, and each reads it for itself."""
@@ -27,18 +37,17 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
     )
     policies = ocp.checkpoint_managers
-    kept = policies.AnyPreservationPolicy(
-        [
-            policies.LatestN(2),
-            policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False),
-        ]
-    )
+    best = policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
+    kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
+        preservation_policy=kept,
+        create=False,
+        enable_async_checkpointing=True,
+        multiprocessing_options=alone,
     )
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    return _Checkpoints(folder.absolute(), options=options)
 
 
 def save(
@@ -46,8 +55,8 @@ def save(
 ) -> None:
     """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it. `top1` is what the
     best one is chosen by, None where the state was not evaluated. Raises OSError, as `finish` does."""
-    items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave(dict(timing or {}))}
     metrics = None if top1 is None else {"top1": top1}
+    items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave({**(timing or {}), **(metrics or {})})}
     with _os_errors():
         checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
@@ -84,6 +93,7 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
         restored = checkpoints.restore(step, args=items)
         if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, abstract):  # Orbax does not ask
             raise ValueError("its arrays have other shapes than this program's")
+        restored.timing.pop("top1", None)
         return restored.state, restored.timing
 
     found, step, failed = None, -1, {}
@@ -113,26 +123,33 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
     return found
 
 
-def latest_weights(directory: Path) -> tuple[int, Weights]:
-    """Step and moving average of the latest checkpoint in a folder: the weights that evaluation means.
+def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
+    """Step and moving average, the weights that evaluation means, of the latest checkpoint in a folder that can be read, with a
+    line on each later one that cannot; or of the one with the highest top-1 (`best`).
 
     Raises:
-      EffnetlibError: the folder holds no checkpoint, or it is damaged.
+      EffnetlibError: the folder holds no checkpoint, or none that was evaluated, or what is wrong with it.
     """
+    wrong = f"{directory} holds no checkpoint"
     if not (directory / FOLDER).is_dir():
-        raise EffnetlibError(f"{directory} holds no checkpoint")
+        raise EffnetlibError(wrong)
     with open_checkpoints(directory) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise EffnetlibError(f"{directory} holds no checkpoint")
-        # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.
-        try:
-            state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
-            return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
-        except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
-            raise EffnetlibError(
-                f"the checkpoint of step {step} in {directory} is damaged: {first_line(error)}"
-            ) from None
+        steps = sorted(checkpoints.all_steps(), reverse=True)
+        if best:
+            scores = {step: found["top1"] for step in steps if (found := checkpoints.metrics(step))}
+            steps = sorted(scores, key=scores.get)[-1:]
+            wrong += " whose top-1 was measured"
+        for step in steps:
+            # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.
+            try:
+                state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+                return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
+            except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+                reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+                wrong = f"the checkpoint of step {step} in {directory} is damaged: {reason}"
+                if step != steps[-1]:
+                    say(f"{wrong}; the one before is taken instead")
+    raise EffnetlibError(wrong)
 
 
 def _with_numbered_blocks(tree: dict) -> dict:

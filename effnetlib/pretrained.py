@@ -3,6 +3,8 @@
 import hashlib
 import json
 import tempfile
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,22 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import export as jax_export
 
 from effnetlib import checkpoints, data, weights
 from effnetlib.checkpoints import Weights
 from effnetlib.data import Split
 from effnetlib.data.images import normalize
-from effnetlib.errors import EffnetlibError
+from effnetlib.data.photographs import WHOLE, WNID
+from effnetlib.errors import EffnetlibError, shown
 from effnetlib.evaluation import EvalResult, evaluate
 from effnetlib.host import pinned
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
 from effnetlib.paths import user_path
+from effnetlib.progress import say
 from effnetlib.records import SCHEMA, Record, environment, write_atomically
-
-EXPORTS = (".safetensors", ".stablehlo")
-PLATFORMS = ("cpu", "tpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Pretrained:
       num_classes: size of the logits.
       image_size: pixels a side that they were trained at, or the variant's own where that is unknown.
       weights: ``(params, batch_stats)``.
-      origin: where they come from: "file" and "sha256", or "run", "step" and "recipe_hash".
+      origin: where they come from: "file" and "sha256", or "run", "step" and "recipe_hash"; timm's "tag"; a "note" on what could
+        not be checked.
+      class_names: of the logits, in their order; empty where that is unknown.
     """
 
     variant: str
@@ -45,61 +47,91 @@ class Pretrained:
     image_size: int
     weights: Weights
     origin: dict
+    class_names: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, path: Path | str) -> "Pretrained":
+    def load(cls, path: Path | str, *, best: bool = False) -> "Pretrained":
         """Reads a file (see `effnetlib.weights.read`), a folder that `import_weights` made, or a run's folder, of which it
-        takes the moving average in the latest checkpoint.
+        takes the moving average in the latest checkpoint, or (`best`) in that of the highest top-1.
 
         Raises:
           EffnetlibError: there is nothing like that at the path, or it is damaged.
         """
         path = user_path(path, "the weights")
+        if best and not (path / "run.json").is_file():
+            raise EffnetlibError(f"{path} is no run's folder, and only a run keeps its best checkpoint")
         if path.is_file():
-            variant, num_classes, found = weights.read(path)
-            origin = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            return cls(variant, num_classes, VARIANTS[variant].resolution, found, origin)
+            variant, num_classes, found, known = weights.read(path)
+            size, names = known.pop("image_size", VARIANTS[variant].resolution), known.pop("class_names", ())
+            origin = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **known}
+            return cls(variant, num_classes, size, found, origin, names)
         if (path / "weights.json").is_file():
             try:
                 about = json.loads((path / "weights.json").read_text())
                 known = {name: about[name] for name in ("variant", "num_classes", "image_size", "origin")}
+                known["class_names"] = tuple(about.get("class_names", ()))
             except (ValueError, KeyError, TypeError) as error:
                 raise EffnetlibError(f"{path / 'weights.json'} is damaged, or of another version: {error}") from None
             return cls(weights=checkpoints.latest_weights(path)[1], **known)
         if (path / "run.json").is_file():
             record = Record.load(path)
-            step, found = checkpoints.latest_weights(path)
+            step, found = checkpoints.latest_weights(path, best)
             origin = {"run": record.name, "step": step, "recipe_hash": record.recipe.hash}
-            return cls(record.recipe.variant, record.data["num_classes"], record.recipe.resolution, found, origin)
+            recipe, names = record.recipe, tuple(record.data.get("class_names", ()))
+            return cls(recipe.variant, record.data["num_classes"], recipe.resolution, found, origin, names)
         raise EffnetlibError(f"{path} is neither a file of weights nor the folder of an import or of a run")
 
     def export(self, file: Path | str) -> None:
-        """Writes `.safetensors` under timm's names, or `.stablehlo`: a `jax.export` of the float32 forward pass with the
-        weights in it, for any batch size, on CPU, TPU or CUDA.
-
-        The latter is read by a Python with jax and flatbuffers alone, ``jax.export.deserialize(bytes).call(images)``. It
-        takes normalised float32 images ``[batch, image_size, image_size, 3]``, as the model does.
+        """Writes `.safetensors` under timm's names, with the names of the classes in its metadata.
 
         Raises:
-          EffnetlibError: the suffix is neither.
+          EffnetlibError: the suffix is another, or the file cannot be written.
         """
         file = user_path(file, "the file")
+        if file.suffix != ".safetensors":
+            raise EffnetlibError(f"{file} does not end in .safetensors")
+        known = {"image_size": self.image_size, "class_names": self.class_names, "tag": self.origin.get("tag")}
         try:
-            self._export(file)
+            weights.write(file, self.weights, self.variant, self.num_classes, **known)
         except OSError as error:
             raise EffnetlibError(f"{file} cannot be written: {error.strerror}") from None
 
-    def _export(self, file: Path) -> None:
-        if file.suffix == ".safetensors":
-            weights.write(file, self.weights, self.variant, self.num_classes)
-        elif file.suffix == ".stablehlo":
-            model = weights.build(self.weights, self.variant, self.num_classes, dtype=jnp.float32)
-            (batch,) = jax_export.symbolic_shape("batch")
-            images = jax.ShapeDtypeStruct((batch, self.image_size, self.image_size, 3), jnp.float32)
-            exported = jax_export.export(jax.jit(lambda images: model(images)), platforms=PLATFORMS)(images)
-            write_atomically(file, bytes(exported.serialize()))
-        else:
-            raise EffnetlibError(f"{file} ends in neither of {' and '.join(EXPORTS)}")
+    def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
+        """Compares the classes of a data set with those of the logits, and prints a line where nothing says what those are.
+
+        Raises:
+          EffnetlibError: they are others, or in another order.
+        """
+        theirs, ours = ([unicodedata.normalize("NFC", n) for n in names] for names in (class_names, self.class_names))
+        if len(theirs) != self.num_classes:
+            raise EffnetlibError(
+                f"{dataset} has {len(theirs):,} classes, and the weights {self.num_classes:,}: "
+                "evaluate them on what they were trained for"
+            )
+        numbers = [int(name) if name.isdecimal() else -1 for name in theirs]
+        numbered = numbers == list(range(len(theirs)))
+        if sorted(numbers) == list(range(len(theirs))) and not numbered:
+            raise EffnetlibError(
+                f"the classes of {dataset} are numbers out of order ({', '.join(theirs[:4])}): prepare it anew"
+            )
+        if ours and not numbered and theirs != ours:
+            at = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+            raise EffnetlibError(
+                f"class {at} of {dataset} is {shown(theirs[at])}, and of the weights {shown(ours[at])}"
+                + ("; the order is another one" if sorted(theirs) == sorted(ours) else "")
+                + ": name the class folders as the weights do, or by their numbers, 0 and so on"
+            )
+        synsets = len(theirs) == WHOLE and all(map(WNID.fullmatch, theirs)) and theirs == sorted(theirs)
+        if ours or numbered or synsets:
+            return
+        if self.origin.get("tag", "").endswith("in1k") and len(theirs) == WHOLE:
+            raise EffnetlibError(
+                f"the weights know ImageNet's classes in the order of their WordNet IDs, and {dataset} begins with "
+                f"{', '.join(map(shown, theirs[:3]))}: name its class folders by WordNet ID, or by the numbers 0 to 999"
+            )
+        say(
+            f"nothing says which class each of the {len(theirs)} logits means: they are taken in the order of {dataset}'s"
+        )
 
 
 def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
@@ -142,7 +174,12 @@ def predict(
     precision: str = "float32",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels, int32 ``[examples]``, and probabilities, float32 ``[examples, classes]``, of a split, on the devices of this
-    process. `augmentation` decides the crop, as in a recipe."""
+    process. `augmentation` decides the crop, as in a recipe.
+
+    Raises:
+      EffnetlibError: the split has other classes than the weights.
+    """
+    pretrained.check_classes(split.class_names, "the data set")
     model = weights.build(pretrained.weights, pretrained.variant, pretrained.num_classes, dtype=jnp.dtype(precision))
     graphdef, state = nnx.split(model)
     probabilities = jax.jit(lambda state, images: jax.nn.softmax(nnx.merge(graphdef, state)(normalize(images))))
@@ -179,14 +216,10 @@ def evaluate_pretrained(
       precision: of the convolutions.
 
     Raises:
-      EffnetlibError: the data is missing, or has another number of classes than the weights.
+      EffnetlibError: the data is missing, or has other classes than the weights.
     """
     file, split = user_path(file, "the file"), data.load(dataset, "eval")
-    if len(split.class_names) != pretrained.num_classes:
-        raise EffnetlibError(
-            f"{dataset} has {len(split.class_names):,} classes, and the weights {pretrained.num_classes:,}: "
-            "evaluate them on what they were trained for"
-        )
+    pretrained.check_classes(split.class_names, dataset)
     if batch < 1 or batch % jax.device_count():
         raise EffnetlibError(f"a batch of {batch} does not divide over {jax.device_count()} devices")
     size = image_size or pretrained.image_size

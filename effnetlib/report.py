@@ -159,7 +159,7 @@ def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image)
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8, parse_math=False)
     return figure
 
 
@@ -169,7 +169,7 @@ def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> St
     Args:
       table: a row a line. A column of integers stays one where some are missing, for which pandas would show 1,024.00.
     """
-    return table.convert_dtypes().style.format(precision=precision, thousands=",", na_rep=missing).hide()
+    return table.convert_dtypes().style.format(precision=precision, thousands=",", na_rep=missing, escape="html").hide()
 
 
 def show(figure, path: Path | str, alt: str) -> Image:

@@ -146,6 +146,7 @@ def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
         "train_examples": len(splits["train"]),
         "eval_examples": len(splits["eval"]),
         "num_classes": len(splits["train"].class_names),
+        "class_names": list(splits["train"].class_names),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
         "names": {name: split.names for name, split in splits.items() if split.names},
         "total_steps": recipe.total_steps,
@@ -169,7 +170,8 @@ def _open_record(recipe: Recipe, directory: Path, splits) -> Record:
 def _same_data(described: dict, record: Record) -> dict:
     """What is there, if a run may go on with it: what it was begun with, or photographs of the same names."""
     source, before, replaced = described["source"], record.data, record.data.get("replaced", [])
-    same = all(before.get(name) == value for name, value in described.items() if name not in ("fingerprints", "names"))
+    known = {"class_names": described["class_names"]} | before  # records were without them once
+    same = all(known.get(name) == value for name, value in described.items() if name not in ("fingerprints", "names"))
     ours, theirs = described["fingerprints"], before.get("fingerprints", {})
     changed = {name: theirs.get(name) for name in ours if ours[name] != theirs.get(name)}
     names = described["names"]

@@ -4,7 +4,11 @@ Source of the names: timm's `tf_efficientnet_b*` (conv_stem, blocks.STAGE.REPEAT
 block1a_dwconv, …).
 """
 
+import io
+import json
+import re
 import string
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +18,13 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 
 from effnetlib.checkpoints import Weights
-from effnetlib.errors import EffnetlibError
+from effnetlib.data.images import MEAN_RGB, STDDEV_RGB
+from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.model import VARIANTS, EfficientNet, block_specs, head_filters, stage_repeats
 from effnetlib.records import write_atomically
 
@@ -194,62 +200,179 @@ KERAS_VARIABLES = {4: ("gamma", "beta", "moving_mean", "moving_variance"), 3: ("
 
 
 def _read_keras(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by "LAYER/VARIABLE" of a Keras 3 `.weights.h5` or an older `.h5` (weights alone or in a whole model)."""
-    with h5py.File(path) as file:
-        if "layers" in file:
-            groups = [group["vars"] for group in file["layers"].values() if len(group.get("vars", ()))]
-            named = {group.attrs["name"]: [group[key][()] for key in sorted(group, key=int)] for group in groups}
-        else:
-            root = file.get("model_weights", file)
-            text = [name.decode() if isinstance(name, bytes) else name for name in root.attrs.get("layer_names", ())]
-            named = {name: [root[name][key][()] for key in root[name].attrs["weight_names"]] for name in text}
+    """Tensors by "LAYER/VARIABLE" of a Keras 3 `.keras` or `.weights.h5`, or an older `.h5` (weights alone or in a whole model);
+    with the path of the model before it where models are nested."""
+    source = io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5")) if path.suffix == ".keras" else path
     tensors = {}
-    for layer, values in named.items():
-        variables = ("kernel", "bias") if len(values) < 3 else KERAS_VARIABLES.get(len(values), ())
-        if layer.endswith("dwconv"):
-            variables = ("kernel",)
-        tensors |= {f"{layer}/{name}": value for name, value in zip(variables, values, strict=False)}
+
+    def add(name, group):
+        if name.endswith("/vars") and "name" in group.attrs and not name.startswith("optimizer"):
+            values = [group[key][()] for key in sorted(group, key=int)]
+            variables = ("kernel", "bias") if len(values) < 3 else KERAS_VARIABLES.get(len(values), ())
+            layer = "/".join((*name.replace("layers/", "").split("/")[:-2], group.attrs["name"]))
+            tensors.update({f"{layer}/{v}": value for v, value in zip(variables, values, strict=False)})
+
+    with h5py.File(source) as file:
+        root = file.get("model_weights", file)
+        if not any(name.startswith("layer_names") for name in root.attrs):
+            file.visititems(add)
+            return tensors
+        for top, group in root.items():
+            lists = [
+                group.attrs[name] for name in group.attrs if name.startswith("weight_names")
+            ]  # long ones are divided
+            names = [name.decode() if isinstance(name, bytes) else name for some in lists for name in some]
+            is_model = len({name.rpartition("/")[0] for name in names}) > 1
+            for name in names:
+                layer, _, variable = name.partition(":")[0].replace("depthwise_kernel", "kernel").rpartition("/")
+                tensors[f"{top}/{layer}/{variable}" if is_model else f"{top}/{variable}"] = group[name][()]
     return tensors
 
 
-def read(path: Path | str) -> tuple[str, int, Weights]:
-    """Variant, number of classes and weights of a file: timm's `.safetensors`, or Keras' `.weights.h5` or `.h5`.
-
-    The variant is the one with the file's number of blocks and width.
+def _stated(path: Path) -> dict:
+    """What is known of a `.safetensors` file from a config of timm's form, in its metadata (as in ours) or in `config.json`
+    beside it: variant, image size, class names and tag; or a note, where there is none.
 
     Raises:
-      EffnetlibError: the file is neither, cannot be read, or holds no variant as a whole.
+      EffnetlibError: its network differs from ours, though its tensors may have the same names and shapes.
+    """
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata() or {}
+    beside = path.with_name("config.json")
+    where = path if "config" in metadata else beside
+    try:
+        config = json.loads(metadata.get("config") or (beside.read_text() if beside.exists() else "{}"))
+        config |= config.get("pretrained_cfg", {})
+        architecture = config.get("architecture", "")
+        if not architecture:
+            return {"note": _unknown(path)}
+        ours = re.fullmatch(r"tf_efficientnet_(b[0-7]|nano)(?:_(aa|ap|ns))?", architecture)
+        tag = config.get("tag") or (ours and ours[2]) or ""
+        wrong = [] if ours else [f"is {architecture}, with other layers, padding or batch-norm epsilon"]
+        other = sorted({*config.get("model_args", {})} - {"num_classes", "drop_rate", "drop_path_rate"})
+        wrong += [f"was built with another {name}" for name in other]
+        for name, values in (("mean", MEAN_RGB), ("std", STDDEV_RGB)):
+            values = np.round(np.divide(values, 255), 3).tolist()
+            theirs = config.get(name, 0.5 if tag.startswith("ap") else values)  # AdvProp's
+            if not np.allclose(theirs, values, atol=1e-3):
+                wrong.append(f"takes images normalised with the {name} {theirs}, not {values}")
+        labels = config.get("label_names") or list(config.get("label_descriptions", ()))
+        labels = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
+        variant = ours[1] if ours else "b*"
+        size = int(config["input_size"][-1]) if "input_size" in config else None
+        known = {"variant": variant, "image_size": size, "class_names": tuple(map(str, labels)), "tag": tag}
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
+        raise EffnetlibError(f"{where} is damaged, or no config of timm's: {first_line(error)}") from None
+    if wrong:
+        would = f"timm's tf_efficientnet_{variant}.aa_in1k, for one, would do"
+        raise EffnetlibError(f"{path} is not ours: {where} says that it {' and '.join(wrong)}; {would}")
+    return {name: value for name, value in known.items() if value}
+
+
+def _unknown(path: Path) -> str:
+    words, hint = {*re.split("[^a-z0-9]+", path.stem.lower())}, ""
+    if words & {"ap", "advprop"} or ("efficientnet" in words and "tf" not in words):
+        hint = " (its name speaks of " + (
+            "AdvProp)" if "tf" in words else "timm's own efficientnet, not of tf_efficientnet)"
+        )
+    return (
+        f"nothing beside {path.name} states which network of timm's it holds{hint}: without its config.json, efficientnet_b* "
+        "(other padding and epsilon) and AdvProp's weights (other normalisation) look like ours, and would score badly"
+    )
+
+
+def read(path: Path | str) -> tuple[str, int, Weights, dict]:
+    """Variant, number of classes and weights of a file, timm's `.safetensors` or Keras' `.weights.h5`, `.h5` or `.keras`; and
+    what else is known of it: "image_size", "class_names", timm's "tag", and a "note" on what could not be checked.
+
+    The variant is what timm's config says, or the one with the file's number of blocks and width. The network may be part of
+    a larger one, if it has its own classifier.
+
+    Raises:
+      EffnetlibError: the file is neither, cannot be read, or holds no variant as a whole; or timm's config says that the
+        network is another one, or takes images of another normalisation.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            tensors, from_theirs = load_file(path), from_timm
-            ends, head, classifier = "conv_dw.weight", ("conv_head.weight", 0), ("classifier.weight", 0)
-        elif path.suffix == ".h5":
-            tensors, from_theirs = _read_keras(path), from_keras
-            ends, head, classifier = "dwconv/kernel", ("top_conv/kernel", -1), ("predictions/kernel", -1)
+            tensors, known, from_theirs, name_of, dot = load_file(path), _stated(path), from_timm, _timm_name, "."
+            stem, ends, head, classifier = (
+                "conv_stem.weight",
+                "conv_dw.weight",
+                ("conv_head.weight", 0),
+                "classifier.weight",
+            )
+        elif path.suffix in (".h5", ".hdf5", ".keras"):
+            tensors, known, from_theirs, name_of, dot = _read_keras(path), {}, from_keras, _keras_name, "/"
+            stem, ends, head, classifier = (
+                "stem_conv/kernel",
+                "dwconv/kernel",
+                ("top_conv/kernel", -1),
+                "predictions/kernel",
+            )
         else:
-            raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 file (Keras)")
+            raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 or .keras file (Keras)")
     except EffnetlibError:
         raise
     except Exception as error:  # h5py and safetensors each raise several kinds for a damaged file
-        raise EffnetlibError(f"{path} cannot be read: {error}") from None
+        raise EffnetlibError(f"{path} cannot be read: {first_line(error)}") from None
+
+    def listed(names):
+        names = sorted({name.rpartition(dot)[0] for name in names if "num_batches_tracked" not in name})
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    around = [name.removesuffix(stem) for name in tensors if name.endswith(stem)]
+    if len(around) != 1:
+        found = f"{len(around)} networks" if around else "nothing"
+        raise EffnetlibError(
+            f"{path} holds {found} with EfficientNet's names ({stem}): its layers are {listed(tensors)}"
+        )
+    deepest = around[0].count("/") + 1
+    inside = {name for name in tensors if name.startswith(around[0]) and name.count("/") <= deepest}
+    inner = {name.removeprefix(around[0]): tensors[name] for name in inside}
+    outer = [name for name in tensors.keys() - inside if "normalization" not in name]
 
     def size(name, axis):
-        return tensors[name].shape[axis] if name in tensors and tensors[name].ndim else 0
+        return inner[name].shape[axis] if name in inner and inner[name].ndim else 0
 
-    variant = _nearest_variant(sum(name.endswith(ends) for name in tensors), size(*head))
-    num_classes = size(*classifier) or 1000
-    return variant, num_classes, from_theirs(tensors, variant, num_classes, source=path)
+    nearest = _nearest_variant(sum(name.endswith(ends) for name in inner), size(*head))
+    variant, num_classes = known.pop("variant", nearest), size(classifier, head[1])
+    if not num_classes:
+        ours = {name_of(layer, name) for layer, _, name, _ in _tensors(variant, 1)}
+        other = outer + [name for name in inner.keys() - ours if "normalization" not in name]
+        raise EffnetlibError(
+            f"{path} holds {variant} without its classifier {classifier.rpartition(dot)[0]}, "
+            + (f"under another head ({listed(other)})" if other else "without any head")
+            + ": what can be imported has the head it was published with"
+        )
+    if len(known.get("class_names", ())) not in (0, num_classes):
+        raise EffnetlibError(
+            f"{path} has {num_classes} logits, and {len(known['class_names'])} names of classes are stated"
+        )
+    notes = [known["note"]] if "note" in known else []
+    if outer:
+        notes.append(f"of the model around {variant} in {path.name}, {listed(outer)} is left out")
+    mean = [np.ravel(value) for name, value in inner.items() if re.fullmatch(r"normalization\w*/mean", name)]
+    if mean and not np.allclose(mean, np.divide(MEAN_RGB, 255), atol=1e-3):
+        notes.append(
+            f"{path.name} normalises images with the mean {mean[0].round(3).tolist()}, and here it is ImageNet's"
+        )
+    known |= {"note": "; ".join(notes)} if notes else {}
+    return variant, num_classes, from_theirs(inner, variant, num_classes, source=path), known
 
 
 def _nearest_variant(blocks: int, head: int) -> str:
     return min(VARIANTS, key=lambda v: (abs(blocks - sum(stage_repeats(v))), abs(head - head_filters(v))))
 
 
-def write(path: Path | str, weights: Weights, variant: str, num_classes: int = 1000) -> None:
-    """Writes weights as `.safetensors` under timm's names."""
-    write_atomically(Path(path), to_bytes(to_timm(weights, variant, num_classes)))
+def write(path: Path | str, weights: Weights, variant: str, num_classes: int = 1000, **known) -> None:
+    """Writes weights as `.safetensors` under timm's names, and into its metadata a config of timm's form. `known` is as of `read`."""
+    mean, std = (np.divide(values, 255).tolist() for values in (MEAN_RGB, STDDEV_RGB))
+    size = known.get("image_size", VARIANTS[variant].resolution)
+    config = {"architecture": f"tf_efficientnet_{variant}", "num_classes": num_classes, "tag": known.get("tag")}
+    config |= {"input_size": [3, size, size], "mean": mean, "std": std, "label_names": known.get("class_names")}
+    tensors = to_timm(weights, variant, num_classes)
+    write_atomically(Path(path), to_bytes(tensors, {"config": json.dumps({k: v for k, v in config.items() if v})}))
 
 
 def build(weights: Weights, variant: str, num_classes: int = 1000, **options) -> EfficientNet:

@@ -1,7 +1,10 @@
 import hashlib
 import importlib
+import io
 import os
+import struct
 import unicodedata
+import zlib
 
 import cv2
 import jax
@@ -11,9 +14,19 @@ from PIL import Image
 
 import effnetlib
 from effnetlib import EffnetlibError, Recipe, data, make_mesh
-from effnetlib.data import describe, eval_batches, fetch, load, sources, train_batches
-from effnetlib.data.images import AUGMENTATIONS, decode, eval_image, normalize, random_crop, resize, train_image
+from effnetlib.data import describe, eval_batches, fetch, images, load, sources, train_batches
+from effnetlib.data.images import (
+    AUGMENTATIONS,
+    BACKGROUND,
+    decode,
+    eval_image,
+    normalize,
+    random_crop,
+    resize,
+    train_image,
+)
 from effnetlib.data.loader import positions
+from effnetlib.errors import FailedError
 from effnetlib.mesh import batch_sharding
 
 RNG = np.random.default_rng
@@ -395,6 +408,119 @@ def test_grey_and_png_photographs_become_rgb(tmp_path):
         assert decode((tmp_path / name).read_bytes(), name).shape == (7, 9, 3)
     with pytest.raises(EffnetlibError, match="broken.jpg is not a readable image"):
         decode(b"nothing", "broken.jpg")
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, bits, colour, rows, *chunks):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def saved(image, form, **options):
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def pixels(encoded):
+    return decode(encoded, "x").tolist()
+
+
+GREY = [257 * level for level in (0, 1, 100, 255)]
+
+
+def test_sixteen_bits_keep_their_levels():
+    rows = b"\0" + struct.pack(">4H", *GREY)
+    assert pixels(png(4, 1, 16, 0, rows)) == [[[0] * 3, [1] * 3, [100] * 3, [255] * 3]]
+    white = chunk(b"tRNS", struct.pack(">H", GREY[2]))
+    assert pixels(png(4, 1, 16, 0, rows, white)) == [[[0] * 3, [1] * 3, [255] * 3, [255] * 3]]
+    for order in "<>":  # TIFF's two orders of bytes
+        levels = np.array([GREY], f"{order}u2")
+        assert (
+            pixels(saved(Image.frombuffer("I;16" + "B" * (order == ">"), (4, 1), levels.tobytes()), "TIFF"))[0][2]
+            == [100] * 3
+        )
+    assert pixels(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", *GREY[1:]))) == [[[1, 100, 255]]]
+
+
+@pytest.mark.parametrize("encoded", [
+    saved(Image.new("RGBA", (1, 1), (200, 0, 100, 0)), "PNG"), saved(Image.new("LA", (1, 1), (0, 0)), "PNG"),
+    png(1, 1, 8, 3, b"\0\0", chunk(b"PLTE", b"\0\0\0"), chunk(b"tRNS", b"\0")),
+    png(1, 1, 8, 0, b"\0\x07", chunk(b"tRNS", b"\0\x07")),
+    png(1, 1, 8, 2, b"\0\1\2\3", chunk(b"tRNS", b"\0\1\0\2\0\3")),
+    saved(Image.new("RGBA", (1, 1), (9, 9, 9, 0)), "WEBP", lossless=True, exact=True),
+    saved(Image.new("P", (1, 1), 3), "GIF", transparency=3),
+])  # fmt: skip
+def test_transparency_shows_one_colour(encoded):
+    assert pixels(encoded) == [[list(BACKGROUND)]] == [[[255, 255, 255]]]
+
+
+def test_half_transparent_is_half_way_to_it():
+    assert pixels(saved(Image.new("RGBA", (1, 1), (55, 155, 255, 128)), "PNG")) == [[[155, 205, 255]]]
+
+
+def test_of_an_animation_the_first_frame():
+    frames = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue")]
+    for form in ("GIF", "PNG", "WEBP", "TIFF"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        assert pixels(saved(frames[0], form, save_all=True, append_images=frames[1:], **options)) == [
+            [[255, 0, 0]] * 2
+        ], form
+    assert pixels(saved(Image.new("1", (1, 1), 1), "PNG")) == [[[255, 255, 255]]]
+    assert pixels(saved(Image.new("CMYK", (1, 1)), "TIFF")) == [[[255, 255, 255]]]
+
+
+JPEG = saved(Image.fromarray(RNG(0).integers(0, 255, (40, 60, 3), np.uint8)), "JPEG")
+FRAME = JPEG.index(b"\xff\xc0")  # marker, length, bits, height, width, and a component in three bytes each
+
+
+@pytest.mark.parametrize(("encoded", "reason"), [
+    (JPEG[: FRAME + 5] + b"\xfd\xe8" * 2 + JPEG[FRAME + 9 :], "pixels"),
+    (png(65_000, 65_000, 8, 2, b""), "pixels"), (png(14_000, 14_000, 8, 2, b""), "pixels"),
+    (saved(Image.new("F", (1, 1)), "TIFF"), "32-bit numbers"), (saved(Image.new("I", (1, 1)), "TIFF"), "32-bit numbers"),
+    (JPEG[:-500], "truncated"), (b"", "cannot identify"), (b"GIF89a", "x"), (png(4, 4, 8, 2, b"") [:60], "x"),
+])  # fmt: skip
+def test_whatever_a_decoder_says_is_a_refusal_with_the_name(encoded, reason):
+    with pytest.raises(
+        FailedError, match=f"x.jpg is not a readable image \\(.*{reason if reason != 'x' else ''}"
+    ) as caught:
+        decode(encoded, "x.jpg")
+    assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+
+
+def test_more_pixels_than_the_limit_take_no_memory(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60)
+    assert decode(JPEG, "x").shape == (40, 60, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60 - 1)
+    bmp = saved(Image.new("RGB", (60, 40)), "BMP")
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", None)
+    monkeypatch.setattr(Image.Image, "load", None)
+    for encoded in (JPEG, bmp):
+        with pytest.raises(FailedError, match="x.jpg .*60 x 40 pixels, and 2,399 are the limit"):
+            decode(encoded, "x.jpg")
+
+
+@pytest.mark.parametrize("error", [KeyError(6), MemoryError(), struct.error("short"), zlib.error("-3"), RecursionError(),
+                                   Image.DecompressionBombWarning("much")])  # fmt: skip
+def test_every_exception_of_every_decoder(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg_header", fail)
+    assert decode(JPEG, "x").shape == (40, 60, 3)  # another decoder knows it
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(FailedError, match="x.jpg is not a readable image"):
+        decode(JPEG, "x.jpg")
+
+
+def test_a_chroma_sampling_that_the_fast_decoder_does_not_know():
+    odd = bytearray(saved(Image.new("RGB", (16, 16), "red"), "JPEG", subsampling=0))
+    odd[odd.index(b"\xff\xc0") + 11] = 0x14  # four rows of luma to one of chroma: a flat picture has what it takes
+    found = images.read(bytes(odd))
+    assert found[0] == "JPEG" and found[1].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(

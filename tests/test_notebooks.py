@@ -5,19 +5,24 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Optional
 
 import jax
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
+import pandas as pd
 import papermill
 import pytest
+import seaborn as sns
 import yaml
 from conftest import run_once
 from flax import nnx
 from test_prepare import by_class
 
-from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, checkpoints, weights
+from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, checkpoints, errors, weights
 from effnetlib.data.prepare import prepare
 from effnetlib.parameters import notebook_parameters
 from effnetlib.recipe import TRAIN_PARAMETERS
@@ -196,11 +201,53 @@ def test_pretrained_weights_are_evaluated_and_drawn(tmp_path):
     assert (tmp_path / "outputs/pretrained/top1.png").exists()
 
 
+ODD_NAMES = ["Äpfel", "A\u0308pfel", "$a_b$", "<b>*x*</b>", "$\\frac$"]
+
+
+@pytest.mark.parametrize("classes", [5, 30, 400, 1000])
+def test_the_confusion_is_legible_quick_and_no_markup(classes, tmp_path):
+    cells = {cell.id: cell.source for cell in nbformat.read(FOLDER / "11_photographs.ipynb", as_version=4).cells}
+    rng, drawn, table = np.random.default_rng(0), [], []
+    labels = np.repeat(np.arange(classes), 10)
+    guesses = np.where(rng.random(len(labels)) < 0.5, labels, rng.integers(0, classes, len(labels)))
+    guesses[:3] = 1  # of class 0
+    names = [errors.shown(name) for name in (ODD_NAMES * classes)[:classes]]
+    sns.set_theme(style="whitegrid", rc={"text.parse_math": False})
+
+    def show(figure, path, alt):
+        figure.savefig(tmp_path / "x.png", dpi=110)
+        drawn.append((figure, alt))
+        plt.close(figure)
+
+    known = dict(
+        np=np, pd=pd, sns=sns, plt=plt, labels=labels, guesses=guesses, names=names, split="eval", suite="s", show=show
+    )
+    began = time.monotonic()
+    for cell in ("11-09", "11-09b", "11-10"):
+        body = ast.parse(cells[cell]).body
+        exec(compile(ast.Module(body[:-1], []), cell, "exec"), known)
+        table.append(eval(compile(ast.Expression(body[-1].value), cell, "eval"), known))
+    assert time.monotonic() - began < 30  # it was two minutes for 400
+    (figure, alt), ticks = drawn[0], drawn[0][0].axes[0].get_xticklabels()
+    assert len(ticks) == (classes if classes <= 30 else 0) and f"{classes} classes" in alt
+    assert len(figure.axes[0].texts) == (classes**2 if classes <= 15 else 0)
+    if classes == 5:
+        assert [tick.get_text() for tick in ticks] == ["Äpfel", r"'A\u0308pfel'", "$a_b$", "<b>*x*</b>", "$\\frac$"]
+    for each in table[1:]:
+        html = each.to_html()
+        assert "<b>" not in html and html.count("<tr>") <= 32
+    assert known["pairs"][0]["photographs"] >= 3 and (
+        known["pairs"][0]["true"],
+        known["pairs"][0]["predicted"],
+    ) == tuple(names[:2])
+
+
 @pytest.mark.slow
-def test_photographs_are_augmented_predicted_and_counted(tmp_path):
+@pytest.mark.parametrize("with_test", [True, False])
+def test_photographs_are_augmented_predicted_and_counted(with_test, tmp_path):
     by_class(tmp_path / "in")
-    (tmp_path / "in/val").rename(tmp_path / "in/test")
-    shutil.copytree(tmp_path / "in/test", tmp_path / "in/validation")
+    if with_test:
+        shutil.copytree(tmp_path / "in/val", tmp_path / "in/test")
     prepare(tmp_path / "in", tmp_path / "data/photos")
     # A made-up run, with weights that nobody trained: the notebook reads records and checkpoints, and must draw any.
     directory = tmp_path / "outputs/photos/runs/photos"
@@ -222,6 +269,8 @@ def test_photographs_are_augmented_predicted_and_counted(tmp_path):
     notebook = _execute("11_photographs", tmp_path, suite="photos", run="photos", split="test")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     text = "".join(output.get("text", "") for output in outputs)
+    assert ("There is no test split" in text) == (not with_test)
+    assert ("test: " if with_test else "eval: ") + f"{re.search('[0-9]+ of 6', text)[0]} right" in text
     assert "of 6 right" in text and "waited for images more than 5%" in text and "worst in photos: 50%" in text
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
     photographs = [output for output in outputs if "image/jpeg" in output.get("data", ())]

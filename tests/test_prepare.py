@@ -429,10 +429,10 @@ def test_replacing_a_refused_photograph_keeps_the_other_shards(tmp_path, monkeyp
 
 
 def test_a_picture_of_absurd_size_is_refused_not_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr("effnetlib.data.images.MAX_PIXELS", 1000)
     by_class(tmp_path / "in")
     put(tmp_path / "in/train" / WNIDS[0] / "bomb.png", jpeg(1, size=(100, 100), format="PNG"))
-    with pytest.raises(FailedError, match="bomb.png: unreadable"):
+    with pytest.raises(FailedError, match="bomb.png: unreadable.* 100 x 100 pixels, and 1,000 are the limit"):
         prepare(tmp_path / "in", tmp_path / "out")
     with pytest.raises(FailedError, match="bomb.png is not a readable image"):
         split = load(str(tmp_path / "in"), "train")
@@ -470,6 +470,12 @@ def test_folders_that_lack_something(tmp_path):
 ODD = {
     "cmyk.JPEG": (lambda: jpeg(1, mode="CMYK"), "a CMYK photograph"),
     "png.JPEG": (lambda: jpeg(2, format="PNG"), "a PNG posing as a JPEG"),
+    "webp.jpg": (lambda: jpeg(4, format="WEBP"), "a WEBP posing as a JPEG"),
+    "gif.jpg": (lambda: jpeg(5, format="GIF"), "a GIF posing as a JPEG"),
+    "bmp.jpeg": (lambda: jpeg(6, format="BMP"), "a BMP posing as a JPEG"),
+    "tiff.jpg": (lambda: jpeg(7, format="TIFF"), "a TIFF posing as a JPEG"),
+    "webp.png": (lambda: jpeg(8, format="WEBP"), "a WEBP posing as a PNG"),
+    "jpeg.png": (lambda: jpeg(9), "a JPEG posing as a PNG"),
 }
 BROKEN = {
     "cut.JPEG": (lambda: jpeg(3, size=(200, 160))[:2000], "unreadable, or cut off"),
@@ -483,17 +489,33 @@ def test_odd_photographs_are_refused_by_name_or_converted_as_asked(tmp_path):
     for name, (content, _) in ODD.items():
         put(tmp_path / "in/train" / WNIDS[0] / name, content())
     run = CliRunner().invoke(main, ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out")])
-    assert run.exit_code == 1 and "2 photographs are refused" in run.output and "--convert" in run.output
+    assert run.exit_code == 1 and f"{len(ODD)} photographs are refused" in run.output and "--convert" in run.output
     listed = (tmp_path / "out/refused.txt").read_text()
     assert all(f"{name}\t{reason}" in listed and name in run.output for name, (_, reason) in ODD.items())
     again = ["data", "prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--convert"]
     assert CliRunner().invoke(main, again).exit_code == 0
     manifest = shards.read_manifest(tmp_path / "out")
-    assert len(manifest["converted"]) == 2 and not (tmp_path / "out/refused.txt").exists()
+    assert len(manifest["converted"]) == len(ODD) and not (tmp_path / "out/refused.txt").exists()
     train = load(str(tmp_path / "out"), "train")
-    assert len(train) == 14 and {train.encoded(i)[0][:2] for i in range(14)} == {b"\xff\xd8"}
-    assert all(train.example(i)[0].shape == (16, 20, 3) for i in range(14))
+    assert len(train) == 12 + len(ODD) and {train.encoded(i)[0][:2] for i in range(len(train))} == {b"\xff\xd8"}
+    assert all(train.example(i)[0].shape == (16, 20, 3) for i in range(len(train)))
+    assert jpeg(9) in {train.encoded(i)[0] for i in range(len(train))}  # what is a JPEG already is not encoded again
     assert CliRunner().invoke(main, ["data", "check", str(tmp_path / "out")]).exit_code == 0
+
+
+def test_what_no_jpeg_can_be_made_of_is_refused_with_conversion_too(tmp_path):
+    by_class(tmp_path / "in")
+    put(tmp_path / "in/train" / WNIDS[0] / "long.jpg", jpeg(1, size=(65_536, 1), format="PNG"))
+    with pytest.raises(FailedError, match="long.jpg: no JPEG can be made of it"):
+        prepare(tmp_path / "in", tmp_path / "out", convert_odd=True)
+
+
+def test_a_shard_with_another_format_in_it_is_found(tmp_path, monkeypatch):
+    by_class(tmp_path / "in")
+    put(tmp_path / "in/train" / WNIDS[0] / "old.jpg", jpeg(1, format="WEBP"))
+    monkeypatch.setattr(module, "inspect", lambda *_: None)  # as an earlier version wrote it
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert any("a WEBP, which is neither JPEG nor PNG" in problem for problem in check(tmp_path / "out"))
 
 
 def test_broken_photographs_are_refused_even_with_conversion(tmp_path):

@@ -1,6 +1,8 @@
 """Ours against Keras' EfficientNet, an independent implementation, and weights through the files of others."""
 
+import json
 import os
+import re
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -12,6 +14,7 @@ import pytest
 from conftest import run_once
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 from effnetlib import EfficientNet, EffnetlibError, weights
 from effnetlib.model import VARIANTS, block_specs, head_filters
@@ -81,7 +84,7 @@ def test_logits_equal_keras(variant, tmp_path):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
     if variant == "b0":  # and the files that Keras itself writes
         found = weights.from_keras(named(model), variant, CLASSES)
-        for save, name in ((model.save_weights, "b0.weights.h5"), (model.save, "b0.h5")):
+        for save, name in ((model.save_weights, "b0.weights.h5"), (model.save, "b0.h5"), (model.save, "b0.keras")):
             save(tmp_path / name)
             jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / name)[2], found)
 
@@ -169,8 +172,8 @@ def test_keras_files_of_both_kinds(tmp_path, b0):
             for name, value in values:
                 group[f"{layer}/{name}:0"] = value
     for name in ("new.weights.h5", "old.h5"):
-        variant, num_classes, found = weights.read(tmp_path / name)
-        assert (variant, num_classes) == ("b0", CLASSES)
+        variant, num_classes, found, known = weights.read(tmp_path / name)
+        assert (variant, num_classes, known) == ("b0", CLASSES, {})
         jax.tree.map(np.testing.assert_array_equal, found, b0)
 
 
@@ -198,3 +201,151 @@ def test_wrong_files_are_refused_by_name(b0, tmp_path):
     ):
         with pytest.raises(EffnetlibError, match=sentence):
             weights.read(tmp_path / name)
+
+
+def nested(kind, **options):
+    """A user's model with Keras' EfficientNet inside."""
+    import keras
+
+    base = keras.applications.EfficientNetB0(weights=None, classes=CLASSES, input_shape=(32, 32, 3), **options)
+    inside = keras.Input((32, 32, 3))
+    if kind == "sequential":
+        return base, keras.Sequential([inside, base])
+    if kind == "twice":
+        return base, keras.Sequential([keras.Sequential([inside, base]), keras.layers.Dense(3, name="mine")])
+    if kind == "with a head inside":
+        head = keras.layers.Dense(3, name="mine")
+        return base, keras.Sequential([keras.Sequential([inside, base, head]), keras.layers.Dense(3)])
+    if kind == "functional":
+        return base, keras.Model(inside, keras.layers.Dense(3, name="mine")(base(inside)))
+    if kind == "flat":
+        return base, keras.Model(base.input, keras.layers.Dense(3, name="mine")(base.output))
+    pooled = keras.layers.GlobalAveragePooling2D()(base(inside) if kind == "headed" else base.output)
+    return base, keras.Model(inside if kind == "headed" else base.input, keras.layers.Dense(3, name="mine")(pooled))
+
+
+FORMS = ("x.h5", "x.weights.h5", "x.keras")
+
+
+@pytest.mark.parametrize("kind", ["sequential", "twice", "functional", "with a head inside"])
+def test_a_network_inside_a_model_of_keras(kind, tmp_path):
+    base, model = nested(kind)
+    wanted = weights.from_keras(named(base), "b0", CLASSES)
+    for form in FORMS:
+        save = model.save_weights if form == "x.weights.h5" else model.save
+        save(tmp_path / form)
+        variant, num_classes, found, known = weights.read(tmp_path / form)
+        assert (variant, num_classes) == ("b0", CLASSES)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert bool(re.search("mine.* is left out", known["note"])) == (kind != "sequential"), known
+        assert "with the mean [0.0, 0.0, 0.0], and here it is ImageNet's" in known["note"]
+
+
+@pytest.mark.parametrize("kind", ["headed", "flat headed", "flat"])
+def test_another_head_is_said(kind, tmp_path):
+    _, model = nested(kind, include_top=kind == "flat")
+    sentence = (
+        "mine/kernel is not b0's"
+        if kind == "flat"
+        else r"holds b0 without its classifier predictions, under another head \(mine\)"
+    )
+    for form in FORMS:
+        save = model.save_weights if form == "x.weights.h5" else model.save
+        save(tmp_path / form)
+        with pytest.raises(EffnetlibError, match=sentence):
+            weights.read(tmp_path / form)
+
+
+def save_timm(path, tensors, config=None, **metadata):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata or None)
+    if config is not None:
+        (path.parent / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return path
+
+
+def config(architecture="tf_efficientnet_b0", tag="aa_in1k", top=None, **changes):
+    """As timm writes it."""
+    cfg = {
+        "tag": tag,
+        "input_size": [3, 240, 240],
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    } | changes
+    return {"architecture": architecture, "num_classes": CLASSES, "pretrained_cfg": cfg} | (top or {})
+
+
+@pytest.fixture(scope="module")
+def timm(b0):
+    return weights.to_timm(b0, "b0", CLASSES)
+
+
+def test_what_a_config_says_is_known(timm, b0, tmp_path):
+    path = save_timm(tmp_path / "model.safetensors", timm, config(label_names=list("abcdefghij")))
+    variant, num_classes, found, known = weights.read(path)
+    jax.tree.map(np.testing.assert_array_equal, found, b0)
+    assert known == {"image_size": 240, "class_names": tuple("abcdefghij"), "tag": "aa_in1k"}
+    for labels in ({str(9 - i): name for i, name in enumerate("jihgfedcba"[::-1])}, list("jihgfedcba")):
+        save_timm(path, timm, config(top={"label_names": labels}))
+        assert weights.read(path)[3]["class_names"] == tuple("jihgfedcba")
+    old = config()
+    save_timm(path, timm, {"architecture": "tf_efficientnet_b0_ns", **old["pretrained_cfg"], "tag": None})
+    assert weights.read(path)[3] == {"image_size": 240, "tag": "ns"}
+
+
+@pytest.mark.parametrize(("config", "sentence"), [
+    (config("efficientnet_b0", "ra_in1k"), "is efficientnet_b0, with other layers, padding or batch-norm epsilon"),
+    (config("tf_efficientnet_lite0"), "is tf_efficientnet_lite0"), (config("tf_efficientnetv2_b0"), "is tf_efficientnetv2_b0"),
+    (config("tf_efficientnet_es"), "is tf_efficientnet_es"), (config("tf_efficientnet_cc_b0_4e"), "is tf_efficientnet_cc_b0_4e"),
+    (config("tf_efficientnet_b8"), "is tf_efficientnet_b8"), (config("efficientnet_b0_gn"), "is efficientnet_b0_gn"),
+    (config(tag="ap_in1k", mean=[0.5] * 3, std=[0.5] * 3), r"mean \[0.5, 0.5, 0.5\], not \[0.485, 0.456, 0.406\] and .* std"),
+    (config(mean=[0, 0, 0], std=[1, 1, 1]), r"mean \[0, 0, 0\]"), ({"architecture": "tf_efficientnet_b0_ap"}, "mean 0.5"),
+    (config(top={"model_args": {"bn_eps": 1e-5}}), "built with another bn_eps"),
+    (config("tf_efficientnet_b1"), "does not hold b1 with 10 classes: blocks.0.1.conv_dw.weight is missing"),
+    (config(label_names=["a"]), "has 10 logits, and 1 names of classes are stated"),
+    ("{", "config.json is damaged, or no config of timm's"), ("[]", "config.json is damaged"), ('{"architecture": 3}', "is damaged"),
+    ({"architecture": "tf_efficientnet_b0", "input_size": "big"}, "is damaged"),
+])  # fmt: skip
+def test_what_has_our_names_and_shapes_and_is_another_network_is_refused(timm, config, sentence, tmp_path):
+    path = save_timm(tmp_path / "model.safetensors", timm, config)
+    with pytest.raises(EffnetlibError, match=sentence) as caught:
+        weights.read(path)
+    assert "\n" not in str(caught.value)
+    if " is not ours" in str(caught.value):
+        assert re.search(r"timm's tf_efficientnet_b[0*]\.aa_in1k, for one, would do", str(caught.value))
+
+
+@pytest.mark.parametrize(("name", "hint"), [
+    ("model", "it holds:"), ("tf_efficientnet_b0_aa-827b6e33", "it holds:"), ("tf_efficientnet_b0.ns_jft_in1k", "it holds:"),
+    ("efficientnet_b0_ra-3dd342df", r"it holds \(its name speaks of timm's own efficientnet"),
+    ("tf_efficientnet_b0.ap_in1k", r"it holds \(its name speaks of AdvProp\)"),
+])  # fmt: skip
+def test_where_nothing_says_which_network_it_is_that_is_said(timm, name, hint, tmp_path):
+    path = save_timm(tmp_path / f"{name}.safetensors", timm, format="pt")
+    known = weights.read(path)[3]
+    assert known.keys() == {"note"} and re.search(f"states which network of timm's {hint}", known["note"])
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    assert weights.read(path)[3] == known
+
+
+def test_a_network_inside_a_model_of_pytorch_and_files_of_others(timm, b0, tmp_path):
+    inside = {f"backbone.{name}": value for name, value in timm.items()} | {"neck.weight": np.zeros(3, np.float32)}
+    variant, _, found, known = weights.read(save_timm(tmp_path / "x.safetensors", inside, config()))
+    assert variant == "b0" and known["note"] == "of the model around b0 in x.safetensors, neck is left out"
+    jax.tree.map(np.testing.assert_array_equal, found, b0)
+    bare = {name: value for name, value in timm.items() if "classifier" not in name}
+    with pytest.raises(EffnetlibError, match="b0 without its classifier classifier, without any head"):
+        weights.read(save_timm(tmp_path / "x.safetensors", bare))
+    with pytest.raises(EffnetlibError, match=r"another head \(fc\)"):
+        weights.read(save_timm(tmp_path / "x.safetensors", bare | {"fc.weight": np.zeros((3, 1280), np.float32)}))
+    others = {f"layer{i}.0.conv.weight": np.zeros(1, np.float32) for i in range(9)}
+    with pytest.raises(EffnetlibError, match=r"its layers are layer0.0.conv, .* and 4 more"):
+        weights.read(save_timm(tmp_path / "x.safetensors", others))
+
+
+def test_ours_say_what_they_are(b0, tmp_path):
+    names = tuple("abcdefghij")
+    weights.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES, image_size=64, class_names=names, tag="aa_in1k")
+    (tmp_path / "config.json").write_text(json.dumps(config("efficientnet_b0")))  # of another file
+    known = {"image_size": 64, "class_names": names, "tag": "aa_in1k"}
+    assert weights.read(tmp_path / "b0.safetensors")[3] == known

@@ -3,6 +3,7 @@
 Source: section 6 of the reference semantics; tensorflow/tpu, models/official/efficientnet/preprocessing.py.
 """
 
+import contextlib
 import io
 import math
 
@@ -14,7 +15,7 @@ import simplejpeg
 from PIL import Image
 
 from effnetlib.data.augment import autoaugment, randaugment
-from effnetlib.errors import FailedError
+from effnetlib.errors import FailedError, first_line
 
 # Those that crop at random, as the reference does for ImageNet, and what they add to it.
 CROPPING = {"inception": None, "autoaugment": autoaugment, "randaugment": randaugment}
@@ -28,8 +29,13 @@ CROP_PADDING = 32
 cv2.setNumThreads(1)
 
 
-# Pillow raises each of these for damaged files, the last one for sizes that nobody means.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What RGB needs 512 MiB for is not read; Pillow draws the same line.
+MAX_PIXELS = 2**29 // 3
+BACKGROUND = (255, 255, 255)  # what shows through where an image is transparent
+
+
+class Unreadable(Exception):
+    """Why an encoded image is not read, in the words of its decoder or of ours."""
 
 
 def normalize(images: jax.Array) -> jax.Array:
@@ -38,15 +44,52 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def decode(encoded: bytes, name: str) -> np.ndarray:
-    """A JPEG (or any format that Pillow knows) as uint8 ``[height, width, 3]``; EXIF orientation is not applied."""
+    """An image as `read` reads it, or a FailedError with its name."""
     try:
-        return simplejpeg.decode_jpeg(encoded, "RGB")
-    except ValueError:
-        pass  # not a JPEG, or one of the few (CMYK, damaged tail) that the strict decoder refuses
-    try:
-        return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except UNREADABLE as error:
+        return read(encoded)[1]
+    except Unreadable as error:
         raise FailedError(f"{name} is not a readable image ({error})") from None
+
+
+def read(encoded: bytes) -> tuple[str, np.ndarray]:
+    """Format, told by the content, and pixels of an encoded image: every photograph is decoded here.
+
+    The format is Pillow's name, such as "JPEG", "PNG" or "WEBP", with "CMYK " before it where it applies. The pixels are RGB, uint8
+    ``[height, width, 3]``: of an animation the first frame, of 16 bits the upper 8, transparency over `BACKGROUND`. EXIF
+    orientation is not applied.
+
+    Raises:
+      Unreadable: no decoder can read it, its header claims more than `MAX_PIXELS` (no memory is taken for it), or its
+        pixels are 32-bit numbers, of which nothing says what is white.
+    """
+    try:
+        return _read(encoded)
+    except Exception as error:  # each decoder has kinds of its own, and MemoryError and KeyError are among them
+        raise Unreadable(first_line(error).partition(" <")[0]) from None
+
+
+def _read(encoded: bytes) -> tuple[str, np.ndarray]:
+    with contextlib.suppress(Exception):  # strict, and it knows fewer forms of JPEG: Pillow has the last word
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        if height * width <= MAX_PIXELS and colorspace not in ("CMYK", "YCCK"):
+            return "JPEG", simplejpeg.decode_jpeg(encoded, "RGB")
+    image = Image.open(io.BytesIO(encoded))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"its header claims {image.width:,} x {image.height:,} pixels, and {MAX_PIXELS:,} are the limit"
+        )
+    kind = "JPEG" if image.format == "MPO" else image.format  # what some cameras write: a JPEG and its thumbnails
+    kind = f"CMYK {kind}" if image.mode == "CMYK" else kind
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        levels = np.asarray(image)
+        grey = (levels >> 8).astype(np.uint8)
+        grey[levels == image.info.get("transparency", -1)] = BACKGROUND[0]
+        image = Image.fromarray(grey)
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers, and nothing says which of them is white")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image.convert("RGBA"))
+    return kind, np.asarray(image.convert("RGB"))
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

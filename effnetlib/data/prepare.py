@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from PIL import Image
 
-from effnetlib.data.images import UNREADABLE
+from effnetlib.data.images import Unreadable, read
 from effnetlib.data.photographs import SPLIT_NAMES, Listing, MissingSplit, Photo, check_classes, list_photographs, seen
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
-from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.errors import EffnetlibError, FailedError, first_line
 from effnetlib.host import usable_cores
 from effnetlib.lock import held
 from effnetlib.progress import Progress
@@ -32,10 +31,11 @@ SPLITS = ("train", "eval", "test")
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_SHARDS = {"train": 1024, "eval": 128}  # the reference's
 PHOTOGRAPHS_A_SHARD = 1250
+KEPT = ("JPEG", "PNG")  # formats whose bytes go into shards as they are
 
 
 class Odd(Exception):
-    """A photograph that is not what it should be; `convertible` if Pillow can make a JPEG of it."""
+    """A photograph that is not what it should be; `convertible` if a JPEG can be made of it."""
 
     def __init__(self, reason: str, convertible: bool = False):
         super().__init__(reason)
@@ -46,34 +46,25 @@ def inspect(encoded: bytes, name: str) -> None:
     """Decodes a photograph as a whole; raises `Odd` if it is unreadable, CMYK, or not of the kind that its name says."""
     if not encoded:
         raise Odd("an empty file")
-    png = encoded.startswith(b"\x89PNG")
-    if png and not name.lower().endswith(".png"):
-        raise Odd("a PNG posing as a JPEG", convertible=_opens(encoded))
-    if not png:
-        try:
-            *_, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colorspace in ("CMYK", "YCCK"):
-                raise Odd("a CMYK photograph", convertible=_opens(encoded))
-            simplejpeg.decode_jpeg(encoded, "RGB")
-            return
-        except ValueError:
-            pass  # strict: Pillow has the last word
-    if not _opens(encoded):
-        raise Odd("unreadable, or cut off")
-
-
-def _opens(encoded: bytes) -> bool:
     try:
-        Image.open(io.BytesIO(encoded)).convert("RGB")
-        return True
-    except UNREADABLE:
-        return False
+        kind, _ = read(encoded)
+    except Unreadable as error:
+        raise Odd(f"unreadable, or cut off ({error})") from None
+    named = "PNG" if name.lower().endswith(".png") else "JPEG"
+    if kind != named:
+        reason = "a CMYK photograph" if kind.startswith("CMYK") else f"a {kind} posing as a {named}"
+        raise Odd(reason, convertible=True)
 
 
 def convert(encoded: bytes) -> bytes:
-    """An RGB JPEG of the best quality, as the reference's conversion script makes of PNG and CMYK."""
-    out = io.BytesIO()
-    Image.open(io.BytesIO(encoded)).convert("RGB").save(out, "JPEG", quality=100, subsampling=0)
+    """An RGB JPEG of the best quality, as the reference's conversion script makes of PNG and CMYK; a JPEG stays as it is."""
+    try:
+        kind, pixels = read(encoded)
+        if kind == "JPEG":
+            return encoded
+        Image.fromarray(pixels).save(out := io.BytesIO(), "JPEG", quality=100, subsampling=0)
+    except Exception as error:  # too wide for a JPEG, or for the memory
+        raise Odd(f"no JPEG can be made of it ({first_line(error)})") from None
     return out.getvalue()
 
 
@@ -98,7 +89,8 @@ def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: boo
     Args:
       source: a folder in any layout of `effnetlib.data.photographs`.
       dest: the folder to write; made if need be.
-      convert_odd: make RGB JPEGs of CMYK photographs and of PNGs with a JPEG's name; otherwise they are refused.
+      convert_odd: make RGB JPEGs of CMYK photographs and of those in a format that their name does not say; otherwise
+        they are refused.
       partial: take an ImageNet that is not whole.
 
     Raises:
@@ -251,13 +243,16 @@ def _write_shard(dest: Path, shard: _Shard, convert_odd: bool) -> list[tuple[str
         for photo in shard.photos:
             encoded = photo.read()
             try:
-                inspect(encoded, photo.file_name)
+                try:
+                    inspect(encoded, photo.file_name)
+                except Odd as odd:
+                    if not (convert_odd and odd.convertible):
+                        raise
+                    encoded = convert(encoded)
+                    converted.append(photo.name)
             except Odd as odd:
-                if not (convert_odd and odd.convertible):
-                    refused.append((photo.name, str(odd), odd.convertible))
-                    continue
-                encoded = convert(encoded)
-                converted.append(photo.name)
+                refused.append((photo.name, str(odd), odd.convertible))
+                continue
             record = encode_record(encoded, photo.label, photo.file_name)
             records.update(hashlib.sha256(record).digest())
             writer.write(record)
@@ -369,9 +364,11 @@ def _check_shard(path: Path, about: dict) -> tuple[list[str], list[int], str]:
     for index in range(reader.num_records()):
         record = reader.read([index])[0]
         try:
-            encoded, label, name = decode_record(record)
-            inspect(encoded, name)
-        except (ValueError, Odd) as error:
+            encoded, label, _ = decode_record(record)
+            kind, _ = read(encoded)
+            if kind not in KEPT:
+                raise ValueError(f"a {kind}, which is neither {' nor '.join(KEPT)}")
+        except (ValueError, Unreadable) as error:
             return [f"record {index} of {path} is not readable: {error}"], labels, ""
         labels.append(label)
         records.update(hashlib.sha256(record).digest())
