@@ -23,7 +23,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_every_step_has_a_rate_on_one_core_and_on_all(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(bench, "usable_cores", lambda: 2)
     run(monkeypatch, quick, "--size", 16, "--record", tmp_path / "bench.json")
     output = capsys.readouterr().out
     written = json.loads((tmp_path / "bench.json").read_text())

@@ -7,7 +7,6 @@ SOURCE is a set of photographs. With a Python that has TensorFlow (ours has not)
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from effnetlib.data.photographs import Photo
 from effnetlib.data.shards import ShardedRecords, encode_record
 from effnetlib.data.sources import load
 from effnetlib.errors import EffnetlibError
+from effnetlib.host import usable_cores
 from effnetlib.records import environment, write_atomically
 
 ROUNDS = 5
@@ -74,10 +74,10 @@ def bench(source: str, *, images: int = 300, size: int = 224, tensorflow: Path |
         everything = {
             (name, threads): lambda step=step, threads=threads: _rate(step, len(sample), threads)
             for name, step in steps.items()
-            for threads in sorted({1, os.cpu_count() or 1})
+            for threads in sorted({1, usable_cores()})
         }
         if tensorflow is not None:
-            for threads in sorted({1, os.cpu_count() or 1}):
+            for threads in sorted({1, usable_cores()}):
                 everything[TENSORFLOW, threads] = _tf_data(tensorflow, Path(scratch), size, threads)
         rates = {key: [] for key in everything}
         for _ in range(ROUNDS):
