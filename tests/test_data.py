@@ -318,7 +318,7 @@ def test_folders_without_classes_or_splits(paths, sentence, tmp_path):
 
 def test_a_path_that_is_no_folder(tmp_path):
     (tmp_path / "photos.zip").write_bytes(b"x")
-    with pytest.raises(EffnetlibError, match=r"photos.zip holds no data set \(seen: a file\): wanted is"):
+    with pytest.raises(EffnetlibError, match="photos.zip is a file, where a folder is wanted"):
         load(str(tmp_path / "photos.zip"), "train")
 
 

@@ -212,7 +212,7 @@ def _photographs(name: str, split: str) -> Split:
         return _of_photographs(len(listing.photos), listing, lambda index: read(listing.photos[index]))
     wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
     if root.exists():
-        raise EffnetlibError(f"{root} holds no data set (seen: {seen(root) if root.is_dir() else 'a file'}): {wanted}")
+        raise EffnetlibError(f"{root} holds no data set (seen: {seen(root)}): {wanted}")
     if os.sep not in name:
         wanted += " (EFFNETLIB_DATA names another place than the cache folder)"
     if name == "imagenet":

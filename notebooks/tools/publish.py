@@ -125,7 +125,7 @@ def draw_claims(found: list[dict]) -> str:
     claim holds where the interval lies in the shaded part of its row."""
     rows = [each for each in found if each["effect"] is not None]
     settings = {"svg.hashsalt": "claims", "font.size": 9}
-    with plt.rc_context(settings):
+    with plt.style.context(["default", settings]):
         figure, axes = plt.subplots(figsize=(10, 0.9 + 0.52 * len(rows)), layout="constrained")
         # Times vary more than top-1: an interval that leaves the axis ends in an arrow.
         reach = 1.1 * max(
