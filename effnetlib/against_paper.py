@@ -8,11 +8,7 @@ saw ImageNet.
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from effnetlib import paper
 from effnetlib.data import describe
@@ -185,43 +181,6 @@ def stated_deviations(records: Sequence[Record]) -> pd.DataFrame:
         if row_of(record)
     ]
     return pd.DataFrame(rows)
-
-
-def draw_figure1(records: Sequence[Record]) -> Figure:
-    """Figure 1: minutes to the peak against cores."""
-    points = figure1(records).assign(whose=lambda table: table["whose"].where(table["whose"] == "paper", "ours"))
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    sns.scatterplot(points, x="cores", y="minutes", hue="variant", style="whose", s=90, ax=axes)
-    axes.set(xscale="log", yscale="log", xlabel="cores (devices of ours)", ylabel="minutes to the peak")
-    axes.set_xticks(sorted(set(points["cores"])), [f"{n:,}" for n in sorted(set(points["cores"]))])
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:,g}")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def draw_history(records: Sequence[Record]) -> Figure:
-    """Accuracy over time: what others reached after so many minutes, and the evaluations of our ImageNet runs, as lines."""
-    stated = paper.history().assign(label=lambda table: [f"{row.what} ({row.year})" for row in table.itertuples()])
-    ours = [(record.name, record.frame("eval")) for record in records if saw_imagenet(record)]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharex=True)
-    for axes, column in zip(panels, ("top1", "top5"), strict=True):
-        y = 100 * stated[column]
-        sns.scatterplot(stated, x="minutes", y=y, hue="label", style="label", s=70, legend=axes is panels[0], ax=axes)
-        for name, evaluations in ours:
-            axes.plot(evaluations["seconds"] / 60, 100 * evaluations[f"ema_{column}"], label=name)
-        # A run begins at the bottom, where nobody else has a point.
-        best = [100 * value for value in (*stated[column].dropna(), *(each[f"ema_{column}"].max() for _, each in ours))]
-        axes.set(xscale="log", ylabel=column.replace("top", "top-") + ", %", ylim=(min(best) - 2, max(best) + 1))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-    panels[1].axhline(100 * DAWNBENCH_TOP5, linestyle="--", color="grey")
-    handles, names = panels[0].get_legend_handles_labels()
-    panels[0].get_legend().remove()
-    figure.legend(handles, names, loc="outside right upper", fontsize=8)
-    return figure
 
 
 def _of_recipe(records: Sequence[Record], preset: str) -> list[Record]:

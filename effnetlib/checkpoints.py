@@ -40,10 +40,7 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     best = policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept,
-        create=False,
-        enable_async_checkpointing=True,
-        multiprocessing_options=alone,
+        preservation_policy=kept, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
     )
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)

@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
-from matplotlib.figure import Figure
 
 from effnetlib.claims import MIN_SEEDS, contrast
 from effnetlib.errors import EffnetlibError
 from effnetlib.paths import user_path
 from effnetlib.records import Record
-from effnetlib.report import curves, results
+from effnetlib.report import results
 
 CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
                  "xla_flags", "settings")  # fmt: skip
@@ -97,19 +94,3 @@ def difference(records: Sequence[Record]) -> str:
         gap = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
         return f"Final top-1 of {first} minus {second}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds each that may be chance."
     return f"Final top-1 of {first} minus {second}: {contrast((1, ours), (-1, theirs)).points()}."
-
-
-def draw(records: Sequence[Record]) -> Figure:
-    """Loss and top-1 against epochs, and top-1 against time: a line a run, a colour a point."""
-    named = list(zip(labels(records), points(records), records, strict=True))
-    table = {
-        kind: pd.concat([curves([record], kind).assign(run=run, point=point) for run, point, record in named])
-        for kind in ("train", "eval")
-    }
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    drawn = (("train", "epoch", "loss"), ("eval", "epoch", "ema_top1"), ("eval", "seconds", "ema_top1"))
-    for axes, (kind, x, y) in zip(panels, drawn, strict=True):
-        sns.lineplot(table[kind], x=x, y=y, hue="point", units="run", estimator=None, legend=axes is panels[0], ax=axes)
-        axes.set(ylabel="training loss" if y == "loss" else "top-1 (moving average)")
-    panels[0].legend(fontsize=8)
-    return figure

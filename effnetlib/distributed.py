@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.progress import say
+from effnetlib.progress import saying
 
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
@@ -69,23 +68,16 @@ def start(
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if jax.distributed.is_initialized():
         return
-    waiting = threading.Timer(
-        PATIENCE_SECONDS,
-        lambda: say(
-            f"process {number} of {count} still waits for the others at {address}: has the same notebook been started on "
-            f"every host? Giving up after {timeout_seconds} s"
-        ),
+    waiting = (
+        f"process {number} of {count} still waits for the others at {address}: has the same notebook been started on every "
+        f"host? Giving up after {timeout_seconds} s"
     )
-    waiting.daemon = True
-    waiting.start()
-    try:
+    with saying(waiting, PATIENCE_SECONDS):
         _wait_for(host, port, time.monotonic() + timeout_seconds, answer=number > 0)
         for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
             hosts = os.environ.get(name, os.environ.get(other, "")).split(",")
             os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), host]))  # a proxy could not reach it
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
-    finally:
-        waiting.cancel()
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

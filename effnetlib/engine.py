@@ -48,10 +48,9 @@ from papermill.log import logger  # noqa: E402
 from papermill.utils import merge_kwargs, remove_args  # noqa: E402
 
 from effnetlib.errors import FailedError  # noqa: E402
-from effnetlib.progress import say  # noqa: E402
+from effnetlib.progress import LINE_SECONDS, say  # noqa: E402
 from effnetlib.stopping import TRY_AGAIN, Children, follow  # noqa: E402
 
-LINE_SECONDS = 15.0
 LAST_LINES = 200  # of a kernel's output: a stack trace of C++ and one of Python, and what came before them
 # How the lines of such traces begin. What they tell of is said before them.
 TRACE = ("@", "***", "File ", "Thread 0x", "Current thread ", "Extension modules: ", "Fatal Python error: ", "<", "...")

@@ -25,7 +25,7 @@ from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.host import usable_cores
 from effnetlib.lock import held
-from effnetlib.progress import duration, say
+from effnetlib.progress import LINE_SECONDS, duration, say
 from effnetlib.recipe import Recipe
 from effnetlib.records import Record, outputs_folder, published_folder, write_atomically
 from effnetlib.render import outcome, render_html, render_index
@@ -33,7 +33,6 @@ from effnetlib.stopping import TRY_AGAIN, Children
 from effnetlib.suite import Entry, Suite
 
 POLL_SECONDS = 0.5
-LINE_SECONDS = 15.0
 START_SECONDS = 60
 
 

@@ -17,15 +17,7 @@ from effnetlib.errors import EffnetlibError
 AXES = ("bn_group", "bn_member")
 
 # Of Google's entry, for chips of two cores: replicas -> the slice's (rows, columns) in chips, and the groups that are tiles.
-SLICES = {
-    128: (8, 8),
-    256: (16, 8),
-    512: (16, 16),
-    1024: (32, 16),
-    2048: (32, 32),
-    4096: (32, 64),
-    8192: (32, 128),
-}
+SLICES = {128: (8, 8), 256: (16, 8), 512: (16, 16), 1024: (32, 16), 2048: (32, 32), 4096: (32, 64), 8192: (32, 128)}
 TILED_GROUPS = 32, 64
 LARGEST_CONTIGUOUS_GROUP = 16
 

@@ -44,15 +44,7 @@ VARIANTS = {
 }
 
 # The B0 stages: repeats, kernel, expansion, output filters. The stem gives 32 filters, the head 1280.
-STAGES = (
-    (1, 3, 1, 16),
-    (2, 3, 6, 24),
-    (2, 5, 6, 40),
-    (3, 3, 6, 80),
-    (3, 5, 6, 112),
-    (4, 5, 6, 192),
-    (1, 3, 6, 320),
-)
+STAGES = ((1, 3, 1, 16), (2, 3, 6, 24), (2, 5, 6, 40), (3, 3, 6, 80), (3, 5, 6, 112), (4, 5, 6, 192), (1, 3, 6, 320))
 STEM_FILTERS, HEAD_FILTERS = 32, 1280
 SE_RATIO = 0.25
 

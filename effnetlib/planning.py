@@ -11,9 +11,6 @@ import json
 import math
 import os
 import re
-import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +22,12 @@ from effnetlib.evaluation import lower_eval_step
 from effnetlib.host import pinned
 from effnetlib.mesh import make_mesh
 from effnetlib.model import multiply_adds
-from effnetlib.progress import duration, say
+from effnetlib.progress import LINE_SECONDS, saying
 from effnetlib.recipe import Recipe
 from effnetlib.records import outputs_folder, write_atomically
 from effnetlib.step import lower_train_step, make_train_step
 from effnetlib.topology import GIB, chip_of, devices_of
 
-LINE_SECONDS = 15.0
 PROGRAM = (
     "recipe",
     "data/images",
@@ -303,7 +299,7 @@ def _compile_evaluation(recipe: Recipe, devices: list) -> jax.stages.Compiled | 
 
 def _compile(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled | None:
     try:
-        with _at_work(f"compiling {what}"):
+        with saying(f"compiling {what}", LINE_SECONDS):
             return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):
@@ -351,21 +347,3 @@ def _step_timing(compiled, chip) -> dict:
         "compute_seconds": estimate if sane else roofline,
         "compute_source": "compiler" if sane else "roofline",
     }
-
-
-@contextlib.contextmanager
-def _at_work(what: str) -> Iterator[None]:
-    """A line now and then, on the standard error, while the block runs."""
-    done, start = threading.Event(), time.perf_counter()
-
-    def talk():
-        while not done.wait(LINE_SECONDS):
-            say(f"{what} · {duration(time.perf_counter() - start)}", err=True)
-
-    thread = threading.Thread(target=talk, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

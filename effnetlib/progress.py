@@ -5,8 +5,11 @@ import contextlib
 import io
 import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+LINE_SECONDS = 15.0  # between plain lines
 
 
 def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
@@ -41,6 +44,22 @@ def _end_output() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@contextlib.contextmanager
+def saying(text: str, seconds: float) -> Iterator[None]:
+    """Says, every so many seconds and on stderr, for how long the block has been running."""
+    done, start = threading.Event(), time.perf_counter()
+
+    def talk():
+        while not done.wait(seconds):
+            say(f"{text} · {duration(time.perf_counter() - start)}", err=True)
+
+    threading.Thread(target=talk, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(59), duration(3661)
@@ -71,7 +90,7 @@ class Progress:
         self.in_notebook = kernel is not None
         # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
         self.watched = getattr(kernel, "_allow_stdin", False)
-        self.interval = 0.5 if self.in_notebook else 15.0
+        self.interval = 0.5 if self.in_notebook else LINE_SECONDS
 
     def update(self, step: int, **values) -> None:
         """Shows the state after `step` if it is time to, and always at the last step."""

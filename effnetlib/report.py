@@ -6,11 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import PIL.Image
 from IPython.display import Image
-from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from effnetlib.errors import EffnetlibError
@@ -147,20 +145,6 @@ def input_advice(records: Sequence[Record]) -> str:
         f"worst in {name}: {worst:.0%}. Shards on a local disk or in "
         "memory (`effnetlib data prepare SOURCE /dev/shm/NAME`), more processor cores a host, or a lighter augmentation help."
     )
-
-
-def image_grid(images: Sequence[np.ndarray], titles: Sequence[str], columns: int) -> Figure:
-    """Images, uint8 ``[height, width, 3]``, in rows, each under its title."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 * columns, 1.75 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image)
-        axis.set_title(title, fontsize=8, parse_math=False)
-    return figure
 
 
 def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> Styler:

@@ -218,9 +218,8 @@ def _read_keras(path: Path) -> dict[str, np.ndarray]:
             file.visititems(add)
             return tensors
         for top, group in root.items():
-            lists = [
-                group.attrs[name] for name in group.attrs if name.startswith("weight_names")
-            ]  # long ones are divided
+            # Long lists are divided.
+            lists = [group.attrs[name] for name in group.attrs if name.startswith("weight_names")]
             names = [name.decode() if isinstance(name, bytes) else name for some in lists for name in some]
             is_model = len({name.rpartition("/")[0] for name in names}) > 1
             for name in names:
@@ -296,20 +295,12 @@ def read(path: Path | str) -> tuple[str, int, Weights, dict]:
     try:
         if path.suffix == ".safetensors":
             tensors, known, from_theirs, name_of, dot = load_file(path), _stated(path), from_timm, _timm_name, "."
-            stem, ends, head, classifier = (
-                "conv_stem.weight",
-                "conv_dw.weight",
-                ("conv_head.weight", 0),
-                "classifier.weight",
-            )
+            stem, ends, head = "conv_stem.weight", "conv_dw.weight", ("conv_head.weight", 0)
+            classifier = "classifier.weight"
         elif path.suffix in (".h5", ".hdf5", ".keras"):
             tensors, known, from_theirs, name_of, dot = _read_keras(path), {}, from_keras, _keras_name, "/"
-            stem, ends, head, classifier = (
-                "stem_conv/kernel",
-                "dwconv/kernel",
-                ("top_conv/kernel", -1),
-                "predictions/kernel",
-            )
+            stem, ends, head = "stem_conv/kernel", "dwconv/kernel", ("top_conv/kernel", -1)
+            classifier = "predictions/kernel"
         else:
             raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 or .keras file (Keras)")
     except EffnetlibError:

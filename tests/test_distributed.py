@@ -94,5 +94,5 @@ def test_missing_hosts_are_named_while_one_waits_and_given_up_in_a_sentence():
         "except distributed.FailedError as error: print(error); sys.exit(3)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(free_port())], capture_output=True, text=True, timeout=90)
-    assert "process 1 of 2 still waits for the others" in done.stdout
+    assert "process 1 of 2 still waits for the others" in done.stderr
     assert done.returncode == 3 and "process 0 does not answer at localhost" in done.stdout, done.stderr[-500:]

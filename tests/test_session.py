@@ -3,12 +3,13 @@
 import importlib.metadata
 from types import SimpleNamespace
 
+import hosted
 import jax
 import pytest
 from packaging.requirements import Requirement
 from test_report import made_up
 
-from effnetlib import EffnetlibError, kaggle, session
+from effnetlib import EffnetlibError, kaggle
 from effnetlib.stopping import PreemptedError
 
 SIGNS = ("COLAB_RELEASE_TAG", "COLAB_GPU", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_ACCELERATOR_TYPE", "JAX_PLATFORMS")
@@ -34,43 +35,43 @@ def image(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return there[name]
 
-    monkeypatch.setattr(session.subprocess, "run", pip)
-    monkeypatch.setattr(session.importlib.metadata, "version", version)
-    monkeypatch.setattr(session.importlib.metadata, "requires", NEEDS.get)
+    monkeypatch.setattr(hosted.subprocess, "run", pip)
+    monkeypatch.setattr(hosted.importlib.metadata, "version", version)
+    monkeypatch.setattr(hosted.importlib.metadata, "requires", NEEDS.get)
     return SimpleNamespace(there=there, asked=asked)
 
 
 @pytest.fixture
 def environment(monkeypatch):
     """Nothing that says where this runs."""
-    for name in (*SIGNS, *session.TPU_SIGNS):
+    for name in (*SIGNS, *hosted.TPU_SIGNS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(session, "glob", lambda pattern: [])
+    monkeypatch.setattr(hosted, "glob", lambda pattern: [])
     return monkeypatch
 
 
 def test_only_what_is_missing_is_added_and_effnetlib_last(image):
-    names = [each.name for each in session._needs() if each.name not in ("papermill", "safetensors")]
+    names = [each.name for each in hosted._needs() if each.name not in ("papermill", "safetensors")]
     assert {"jax", "numpy", "packaging"} <= set(names) and "jupyterlab" not in names
     image.there |= dict.fromkeys(names, "1") | {"click": "8"}
     image.there["opencv-contrib-python"] = image.there.pop("opencv-python-headless")
-    assert session.install() == ["papermill", "safetensors", "tenacity", "six"]
+    assert hosted.install() == ["papermill", "safetensors", "tenacity", "six"]
     assert image.asked == [
-        ["papermill>=2.6", "safetensors>=0.5"], ["tenacity>=5"], ["six"], ["--editable", str(session.CHECKOUT)]
+        ["papermill>=2.6", "safetensors>=0.5"], ["tenacity>=5"], ["six"], ["--editable", str(hosted.CHECKOUT)]
     ]  # fmt: skip
     assert image.there["jax"] == "1"
 
 
 def test_what_pip_cannot_install_is_named(monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="WARNING: x\nERROR: No matching distribution found for nothing\n")
-    monkeypatch.setattr(session.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(hosted.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(EffnetlibError, match="not install nothing: No matching distribution found .* internet"):
-        session._pip("nothing")
+        hosted._pip("nothing")
 
 
 def test_the_table_names_versions_devices_and_what_is_too_old(image):
     image.there |= {"jax": "0.7.2", "numpy": "1.26.4", "papermill": "2.7.0"}
-    lines = session.table(["papermill"], jax.devices()).splitlines()
+    lines = hosted.table(["papermill"], jax.devices()).splitlines()
     assert "jax               0.7.2" in lines and "libtpu            none" in lines
     assert "numpy             1.26.4, but >=2.1 is wanted" in lines
     assert lines[-2:] == ["devices           8 x cpu", "added             papermill 2.7.0"]
@@ -92,19 +93,19 @@ def test_the_table_names_versions_devices_and_what_is_too_old(image):
 def test_falling_back_to_the_cpu_is_refused_where_an_accelerator_was_given(environment, given, kind):
     for name, value in given.items():
         environment.setenv(name, value)
-    assert session.accelerator_given() == kind
+    assert hosted.accelerator_given() == kind
     if not kind:
-        session.check_accelerator(jax.devices())
+        hosted.check_accelerator(jax.devices())
         return
     with pytest.raises(EffnetlibError, match=f"^this session was given a {kind}, but jax .* runs on the CPU: restart"):
-        session.check_accelerator(jax.devices())
+        hosted.check_accelerator(jax.devices())
 
 
 def test_device_files_count_on_hosted_notebooks_alone(environment):
-    environment.setattr(session, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
-    assert session.accelerator_given() == ""
+    environment.setattr(hosted, "glob", lambda pattern: ["/dev/vfio/0"] if "vfio" in pattern else [])
+    assert hosted.accelerator_given() == ""
     environment.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert session.accelerator_given() == "TPU"
+    assert hosted.accelerator_given() == "TPU"
 
 
 def test_a_notebook_shows_the_sentence_of_an_error_alone():

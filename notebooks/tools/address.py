@@ -27,14 +27,14 @@ except metadata.PackageNotFoundError:
 
     address = "ADDRESS"
     checkout = Path.cwd().parent
-    if not (checkout / "effnetlib/session.py").exists():
+    if not (checkout / "notebooks/hosted.py").exists():
         checkout = Path.home() / "effnetlib-checkout"
     if not checkout.exists() and subprocess.run(["git", "clone", "--quiet", "--depth=1", address, checkout]).returncode:
         raise SystemExit(f"{address} cannot be fetched: on Kaggle, switch the session's internet on") from None
-    sys.path.append(str(checkout))
-    from effnetlib import session
+    sys.path += [str(checkout), str(checkout / "notebooks")]
+    import hosted
 
-    session.begin()"""
+    hosted.begin()"""
 
 
 def stated() -> str:

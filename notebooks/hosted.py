@@ -1,7 +1,7 @@
-"""A notebook opened alone, on Colab or Kaggle: what effnetlib needs and the image lacks is added, and what there is is shown.
+"""A notebook that is opened alone, on Colab or Kaggle: adds what effnetlib needs and the image lacks, and shows what there is.
 
-Its first cell calls `begin` where effnetlib is not installed. Nothing that the image has is changed, above all its jax: another
-one would not fit its libtpu.
+A notebook's first cell calls `begin` where effnetlib is not installed. Nothing that the image has is changed, above all its jax:
+another one would not fit its libtpu.
 """
 
 import importlib
