@@ -27,7 +27,6 @@ from effnetlib.lock import held
 from effnetlib.progress import Progress
 from effnetlib.records import write_atomically
 
-SPLITS = ("train", "eval", "test")
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_SHARDS = {"train": 1024, "eval": 128}  # the reference's
 PHOTOGRAPHS_A_SHARD = 1250
@@ -146,7 +145,7 @@ def _list(source: Path, partial: bool) -> dict[str, Listing]:
     if not source.is_dir():
         raise EffnetlibError(f"there is no folder {source}")
     listings, missing = {}, {}
-    for split in SPLITS:
+    for split in SPLIT_NAMES:
         try:
             listing = list_photographs(source, split)
         except MissingSplit as error:
