@@ -25,6 +25,8 @@ def notebook(path, *sources):
 
 def start(source, out, *options, **settings):
     command = [sys.executable, "-m", "papermill", str(source), str(out), "--no-progress-bar", *options]
+    # libtpu ignores SIGHUP, and where a test has loaded it the child would inherit that.
+    settings = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)} | settings
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
