@@ -10,9 +10,9 @@ import click
 import yaml
 
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.parameters import read_yaml
-from effnetlib.paths import user_path
-from effnetlib.progress import say
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.progress import say
+from effnetlib.suites.parameters import read_yaml
 
 
 class _Commands(click.Group):
@@ -47,9 +47,9 @@ def main():
 @click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="What a kernel may take to start: 60.")
 def run(suite, only, changes, start_timeout):
     """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
-    from effnetlib import execute
-    from effnetlib.stopping import TRY_AGAIN
-    from effnetlib.suite import load_suite
+    from effnetlib.runs.stopping import TRY_AGAIN
+    from effnetlib.suites import execute
+    from effnetlib.suites.suite import load_suite
 
     loaded = load_suite(suite, dict(_assignment(change) for change in changes))
     outcomes = execute.execute(loaded, only, start_timeout or execute.START_SECONDS)
@@ -82,8 +82,8 @@ def report(directories, price):
     are records and no reports yet, as in a folder from a pod, the paper's tables are drawn up against them.
 
     Two or more DIR, runs' folders (or without the seed, as in lars-64: all its seeds): one page that compares them."""
-    from effnetlib.pages import compare, report_suite
-    from effnetlib.records import outputs_folder
+    from effnetlib.reports.pages import compare, report_suite
+    from effnetlib.runs.record import outputs_folder
 
     if len(directories) > 1:
         if price is not None:
@@ -105,7 +105,7 @@ def plan(preset, topology, changes, price, as_json):
     Compiles the very train and evaluation steps, which takes minutes the first time. Needs pip install 'effnetlib[plan]'."""
     import jax
 
-    from effnetlib.planning import plan
+    from effnetlib.planning.plan import plan
     from effnetlib.recipe import Recipe
 
     jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
@@ -183,8 +183,8 @@ def weights():
 def import_(file, to):
     """Read FILE (timm's tf_efficientnet_b*.safetensors, its config.json beside it, or Keras' .weights.h5, .h5 or .keras) into a
     checkpoint."""
-    from effnetlib.pretrained import import_weights
-    from effnetlib.records import outputs_folder
+    from effnetlib.runs.record import outputs_folder
+    from effnetlib.weights.pretrained import import_weights
 
     name = Path(file).stem.removesuffix(".weights")
     to = user_path(to or outputs_folder() / "weights" / name, "--to", folder=True)
@@ -201,7 +201,7 @@ def import_(file, to):
 @click.option("--best", is_flag=True, help="Of a run, the checkpoint with the highest top-1 and not the latest.")
 def export_(source, file, best):
     """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE, .safetensors under timm's names."""
-    from effnetlib.pretrained import Pretrained
+    from effnetlib.weights.pretrained import Pretrained
 
     file = user_path(file, "FILE")
     if not file.parent.is_dir():

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from effnetlib.data.images import normalize
 from effnetlib.data.loader import eval_batches
 from effnetlib.data.sources import Split
-from effnetlib.host import pinned
 from effnetlib.mesh import batch_sharding, make_mesh, replicated, shapes_of
-from effnetlib.progress import Progress
+from effnetlib.runs.machine import pinned
+from effnetlib.runs.progress import Progress
 
 
 @dataclass(frozen=True)

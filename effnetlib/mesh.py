@@ -24,7 +24,7 @@ LARGEST_CONTIGUOUS_GROUP = 16
 
 def simulate_devices(count: int) -> None:
     """Makes this process have `count` CPU devices. Call it before anything else touches jax's devices, but after
-    `effnetlib.distributed.start`.
+    `effnetlib.runs.hosts.start`.
 
     Raises:
       EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).

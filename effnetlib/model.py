@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effnetlib.activation import normalized_swish
-from effnetlib.convolutions import conv_init, depthwise_conv, full_conv, pointwise_conv
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.norm import GroupedBatchNorm
-from effnetlib.squeeze_excite import SqueezeExcite
+from effnetlib.ops.activation import normalized_swish
+from effnetlib.ops.convolutions import conv_init, depthwise_conv, full_conv, pointwise_conv
+from effnetlib.ops.squeeze_excite import SqueezeExcite
 
 
 @dataclass(frozen=True)

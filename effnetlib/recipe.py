@@ -13,10 +13,10 @@ from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import groups_fit, nearest_group_size
 from effnetlib.model import VARIANTS
 from effnetlib.optim import OPTIMIZERS
-from effnetlib.parameters import check_parameters, typed
-from effnetlib.paths import name_or_path
 from effnetlib.presets import preset_fields
+from effnetlib.runs.paths import name_or_path
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
+from effnetlib.suites.parameters import check_parameters, typed
 
 CHOICES = {
     "subset": SUBSETS,

@@ -11,19 +11,19 @@ import jax
 import numpy as np
 
 from effnetlib import data
-from effnetlib.checkpoints import finish, open_checkpoints, restore, save
-from effnetlib.distributed import all_or_none, wait_for_all
 from effnetlib.errors import EffnetlibError, FailedError, first_line
 from effnetlib.evaluation import Evaluator
-from effnetlib.host import pinned
-from effnetlib.lock import held
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
-from effnetlib.paths import user_path
-from effnetlib.progress import Progress, say
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, environment, is_main_process
+from effnetlib.runs.checkpoints import finish, open_checkpoints, restore, save
+from effnetlib.runs.hosts import all_or_none, wait_for_all
+from effnetlib.runs.lock import held
+from effnetlib.runs.machine import pinned
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.progress import Progress, say
+from effnetlib.runs.record import Record, environment, is_main_process
+from effnetlib.runs.stopping import PreemptedError, Stop
 from effnetlib.step import TrainState, lower_train_step
-from effnetlib.stopping import PreemptedError, Stop
 
 LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
 
@@ -43,7 +43,7 @@ def train(
     """Trains a recipe into a folder, on all devices of all processes.
 
     Running it again resumes: from the latest checkpoint that can be read, at the step it was saved, with the same data, to
-    the same bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.host`). A finished run is
+    the same bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.runs.machine`). A finished run is
     returned as it is. A checkpoint is written at every evaluation, every ten minutes, before an error of the input, and when
     the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the clock.
 

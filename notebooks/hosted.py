@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.progress import say
+from effnetlib.runs.progress import say
 
 CHECKOUT = Path(__file__).parent.parent
 NOT_ADDED = ("jupyterlab",)  # there is a front end already, or nobody would run this

@@ -117,7 +117,8 @@ def outcome(folder: Path):
     """The last state, by name, and the metrics without the clock."""
     import jax
 
-    from effnetlib import Record, checkpoints
+    from effnetlib import Record
+    from effnetlib.runs import checkpoints
 
     with checkpoints.open_checkpoints(folder) as manager:
         step = manager.latest_step()
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    from effnetlib.records import environment, write_atomically
+    from effnetlib.runs.record import environment, write_atomically
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     result = chaos(options.faults, options.minutes, options.seed, folder) | {"environment": environment()}

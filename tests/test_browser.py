@@ -11,9 +11,9 @@ from playwright.sync_api import sync_playwright
 from publish import companion
 from test_report import made_up, notebook, outcome
 
-from effnetlib.claims import warmup
-from effnetlib.render import render_html, render_index
-from effnetlib.report import results, show
+from effnetlib.reports.claims import warmup
+from effnetlib.reports.html import render_html, render_index
+from effnetlib.reports.tables import results, show
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here (Debian: apt-get install chromium)")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from effnetlib.claims import (
+from effnetlib.recipe import Recipe
+from effnetlib.reports.claims import (
     CONTRADICTED,
     MIME,
     NOT_TESTABLE,
@@ -21,10 +22,9 @@ from effnetlib.claims import (
     polynomial_decay,
     warmup,
 )
-from effnetlib.recipe import Recipe
-from effnetlib.records import ONE_CORE_A_DEVICE, Record
-from effnetlib.report import best_rates, search_records
-from effnetlib.suite import load_suite
+from effnetlib.reports.tables import best_rates, search_records
+from effnetlib.runs.record import ONE_CORE_A_DEVICE, Record
+from effnetlib.suites.suite import load_suite
 
 HIGH, LOW = [0.80, 0.81, 0.82], [0.50, 0.51, 0.52]
 

@@ -6,8 +6,9 @@ import sys
 import pytest
 from test_invariance import free_port
 
-from effnetlib import EffnetlibError, distributed
+from effnetlib import EffnetlibError
 from effnetlib.errors import FailedError
+from effnetlib.runs import hosts as distributed
 
 
 def test_a_process_on_its_own_joins_nothing(monkeypatch):

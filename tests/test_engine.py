@@ -73,7 +73,7 @@ def test_a_cell_that_takes_too_long_is_written_down(tmp_path):
 
 SAVES = """
 import pathlib, time
-from effnetlib.stopping import PreemptedError, Stop
+from effnetlib.runs.stopping import PreemptedError, Stop
 with Stop(None) as stop:
     pathlib.Path("ready").touch()
     while not stop.asked():

@@ -18,10 +18,10 @@ from click.testing import CliRunner
 
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
-from effnetlib.execute import _key, _StatusLine, execute
-from effnetlib.lock import held
-from effnetlib.records import outputs_folder
-from effnetlib.suite import load_suite
+from effnetlib.runs.lock import held
+from effnetlib.runs.record import outputs_folder
+from effnetlib.suites.execute import _key, _StatusLine, execute
+from effnetlib.suites.suite import load_suite
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 SHORT = "preset: digits-64-rmsprop, epochs: 0.25, eval_every_epochs: 0.25, warmup_epochs: 0.1"
@@ -113,7 +113,7 @@ def test_bad_usage_of_the_command_line(folder):
 
 
 def test_a_report_is_drawn_anew_when_a_plan_has_been_published(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("effnetlib.execute.published_folder", lambda: tmp_path)
+    monkeypatch.setattr("effnetlib.suites.execute.published_folder", lambda: tmp_path)
     suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [07_throughput]"))
     before = [_key(suite, entry) for entry in (*suite.runs, *suite.reports)]
     (tmp_path / "plans").mkdir()
@@ -135,7 +135,7 @@ def test_an_unwritable_outputs_folder(folder, tmp_path, monkeypatch):
 
 def test_a_report_alone_makes_no_folder_of_runs(folder, monkeypatch):
     suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [07_throughput]"))
-    monkeypatch.setattr("effnetlib.execute._run_papermill", lambda *_: 0)
+    monkeypatch.setattr("effnetlib.suites.execute._run_papermill", lambda *_: 0)
     assert [each.entry.name for each in execute(suite, "07_throughput")] == ["07_throughput"]
     assert suite.directory.is_dir() and not (suite.directory / "runs").exists()
 
@@ -163,7 +163,7 @@ def drawn(tmp_path):
 
 SAVES = """
 import os, pathlib, time
-from effnetlib.stopping import PreemptedError, Stop
+from effnetlib.runs.stopping import PreemptedError, Stop
 with Stop(None) as stop:
     pathlib.Path(f"ready-{os.getpid()}").touch()
     while not stop.asked():
@@ -200,8 +200,8 @@ def test_what_ends_a_suite_while_reports_are_drawn_lets_them_save_and_leaves_no_
 def test_a_signal_between_two_entries_begins_nothing_more(drawn, monkeypatch):
     suite = load_suite(drawn("1")[-1])
     # In this thread, as it is with runs.
-    monkeypatch.setattr("effnetlib.execute.ThreadPoolExecutor", lambda _: nullcontext(SimpleNamespace(map=map)))
-    monkeypatch.setattr("effnetlib.execute.render_html", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    monkeypatch.setattr("effnetlib.suites.execute.ThreadPoolExecutor", lambda _: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr("effnetlib.suites.execute.render_html", lambda *_: signal.raise_signal(signal.SIGUSR1))
     first, second = execute(suite)
     assert (first.status, second.entry.name, second.status) == ("completed", "b", "preempted")
     assert not (suite.directory / "executed/b.ipynb").exists()
@@ -243,7 +243,7 @@ def test_a_suite_that_is_being_executed_is_not_executed_a_second_time(drawn):
 
 
 def test_the_status_line_fits_its_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("effnetlib.execute.os.isatty", lambda _: True)
+    monkeypatch.setattr("effnetlib.suites.execute.os.isatty", lambda _: True)
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("TERM", "xterm")
     _StatusLine("[1/2] a").show(lambda: "0:01 · step 1 of 1,000")

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from effnetlib.host import PINNED, pinned, usable_cores
+from effnetlib.runs.machine import PINNED, pinned, usable_cores
 
 
 def test_settings_are_pinned_while_a_block_runs_and_named_and_then_as_they_were(monkeypatch):

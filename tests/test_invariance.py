@@ -15,9 +15,9 @@ from conftest import QUICK
 from flax import nnx
 
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
-from effnetlib.collectives import replica_groups, shapes
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
+from effnetlib.planning.collectives import replica_groups, shapes
 from effnetlib.step import lower_train_step, make_train_step
 
 STEPS = 20
@@ -190,7 +190,7 @@ WORKER = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-from effnetlib import distributed
+from effnetlib.runs import hosts as distributed
 distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 assert jax.device_count() == 8
 sys.path.insert(0, sys.argv[3])
@@ -266,7 +266,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
 port, process, folder = sys.argv[1:]
 import effnetlib
-from effnetlib import distributed, training
+from effnetlib import training
+from effnetlib.runs import hosts as distributed
 distributed.start(f"localhost:{port}", 2, int(process))
 recipe = effnetlib.Recipe.preset("digits-64-rmsprop").replace(image_size=16, epochs=2000.0, eval_every_epochs=1900.0)
 assert recipe.total_steps // training.LOGGED_STEPS > 200  # steps between logged ones
@@ -315,7 +316,7 @@ import sys, jax
 jax.config.update("jax_platforms", "cpu")
 port, process, folder = sys.argv[1:]
 import effnetlib
-from effnetlib import distributed
+from effnetlib.runs import hosts as distributed
 distributed.start(f"localhost:{port}", 2, int(process))
 try:
     effnetlib.train(effnetlib.Recipe.preset("digits-64-lars"), folder)

@@ -8,7 +8,7 @@ import pytest
 
 from effnetlib import EffnetlibError, Recipe, make_mesh, simulate_devices
 from effnetlib.mesh import AXES, _torus, batch_sharding, replica_groups
-from effnetlib.topology import CHIPS, NAMES, chip_of, devices_of
+from effnetlib.planning.topology import CHIPS, NAMES, chip_of, devices_of
 
 
 def test_groups_of_up_to_sixteen_are_contiguous():

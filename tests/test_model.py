@@ -8,9 +8,12 @@ import pytest
 from conftest import run_once
 from flax import nnx
 
-from effnetlib import EfficientNet, EffnetlibError, Recipe, convolutions, make_mesh, paper
-from effnetlib.activation import normalized_swish
-from effnetlib.convolutions import (
+from effnetlib import EfficientNet, EffnetlibError, Recipe, make_mesh
+from effnetlib.mesh import batch_sharding, replicated
+from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
+from effnetlib.ops import convolutions
+from effnetlib.ops.activation import normalized_swish
+from effnetlib.ops.convolutions import (
     NARROW,
     _convolution,
     _kernel_gradient_as_convolution,
@@ -19,9 +22,8 @@ from effnetlib.convolutions import (
     full_conv,
     pointwise_conv,
 )
-from effnetlib.mesh import batch_sharding, replicated
-from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
-from effnetlib.squeeze_excite import gate, gated_swish
+from effnetlib.ops.squeeze_excite import gate, gated_swish
+from effnetlib.reports import paper
 from effnetlib.step import make_train_step
 
 

@@ -22,12 +22,14 @@ from conftest import run_once
 from flax import nnx
 from test_prepare import by_class
 
-from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, checkpoints, errors, weights
+from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, errors
 from effnetlib.data.prepare import prepare
-from effnetlib.parameters import notebook_parameters
 from effnetlib.recipe import TRAIN_PARAMETERS
-from effnetlib.records import environment
-from effnetlib.suite import load_suite
+from effnetlib.runs import checkpoints
+from effnetlib.runs.record import environment
+from effnetlib.suites.parameters import notebook_parameters
+from effnetlib.suites.suite import load_suite
+from effnetlib.weights import names as weights
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"

@@ -12,18 +12,28 @@ from click.testing import CliRunner
 from conftest import QUICK
 from test_prepare import by_class
 
-from effnetlib import Recipe, Record, paper
+from effnetlib import Recipe, Record
 from effnetlib.__main__ import main
-from effnetlib.against_paper import chips, dawnbench, deviations, figure1, row_of, stated_deviations, table1, table2
-from effnetlib.comparison import difference, labels, load, outcomes, points, settings
 from effnetlib.data import load as load_data
 from effnetlib.data import train_batches
 from effnetlib.mesh import batch_sharding, make_mesh
-from effnetlib.planning import find_plan, load_plans
+from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.presets import PAPER_PRESETS
-from effnetlib.records import outputs_folder, published_folder
+from effnetlib.reports import paper
+from effnetlib.reports.against_paper import (
+    chips,
+    dawnbench,
+    deviations,
+    figure1,
+    row_of,
+    stated_deviations,
+    table1,
+    table2,
+)
+from effnetlib.reports.comparison import difference, labels, load, outcomes, points, settings
+from effnetlib.runs.record import outputs_folder, published_folder
 from effnetlib.step import lower_train_step
-from effnetlib.suite import load_suite
+from effnetlib.suites.suite import load_suite
 
 SUITE = load_suite(Path(__file__).parent.parent / "notebooks/suites/paper.yaml")
 CORES = dict(zip(paper.table2()["preset"], paper.table2()["cores"], strict=True))

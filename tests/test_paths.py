@@ -9,14 +9,14 @@ from click.testing import CliRunner
 
 from effnetlib import EffnetlibError, Recipe, Record, data, load_records, train
 from effnetlib.__main__ import main
-from effnetlib.comparison import load
 from effnetlib.data.sources import cache_folder
-from effnetlib.pages import report_suite
-from effnetlib.paths import name_or_path, user_path
-from effnetlib.pretrained import Pretrained, evaluate_pretrained, import_weights
-from effnetlib.records import outputs_folder, runs_folder
-from effnetlib.report import show
-from effnetlib.suite import load_suite
+from effnetlib.reports.comparison import load
+from effnetlib.reports.pages import report_suite
+from effnetlib.reports.tables import show
+from effnetlib.runs.paths import name_or_path, user_path
+from effnetlib.runs.record import outputs_folder, runs_folder
+from effnetlib.suites.suite import load_suite
+from effnetlib.weights.pretrained import Pretrained, evaluate_pretrained, import_weights
 
 
 @pytest.fixture

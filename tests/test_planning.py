@@ -12,17 +12,19 @@ from collections import Counter
 import jax
 import pytest
 
-from effnetlib import EffnetlibError, Plan, Recipe, plan, planning, step, topology
+from effnetlib import EffnetlibError, Plan, Recipe, plan, step
 from effnetlib.__main__ import main
-from effnetlib.collectives import Collective, collectives, replica_groups, seconds
 from effnetlib.evaluation import lower_eval_step
 from effnetlib.mesh import make_mesh
 from effnetlib.mesh import replica_groups as groups_of
 from effnetlib.model import multiply_adds
-from effnetlib.planning import find_plan, load_plans
-from effnetlib.records import published_folder
+from effnetlib.planning import plan as planning
+from effnetlib.planning import topology
+from effnetlib.planning.collectives import Collective, collectives, replica_groups, seconds
+from effnetlib.planning.plan import find_plan, load_plans
+from effnetlib.planning.topology import CHIPS, chip_of
+from effnetlib.runs.record import published_folder
 from effnetlib.step import lower_train_step
-from effnetlib.topology import CHIPS, chip_of
 
 PROGRAM = """
   %a = f32[100]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
@@ -185,7 +187,7 @@ def test_planning_leaves_the_environment_as_it_was(monkeypatch):
     code = """
         import os, subprocess, sys
         import jax
-        from effnetlib import topology
+        from effnetlib.planning import topology
 
         def environment():  # of a process that this one starts: libtpu's own settings are not in os.environ
             listed = subprocess.run([sys.executable, "-c", "import os; print(sorted(os.environ.items()))"], capture_output=True)

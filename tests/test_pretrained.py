@@ -12,9 +12,11 @@ from conftest import run_once
 from flax import nnx
 from safetensors.numpy import save_file
 
-from effnetlib import EfficientNet, EffnetlibError, checkpoints, data, weights
+from effnetlib import EfficientNet, EffnetlibError, data
 from effnetlib.__main__ import main
-from effnetlib.pretrained import Pretrained, evaluate_pretrained, import_weights, predict
+from effnetlib.runs import checkpoints
+from effnetlib.weights import names as weights
+from effnetlib.weights.pretrained import Pretrained, evaluate_pretrained, import_weights, predict
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from jupyter_client.manager import start_new_kernel
 
 import effnetlib
 from effnetlib import Record
-from effnetlib.progress import Progress, say
+from effnetlib.runs.progress import Progress, say
 
 CELL = """
 import effnetlib
@@ -119,7 +119,7 @@ def test_characters_that_a_terminal_does_not_know_become_question_marks(monkeypa
 
 @pytest.mark.parametrize("stream", [closed_pipe, lambda: open("/dev/full", "w")])
 def test_output_that_is_lost_changes_no_exit_code_and_shows_no_traceback(stream):
-    code = "import sys; from effnetlib.progress import say; sys.stdout.write('kept back until the end'); say('·'); sys.exit(75)"
+    code = "import sys; from effnetlib.runs.progress import say; sys.stdout.write('kept back until the end'); say('·'); sys.exit(75)"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=stream().detach(), stderr=subprocess.PIPE, text=True, env=buffered

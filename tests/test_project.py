@@ -10,7 +10,7 @@ import yaml
 from publish import companion, readme_tables, verdicts, with_tables
 
 from effnetlib import Record, load_records
-from effnetlib.planning import load_plans
+from effnetlib.planning.plan import load_plans
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "outputs/published/laptop"

@@ -7,10 +7,10 @@ import pytest
 from test_report import made_up, outcome
 
 from effnetlib import EffnetlibError
-from effnetlib.claims import warmup
 from effnetlib.errors import FailedError
-from effnetlib.records import outputs_folder
-from effnetlib.render import render_html
+from effnetlib.reports.claims import warmup
+from effnetlib.reports.html import render_html
+from effnetlib.runs.record import outputs_folder
 
 
 @pytest.fixture

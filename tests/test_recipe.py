@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from effnetlib import EffnetlibError, Recipe, paper
+from effnetlib import EffnetlibError, Recipe
 from effnetlib.presets import PAPER_PRESETS, SESSION_MINUTES
+from effnetlib.reports import paper
 
 DIGITS = Recipe.preset("digits-64-lars")
 

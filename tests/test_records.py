@@ -3,8 +3,8 @@ import json
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record, load_records, train
-from effnetlib.records import environment, outputs_folder, write_atomically
-from effnetlib.report import results
+from effnetlib.reports.tables import results
+from effnetlib.runs.record import environment, outputs_folder, write_atomically
 
 
 def rows(record):

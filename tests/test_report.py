@@ -8,9 +8,8 @@ import PIL.Image
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
-from effnetlib.records import outputs_folder, published_folder
-from effnetlib.render import render_html, render_index
-from effnetlib.report import (
+from effnetlib.reports.html import render_html, render_index
+from effnetlib.reports.tables import (
     best_rates,
     conditions,
     curves,
@@ -21,6 +20,7 @@ from effnetlib.report import (
     styled,
     suite_records,
 )
+from effnetlib.runs.record import outputs_folder, published_folder
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 

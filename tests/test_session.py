@@ -9,8 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 from test_report import made_up
 
-from effnetlib import EffnetlibError, kaggle
-from effnetlib.stopping import PreemptedError
+from effnetlib import EffnetlibError
+from effnetlib.runs.stopping import PreemptedError
+from effnetlib.suites import kaggle
 
 SIGNS = ("COLAB_RELEASE_TAG", "COLAB_GPU", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_ACCELERATOR_TYPE", "JAX_PLATFORMS")
 NEEDS = {

@@ -18,10 +18,11 @@ from chaos import chaos
 from PIL import Image
 
 import effnetlib
-from effnetlib import EffnetlibError, Recipe, Record, checkpoints, train
+from effnetlib import EffnetlibError, Recipe, Record, train
 from effnetlib.errors import FailedError
+from effnetlib.runs import checkpoints
+from effnetlib.runs.stopping import PreemptedError, Stop
 from effnetlib.step import make_train_step, smoothed_cross_entropy
-from effnetlib.stopping import PreemptedError, Stop
 from effnetlib.training import DivergedError
 
 MODULE = sys.modules["effnetlib.training"]
@@ -225,7 +226,7 @@ def test_a_checkpoint_that_does_not_fit_the_program_stays_where_it_is(written, w
 
 
 def test_two_runs_in_one_folder(tiny, tmp_path):
-    code = "import sys, pathlib, time; from effnetlib.lock import held\nwith held(pathlib.Path(sys.argv[1]), 'training in'): print(flush=True); time.sleep(60)"
+    code = "import sys, pathlib, time; from effnetlib.runs.lock import held\nwith held(pathlib.Path(sys.argv[1]), 'training in'): print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(EffnetlibError, match=f"process {other.pid} on .* is training in"):

@@ -16,8 +16,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
-from effnetlib import EfficientNet, EffnetlibError, weights
+from effnetlib import EfficientNet, EffnetlibError
 from effnetlib.model import VARIANTS, block_specs, head_filters
+from effnetlib.weights import names as weights
 
 PAPER_VARIANTS = [name for name in VARIANTS if name != "nano"]
 CLASSES = 10

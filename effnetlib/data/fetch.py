@@ -16,7 +16,7 @@ from PIL import Image
 
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.progress import say
+from effnetlib.runs.progress import say
 
 CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"

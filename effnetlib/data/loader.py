@@ -14,7 +14,7 @@ import numpy as np
 
 from effnetlib.data.images import eval_image, train_image
 from effnetlib.data.sources import Split
-from effnetlib.host import usable_cores
+from effnetlib.runs.machine import usable_cores
 
 # With a jaxlib before 0.11 grain warns, when imported, that it cannot profile its worker processes. None are used here, and the
 # line would stand at the top of every notebook on Colab and Kaggle.

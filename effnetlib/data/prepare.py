@@ -22,10 +22,10 @@ from effnetlib.data.images import Unreadable, read
 from effnetlib.data.photographs import SPLIT_NAMES, Listing, MissingSplit, Photo, check_classes, list_photographs, seen
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.host import usable_cores
-from effnetlib.lock import held
-from effnetlib.progress import Progress
-from effnetlib.records import write_atomically
+from effnetlib.runs.lock import held
+from effnetlib.runs.machine import usable_cores
+from effnetlib.runs.progress import Progress
+from effnetlib.runs.record import write_atomically
 
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_SHARDS = {"train": 1024, "eval": 128}  # the reference's

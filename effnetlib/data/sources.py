@@ -12,7 +12,7 @@ from effnetlib.data.images import decode
 from effnetlib.data.photographs import Listing, check_classes, in_words, kept_listing, seen
 from effnetlib.data.shards import NOTES, Shards, open_shards, shard_order
 from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.paths import name_or_path, user_path
+from effnetlib.runs.paths import name_or_path, user_path
 
 SPLITS = ("train", "eval", "test")
 SUBSETS = ("all", "minival")

@@ -7,7 +7,7 @@
 # such as gs://BUCKET: mount the bucket.
 #
 # Which host it is, and where the first one is, comes from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS
-# (see effnetlib/distributed.py). What runs write goes to EFFNETLIB_OUTPUTS, a folder that all hosts see. Each host leaves its
+# (see effnetlib/runs/hosts.py). What runs write goes to EFFNETLIB_OUTPUTS, a folder that all hosts see. Each host leaves its
 # notebook and its log in hosts/ there. With COPY_TO, the first host runs `$COPY FOLDER $COPY_TO` every COPY_SECONDS and at
 # the end; COPY is "gcloud storage rsync --recursive", or "cp -rT" where COPY_TO is a folder, such as a mounted bucket, unless
 # you say otherwise. SIGTERM is passed on, and waits for the save.

@@ -20,13 +20,13 @@ import markupsafe
 import matplotlib.pyplot as plt
 import nbformat
 
-from effnetlib.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.planning import find_plan, load_plans
+from effnetlib.planning.plan import find_plan, load_plans
+from effnetlib.planning.topology import GIB
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, load_records, outputs_folder, published_folder, write_atomically
-from effnetlib.render import css, outcome, read_notebook, render_index, title
-from effnetlib.topology import GIB
+from effnetlib.reports.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
+from effnetlib.reports.html import css, outcome, read_notebook, render_index, title
+from effnetlib.runs.record import Record, load_records, outputs_folder, published_folder, write_atomically
 
 KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
 TEMPLATE = Path(__file__).parent / "companion.html.j2"
@@ -97,7 +97,7 @@ def refresh() -> Path:
 
 
 def verdicts(published: Path) -> list[dict]:
-    """What every published report says of a claim: the fields of `effnetlib.claims.Verdict`, and `suite` and `report`. Where
+    """What every published report says of a claim: the fields of `effnetlib.reports.claims.Verdict`, and `suite` and `report`. Where
     one suite can test a claim, those that cannot are left out."""
     found = []
     for path in sorted(published.glob("*/executed/*.ipynb")):

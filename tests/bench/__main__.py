@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from effnetlib.progress import duration
-from effnetlib.records import environment, write_atomically
+from effnetlib.runs.progress import duration
+from effnetlib.runs.record import environment, write_atomically
 
 from . import overheads, peers
 from .contestant import ContestantError

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from effnetlib import Recipe, Record, make_mesh, simulate_devices, training
-from effnetlib.checkpoints import open_checkpoints, save
 from effnetlib.evaluation import EvalResult
 from effnetlib.mesh import batch_sharding, replicated
+from effnetlib.runs.checkpoints import open_checkpoints, save
+from effnetlib.runs.stopping import Stop
 from effnetlib.step import lower_train_step, make_train_step
-from effnetlib.stopping import Stop
 
 from .contestant import serve
 from .steps import images_per_second

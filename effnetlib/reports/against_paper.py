@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from effnetlib import paper
 from effnetlib.data import describe
 from effnetlib.presets import PAPER_PRESETS
-from effnetlib.progress import say
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, load_records, runs_folder
+from effnetlib.reports import paper
+from effnetlib.runs.progress import say
+from effnetlib.runs.record import Record, load_records, runs_folder
 
 DAWNBENCH_TOP5 = 0.93
 TWO_CORES_A_CHIP = ("TPU v2", "TPU v3")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from effnetlib.topology import Chip
+from effnetlib.planning.topology import Chip
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 HOP_SECONDS = 1e-6

@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from effnetlib.distributed import all_or_none
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.progress import say
+from effnetlib.runs.hosts import all_or_none
+from effnetlib.runs.progress import say
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
 

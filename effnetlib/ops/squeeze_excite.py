@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effnetlib.activation import barrier, spatial, swish_and_slope, through_norm
-from effnetlib.convolutions import conv_init, precision_of
+from effnetlib.ops.activation import barrier, spatial, swish_and_slope, through_norm
+from effnetlib.ops.convolutions import conv_init, precision_of
 
 
 def gate(squeezed, weights):

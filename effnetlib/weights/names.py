@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 
-from effnetlib.checkpoints import Weights
 from effnetlib.data.images import MEAN_RGB, STDDEV_RGB
 from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.model import VARIANTS, EfficientNet, block_specs, head_filters, stage_repeats
-from effnetlib.records import write_atomically
+from effnetlib.runs.checkpoints import Weights
+from effnetlib.runs.record import write_atomically
 
 
 @dataclass(frozen=True)

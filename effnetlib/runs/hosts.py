@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.progress import saying
+from effnetlib.runs.progress import saying
 
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0

@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 
-from effnetlib.progress import say
+from effnetlib.runs.progress import say
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped and may be started again
 # What a user, a terminal, ssh, SLURM or a cloud sends to a process that is to end.

@@ -14,8 +14,8 @@ from html import escape
 import numpy as np
 from scipy import stats
 
-from effnetlib.paper import table2
-from effnetlib.records import Record
+from effnetlib.reports.paper import table2
+from effnetlib.runs.record import Record
 
 SUPPORTED = "supported"
 CONTRADICTED = "contradicted"

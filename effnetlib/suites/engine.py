@@ -48,8 +48,8 @@ from papermill.log import logger  # noqa: E402
 from papermill.utils import merge_kwargs, remove_args  # noqa: E402
 
 from effnetlib.errors import FailedError  # noqa: E402
-from effnetlib.progress import LINE_SECONDS, say  # noqa: E402
-from effnetlib.stopping import TRY_AGAIN, Children, follow  # noqa: E402
+from effnetlib.runs.progress import LINE_SECONDS, say  # noqa: E402
+from effnetlib.runs.stopping import TRY_AGAIN, Children, follow  # noqa: E402
 
 LAST_LINES = 200  # of a kernel's output: a stack trace of C++ and one of Python, and what came before them
 # How the lines of such traces begin. What they tell of is said before them.
@@ -58,7 +58,7 @@ ROOT = str(Path(__file__).parent.parent)
 KERNEL = f"""
 import os, sys
 sys.path.insert(0, {ROOT!r})
-from effnetlib.stopping import follow
+from effnetlib.runs.stopping import follow
 if {ROOT!r} in sys.path[1:]: del sys.path[0]
 follow(int(os.environ["JPY_PARENT_PID"]))
 from ipykernel.kernelapp import launch_new_instance

@@ -16,10 +16,10 @@ import jax
 import pandas as pd
 
 from effnetlib.errors import EffnetlibError, first_line
-from effnetlib.host import usable_cores
-from effnetlib.paths import user_path
-from effnetlib.progress import say
 from effnetlib.recipe import Recipe
+from effnetlib.runs.machine import usable_cores
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.progress import say
 
 SCHEMA = 1
 SECTIONS = ("status", "environment", "data", "timing", "result", "error")

@@ -23,14 +23,14 @@ import yaml
 
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.host import usable_cores
-from effnetlib.lock import held
-from effnetlib.progress import LINE_SECONDS, duration, say
 from effnetlib.recipe import Recipe
-from effnetlib.records import Record, outputs_folder, published_folder, write_atomically
-from effnetlib.render import outcome, render_html, render_index
-from effnetlib.stopping import TRY_AGAIN, Children
-from effnetlib.suite import Entry, Suite
+from effnetlib.reports.html import outcome, render_html, render_index
+from effnetlib.runs.lock import held
+from effnetlib.runs.machine import usable_cores
+from effnetlib.runs.progress import LINE_SECONDS, duration, say
+from effnetlib.runs.record import Record, outputs_folder, published_folder, write_atomically
+from effnetlib.runs.stopping import TRY_AGAIN, Children
+from effnetlib.suites.suite import Entry, Suite
 
 POLL_SECONDS = 0.5
 START_SECONDS = 60

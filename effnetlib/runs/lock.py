@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.progress import say
+from effnetlib.runs.progress import say
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from effnetlib.progress import say
-from effnetlib.records import Record
-from effnetlib.stopping import PreemptedError
+from effnetlib.runs.progress import say
+from effnetlib.runs.record import Record
+from effnetlib.runs.stopping import PreemptedError
 
 INPUT = Path("/kaggle/input")
 

@@ -16,17 +16,17 @@ from pathlib import Path
 
 import jax
 
-from effnetlib.collectives import Collective, collectives, seconds
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluation import lower_eval_step
-from effnetlib.host import pinned
 from effnetlib.mesh import make_mesh
 from effnetlib.model import multiply_adds
-from effnetlib.progress import LINE_SECONDS, saying
+from effnetlib.planning.collectives import Collective, collectives, seconds
+from effnetlib.planning.topology import GIB, chip_of, devices_of
 from effnetlib.recipe import Recipe
-from effnetlib.records import outputs_folder, write_atomically
+from effnetlib.runs.machine import pinned
+from effnetlib.runs.progress import LINE_SECONDS, saying
+from effnetlib.runs.record import outputs_folder, write_atomically
 from effnetlib.step import lower_train_step, make_train_step
-from effnetlib.topology import GIB, chip_of, devices_of
 
 PROGRAM = (
     "recipe",
@@ -63,7 +63,7 @@ class Plan:
         max(flops / peak, bytes_accessed / bandwidth).
       compute_seconds, compute_source: the one of the two that is used: the compiler's where it is sane, that is no less than
         the arithmetic alone takes and no more than ten times the roofline.
-      collectives, collective_seconds: what is exchanged a step, and for how long by `effnetlib.collectives.seconds`.
+      collectives, collective_seconds: what is exchanged a step, and for how long by `effnetlib.planning.collectives.seconds`.
       step_seconds: the sum of computing and exchanging; all_reduce_share: the share of the latter.
       images_per_second: of the whole slice. mfu: 6 x multiply-adds of the model x images/s / the slice's peak.
       eval_seconds: an evaluation of the raw weights and their average on all evaluation images.

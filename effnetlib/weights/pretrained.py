@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from effnetlib import checkpoints, data, weights
-from effnetlib.checkpoints import Weights
+from effnetlib import data
 from effnetlib.data import Split
 from effnetlib.data.images import normalize
 from effnetlib.data.photographs import WHOLE, WNID
 from effnetlib.errors import EffnetlibError, shown
 from effnetlib.evaluation import EvalResult, evaluate
-from effnetlib.host import pinned
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
-from effnetlib.paths import user_path
-from effnetlib.progress import say
-from effnetlib.records import SCHEMA, Record, environment, write_atomically
+from effnetlib.runs import checkpoints
+from effnetlib.runs.checkpoints import Weights
+from effnetlib.runs.machine import pinned
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.progress import say
+from effnetlib.runs.record import SCHEMA, Record, environment, write_atomically
+from effnetlib.weights import names as weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Pretrained:
 
     @classmethod
     def load(cls, path: Path | str, *, best: bool = False) -> "Pretrained":
-        """Reads a file (see `effnetlib.weights.read`), a folder that `import_weights` made, or a run's folder, of which it
+        """Reads a file (see `effnetlib.weights.names.read`), a folder that `import_weights` made, or a run's folder, of which it
         takes the moving average in the latest checkpoint, or (`best`) in that of the highest top-1.
 
         Raises:

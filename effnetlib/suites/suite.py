@@ -26,10 +26,10 @@ import papermill
 import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.parameters import check_parameters, read_yaml
-from effnetlib.paths import name_or_path, user_path
 from effnetlib.recipe import Recipe
-from effnetlib.records import outputs_folder
+from effnetlib.runs.paths import name_or_path, user_path
+from effnetlib.runs.record import outputs_folder
+from effnetlib.suites.parameters import check_parameters, read_yaml
 
 TRAIN_NOTEBOOK = "train"
 

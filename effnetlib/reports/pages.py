@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from effnetlib import comparison, execute
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.lock import held
-from effnetlib.paths import user_path
-from effnetlib.records import load_records, outputs_folder
-from effnetlib.render import outcome, render_html, render_index
-from effnetlib.suite import Suite, report_alone
+from effnetlib.reports import comparison
+from effnetlib.reports.html import outcome, render_html, render_index
+from effnetlib.runs.lock import held
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.record import load_records, outputs_folder
+from effnetlib.suites import execute
+from effnetlib.suites.suite import Suite, report_alone
 
 AGAINST_PAPER = "13_paper_against_ours"
 COMPARISON = "14_comparison"

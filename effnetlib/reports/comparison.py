@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from effnetlib.claims import MIN_SEEDS, contrast
 from effnetlib.errors import EffnetlibError
-from effnetlib.paths import user_path
-from effnetlib.records import Record
-from effnetlib.report import results
+from effnetlib.reports.claims import MIN_SEEDS, contrast
+from effnetlib.reports.tables import results
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.record import Record
 
 CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
                  "xla_flags", "settings")  # fmt: skip

@@ -12,8 +12,8 @@ from IPython.display import Image
 from pandas.io.formats.style import Styler
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.paths import user_path
-from effnetlib.records import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.record import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
 
 SEARCH = "search-"
 

@@ -10,7 +10,7 @@ import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-from effnetlib.records import load_records, write_atomically
+from effnetlib.runs.record import load_records, write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
 
