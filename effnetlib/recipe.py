@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from effnetlib.data.images import AUGMENTATIONS
 from effnetlib.data.sources import KNOWN, SUBSETS, DataInfo, describe
@@ -16,7 +17,6 @@ from effnetlib.optim import OPTIMIZERS
 from effnetlib.presets import preset_fields
 from effnetlib.runs.paths import name_or_path
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
-from effnetlib.suites.parameters import check_parameters, typed
 
 CHOICES = {
     "subset": SUBSETS,
@@ -26,6 +26,28 @@ CHOICES = {
     "decay": ("polynomial", "exponential"),
     "precision": ("bfloat16", "float32"),
 }
+
+
+def check_parameters(parameters: Iterable[str], known: Iterable[str]) -> None:
+    """Raises EffnetlibError, naming the nearest, if a parameter is not a known one."""
+    known = list(known)
+    for name in parameters:
+        if name not in known:
+            raise EffnetlibError(f"there is no parameter {name!r}: {did_you_mean(name, known)}")
+
+
+def typed(name: str, value, hint):
+    """`value` as `hint` says, which is a type or an Optional one; an integer is allowed for a float. Anything else is an
+    EffnetlibError that calls it `name`."""
+    kinds = typing.get_args(hint) or (hint,)
+    if float in kinds and type(value) is int:
+        value = float(value)
+    if type(value) not in kinds:
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
+    if type(value) is float and not math.isfinite(value):
+        raise EffnetlibError(f"{name} must be a finite number, and is {value}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

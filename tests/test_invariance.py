@@ -190,8 +190,8 @@ WORKER = """
 import sys, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
-from effnetlib.runs import hosts as distributed
-distributed.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+from effnetlib.runs import hosts
+hosts.start(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 assert jax.device_count() == 8
 sys.path.insert(0, sys.argv[3])
 import test_norm
@@ -267,8 +267,8 @@ jax.config.update("jax_num_cpu_devices", 1)
 port, process, folder = sys.argv[1:]
 import effnetlib
 from effnetlib import training
-from effnetlib.runs import hosts as distributed
-distributed.start(f"localhost:{port}", 2, int(process))
+from effnetlib.runs import hosts
+hosts.start(f"localhost:{port}", 2, int(process))
 recipe = effnetlib.Recipe.preset("digits-64-rmsprop").replace(image_size=16, epochs=2000.0, eval_every_epochs=1900.0)
 assert recipe.total_steps // training.LOGGED_STEPS > 200  # steps between logged ones
 batches = training.data.train_batches
@@ -283,7 +283,7 @@ try:
     effnetlib.train(recipe, folder)
 except training.PreemptedError as error:
     print(time.time(), str(error).split(" of ")[0], flush=True)
-    distributed.wait_for_all("end")
+    hosts.wait_for_all("end")
 """
 
 
@@ -316,13 +316,13 @@ import sys, jax
 jax.config.update("jax_platforms", "cpu")
 port, process, folder = sys.argv[1:]
 import effnetlib
-from effnetlib.runs import hosts as distributed
-distributed.start(f"localhost:{port}", 2, int(process))
+from effnetlib.runs import hosts
+hosts.start(f"localhost:{port}", 2, int(process))
 try:
     effnetlib.train(effnetlib.Recipe.preset("digits-64-lars"), folder)
 except effnetlib.EffnetlibError as error:
     print(error, flush=True)
-    distributed.wait_for_all("end")  # else jaxlib ends the one that is left
+    hosts.wait_for_all("end")  # else jaxlib ends the one that is left
 """
 
 

@@ -33,16 +33,16 @@ PROGRAM = (
     "data/images",
     "model",
     "norm",
-    "convolutions",
-    "activation",
-    "squeeze_excite",
+    "ops/convolutions",
+    "ops/activation",
+    "ops/squeeze_excite",
     "step",
     "optim",
     "evaluation",
     "mesh",
-    "planning",
-    "collectives",
-    "topology",
+    "planning/plan",
+    "planning/collectives",
+    "planning/topology",
 )
 
 
@@ -231,7 +231,7 @@ def _versions() -> dict:
 def _key(recipe: Recipe, topology: str) -> str:
     digest = hashlib.sha256(json.dumps([recipe.hash, topology, _versions()]).encode())
     for module in PROGRAM:
-        digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
+        digest.update((Path(__file__).parents[1] / f"{module}.py").read_bytes())
     return digest.hexdigest()[:12]
 
 

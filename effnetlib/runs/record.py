@@ -44,7 +44,7 @@ def outputs_folder() -> Path:
 
 def published_folder() -> Path:
     """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
-    return Path(__file__).parent.parent / "outputs/published"
+    return Path(__file__).parents[2] / "outputs/published"
 
 
 def runs_folder(suite: str) -> Path:
@@ -237,7 +237,7 @@ def _cpu_model() -> str:
 @functools.cache
 def _git_commit() -> str | None:
     """The commit of the checkout that this package runs from, with "+changes" where it has any; None outside one."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     if not (package.parent / ".git").exists():
         return None
 

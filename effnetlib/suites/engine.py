@@ -54,7 +54,7 @@ from effnetlib.runs.stopping import TRY_AGAIN, Children, follow  # noqa: E402
 LAST_LINES = 200  # of a kernel's output: a stack trace of C++ and one of Python, and what came before them
 # How the lines of such traces begin. What they tell of is said before them.
 TRACE = ("@", "***", "File ", "Thread 0x", "Current thread ", "Extension modules: ", "Fatal Python error: ", "<", "...")
-ROOT = str(Path(__file__).parent.parent)
+ROOT = str(Path(__file__).parents[2])
 KERNEL = f"""
 import os, sys
 sys.path.insert(0, {ROOT!r})

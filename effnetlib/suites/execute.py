@@ -128,7 +128,7 @@ def _key(suite: Suite, entry: Entry) -> str:
     if not entry.is_run:
         runs = suite.directory / "runs"
         named = (runs / run / "run.json" for run in entry.parameters.get("runs", ()))  # may lie in another suite
-        files += sorted(Path(__file__).parent.rglob("*.py"))
+        files += sorted(Path(__file__).parents[1].rglob("*.py"))
         files += sorted({*runs.glob("*/run.json"), *(path for path in named if path.is_file())})
         files += sorted((published_folder() / "plans").glob("*.json"))
     digest = hashlib.sha256(json.dumps(dict(entry.parameters), sort_keys=True).encode())

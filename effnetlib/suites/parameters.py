@@ -1,14 +1,12 @@
 """The parameters of a notebook, read and checked: papermill injects whatever it is given, and only warns."""
 
 import ast
-import math
 import re
-import typing
 from collections.abc import Iterable, Mapping
 
 import yaml
 
-from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.recipe import check_parameters, typed
 
 INJECTED = "# Parameters\n"
 
@@ -23,14 +21,6 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[e
 def read_yaml(text: str):
     """The value of a YAML text; a mistake in it is a yaml.YAMLError."""
     return yaml.load(text, _Loader)
-
-
-def check_parameters(parameters: Iterable[str], known: Iterable[str]) -> None:
-    """Raises EffnetlibError, naming the nearest, if a parameter is not a known one."""
-    known = list(known)
-    for name in parameters:
-        if name not in known:
-            raise EffnetlibError(f"there is no parameter {name!r}: {did_you_mean(name, known)}")
 
 
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
@@ -51,20 +41,6 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
             hints = {name: eval(hint, dict(namespace)) for name, hint in assigned.items()} | hints
     found = {name: namespace[name] for name in known if name in namespace}
     return found | {name: typed(name, found[name], hint) for name, hint in hints.items()}
-
-
-def typed(name: str, value, hint):
-    """`value` as `hint` says, which is a type or an Optional one; an integer is allowed for a float. Anything else is an
-    EffnetlibError that calls it `name`."""
-    kinds = typing.get_args(hint) or (hint,)
-    if float in kinds and type(value) is int:
-        value = float(value)
-    if type(value) not in kinds:
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
-    if type(value) is float and not math.isfinite(value):
-        raise EffnetlibError(f"{name} must be a finite number, and is {value}")
-    return value
 
 
 def _assigned(source: str) -> dict[str, str | None] | None:

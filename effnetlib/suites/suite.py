@@ -117,7 +117,7 @@ def report_alone(name: str, notebook: str, **parameters) -> Suite:
     Raises:
       EffnetlibError: this package runs from no checkout.
     """
-    notebooks = Path(__file__).parent.parent / "notebooks"
+    notebooks = Path(__file__).parents[2] / "notebooks"
     if not (notebooks / f"{notebook}.ipynb").is_file():
         raise EffnetlibError(
             f"this effnetlib has no notebooks beside it ({notebooks}): install it from a checkout, with pip install --editable ."

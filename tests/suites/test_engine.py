@@ -106,7 +106,7 @@ for step in (1, 2, 3):
 """
     source = notebook(tmp_path / "in.ipynb", lines)
     code = (
-        "import sys; from papermill.__main__ import papermill; from effnetlib import engine; "
+        "import sys; from papermill.__main__ import papermill; from effnetlib.suites import engine; "
         "engine.LINE_SECONDS = 0.1; papermill(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out.ipynb"), "--engine", "effnetlib"]

@@ -18,7 +18,7 @@ from effnetlib.reports.tables import results, show
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here (Debian: apt-get install chromium)")
 
-PUBLISHED = Path(__file__).parent.parent / "outputs/published"
+PUBLISHED = Path(__file__).parents[2] / "outputs/published"
 PAGES = sorted(PUBLISHED.rglob("*.html"))
 WIDTHS = {"desktop": 1280, "phone": 390}
 LARGEST = 2_000_000  # bytes of a page

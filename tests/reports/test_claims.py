@@ -137,7 +137,7 @@ def test_a_verdict_leaves_itself_in_the_notebook():
 
 
 def test_the_cifar10_suite_trains_what_won_its_search():
-    suite = load_suite(Path(__file__).parent.parent / "notebooks/suites/cifar10.yaml")
+    suite = load_suite(Path(__file__).parents[2] / "notebooks/suites/cifar10.yaml")
     winners = best_rates(search_records("cifar10"))
     assert winners["inside"].all() and set(winners["rates"]) <= {5, 6}
     trained = {}

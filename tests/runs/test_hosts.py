@@ -8,14 +8,14 @@ from test_invariance import free_port
 
 from effnetlib import EffnetlibError
 from effnetlib.errors import FailedError
-from effnetlib.runs import hosts as distributed
+from effnetlib.runs import hosts
 
 
 def test_a_process_on_its_own_joins_nothing(monkeypatch):
-    distributed.start()
-    distributed.start("nowhere", 1, 0)
+    hosts.start()
+    hosts.start("nowhere", 1, 0)
     monkeypatch.setenv("EFFNETLIB_PROCESSES", "1")
-    distributed.start()
+    hosts.start()
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_process_on_its_own_joins_nothing(monkeypatch):
 )
 def test_half_an_address_is_refused(given, sentence):
     with pytest.raises(EffnetlibError, match=sentence):
-        distributed.start(*given)
+        hosts.start(*given)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_half_an_address_is_refused(given, sentence):
      ("fe80::1:80", "fe80::1:80", 8476), (" tpu-0\n", "tpu-0", 8476), ("host.:65535", "host.", 65535)],
 )  # fmt: skip
 def test_an_address_is_a_host_and_a_port(given, host, port):
-    assert distributed._host_and_port(given) == (host, port)
+    assert hosts._host_and_port(given) == (host, port)
 
 
 @pytest.mark.parametrize(
@@ -49,50 +49,50 @@ def test_an_address_is_a_host_and_a_port(given, host, port):
 )  # fmt: skip
 def test_what_is_no_address_is_refused_at_once(given):
     with pytest.raises(EffnetlibError, match="^coordinator .* is no address: HOST, HOST:PORT or") as refused:
-        distributed.start(given, 2, 1)
+        hosts.start(given, 2, 1)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_name_that_cannot_be_resolved_is_given_up_in_a_minute_and_not_in_half_an_hour(process, monkeypatch):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(distributed.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(distributed.time, "sleep", lambda _: tried.append(1))
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", None)
+    monkeypatch.setattr(hosts.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hosts.time, "sleep", lambda _: tried.append(1))
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", None)
     tried = []
 
     def unknown(*_):
-        raise distributed.socket.gaierror(-2, "Name or service not known")
+        raise hosts.socket.gaierror(-2, "Name or service not known")
 
-    monkeypatch.setattr(distributed.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(hosts.socket, "getaddrinfo", unknown)
     with pytest.raises(
         FailedError, match="the host of process 0, tpu-0, cannot be resolved: Name or service not known"
     ):
-        distributed.start("tpu-0:80", 2, process)
+        hosts.start("tpu-0:80", 2, process)
     assert 2 <= len(tried) <= 6
 
 
 def test_a_name_that_comes_late_is_waited_for(monkeypatch):
-    answers = [distributed.socket.gaierror(-3, "try again"), None]
+    answers = [hosts.socket.gaierror(-3, "try again"), None]
     joined = []
 
     def getaddrinfo(*_):
         if error := answers.pop(0):
             raise error
 
-    monkeypatch.setattr(distributed.time, "sleep", lambda _: None)
-    monkeypatch.setattr(distributed.socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *given, **_: joined.append(given))
-    distributed.start("::1", 2, 0)
+    monkeypatch.setattr(hosts.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hosts.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *given, **_: joined.append(given))
+    hosts.start("::1", 2, 0)
     assert joined == [("[::1]:8476", 2, 0)]
 
 
 def test_missing_hosts_are_named_while_one_waits_and_given_up_in_a_sentence():
     code = (
-        "import sys, jax; jax.config.update('jax_platforms', 'cpu'); from effnetlib import distributed\n"
-        "distributed.PATIENCE_SECONDS = 1.0\n"
-        "try: distributed.start(f'localhost:{sys.argv[1]}', 2, 1, timeout_seconds=4)\n"
-        "except distributed.FailedError as error: print(error); sys.exit(3)"
+        "import sys, jax; jax.config.update('jax_platforms', 'cpu'); from effnetlib.runs import hosts\n"
+        "hosts.PATIENCE_SECONDS = 1.0\n"
+        "try: hosts.start(f'localhost:{sys.argv[1]}', 2, 1, timeout_seconds=4)\n"
+        "except hosts.FailedError as error: print(error); sys.exit(3)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(free_port())], capture_output=True, text=True, timeout=90)
     assert "process 1 of 2 still waits for the others" in done.stderr

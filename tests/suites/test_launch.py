@@ -14,7 +14,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "notebooks/launch"
 SKYPILOT = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 JOBSET = (LAUNCH / "jobset.yaml").read_text()

@@ -31,7 +31,7 @@ from effnetlib.suites.parameters import notebook_parameters
 from effnetlib.suites.suite import load_suite
 from effnetlib.weights import names as weights
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 READ_NO_SUITE = ("09_pod_plan", "10_pretrained", "11_photographs", "15_adding_an_optimizer")

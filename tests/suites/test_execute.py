@@ -23,7 +23,7 @@ from effnetlib.runs.record import outputs_folder
 from effnetlib.suites.execute import _key, _StatusLine, execute
 from effnetlib.suites.suite import load_suite
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SHORT = "preset: digits-64-rmsprop, epochs: 0.25, eval_every_epochs: 0.25, warmup_epochs: 0.1"
 
 

@@ -35,7 +35,7 @@ from effnetlib.runs.record import outputs_folder, published_folder
 from effnetlib.step import lower_train_step
 from effnetlib.suites.suite import load_suite
 
-SUITE = load_suite(Path(__file__).parent.parent / "notebooks/suites/paper.yaml")
+SUITE = load_suite(Path(__file__).parents[2] / "notebooks/suites/paper.yaml")
 CORES = dict(zip(paper.table2()["preset"], paper.table2()["cores"], strict=True))
 SLICES = {128: "v3:8x8x1", 256: "v3:16x8x1", 512: "v3:16x16x1", 1024: "v3:32x16x1"}
 

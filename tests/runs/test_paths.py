@@ -167,7 +167,7 @@ reports:
 
 
 def test_paths_in_a_suite_begin_where_the_command_runs_and_not_where_the_kernels_do(here):
-    suites = Path(__file__).parent.parent / "notebooks/suites"
+    suites = Path(__file__).parents[2] / "notebooks/suites"
     Path("notebooks/suites").mkdir(parents=True)
     for name in ("train", "14_comparison"):
         Path(f"notebooks/{name}.ipynb").write_bytes((suites.parent / f"{name}.ipynb").read_bytes())

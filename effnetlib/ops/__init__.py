@@ -1,0 +1,1 @@
+"""Layers in the form that suits each platform."""

@@ -1,0 +1,1 @@
+"""A recipe compiled for a slice that is not there."""

@@ -1,0 +1,1 @@
+"""Suites of notebooks: their files, their parameters, and how papermill runs them."""
