@@ -18,14 +18,11 @@ from effnetlib.presets import preset_fields
 from effnetlib.runs.paths import name_or_path
 from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
 
-CHOICES = {
-    "subset": SUBSETS,
-    "variant": tuple(VARIANTS),
-    "augmentation": AUGMENTATIONS,
-    "optimizer": OPTIMIZERS,
-    "decay": ("polynomial", "exponential"),
-    "precision": ("bfloat16", "float32"),
-}
+
+def setting(default, help: str, **accepted):
+    """A field of a recipe: its default, what it means and in which unit, and what is accepted: `choices`, or numbers `above`,
+    of at `least`, `below` or of at `most` a bound. Adding one changes no recipe's hash; changing a default would."""
+    return dataclasses.field(default=default, metadata={"help": help, **accepted})
 
 
 def check_parameters(parameters: Iterable[str], known: Iterable[str]) -> None:
@@ -52,83 +49,52 @@ def typed(name: str, value, hint):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
-
-    Attributes:
-      dataset: digits, cifar10, imagenet, or a folder of photographs or of shards (a path, which is made absolute, or a name
-        under the cache folder; see `effnetlib.data`).
-      subset: "all", or "minival" (the reference's hold-out: evaluate on 20/1,024 of the training set, train on the rest).
-      variant: b0 to b7, or nano.
-      image_size: pixels a side; None is the variant's own resolution.
-      augmentation: "inception" (random-resized crop and flip; evaluation on the centre crop), "autoaugment" and
-        "randaugment" (the same, then AutoAugment v0 or RandAugment 2, 17), "shift_flip" and "shift" (random shift by up to
-        an eighth, with or without flip; evaluation on the whole image) or "none". Whether the paper's runs had AutoAugment
-        on is not stated; its accuracies (B2 80.1 %, B5 83.5 %) are those of the released weights that had.
-      global_batch_size: training examples a step, over all devices.
-      batch_norm_batch_size: examples that share batch-norm statistics; divides the global batch.
-      batch_norm_momentum: share of the running statistics kept a step. 0.99 is the reference's and needs hundreds of
-        steps; runs of few steps want less.
-      epochs: passes over the training set (350 in the paper).
-      eval_every_epochs: epochs between evaluations; the last step is always evaluated.
-      optimizer: "lars" or "rmsprop" (TensorFlow's semantics); the names in `effnetlib.optim.OPTIMIZERS`.
-      lr_per_256: learning rate for 256 examples; scaled linearly with the global batch.
-      decay: "polynomial" or "exponential".
-      warmup_epochs: epochs of linear warm-up from zero.
-      end_lr: polynomial decay's last learning rate, absolute (0.1 in the reference).
-      decay_power: polynomial decay's power (2 in the reference).
-      decay_rate: exponential decay's factor a stair (0.97).
-      decay_epochs: exponential decay's epochs a stair (2.4).
-      momentum: of either optimizer.
-      rmsprop_decay: decay of RMSProp's accumulator.
-      rmsprop_eps: epsilon inside RMSProp's root.
-      lars_trust_coefficient: LARS's eta.
-      lars_weight_decay: weight decay inside LARS, on kernels only.
-      lars_eps: epsilon in the divisor of the trust ratio.
-      loss_weight_decay: coefficient of ``sum(|v|^2 / 2)`` in the loss, over all but batch norm's gamma and beta. The
-        released code has it on under LARS too (kernels are then decayed twice); 0 turns it off.
-      label_smoothing: share of the target spread over all classes.
-      dropout: rate before the classifier; None is the variant's own.
-      drop_path: rate of stochastic depth at the last block.
-      ema_decay: upper bound of the moving average's decay, over parameters and batch statistics.
-      precision: dtype of the convolutions and of the activations between them, "bfloat16" or "float32"; parameters,
-        batch norm, the classifier, the loss and the optimizer are float32.
-      seed: of initialisation, order, augmentation, dropout and stochastic depth.
+    """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`). `Recipe.help()` shows every
+    setting with its default, its meaning and what is accepted.
 
     Raises:
       EffnetlibError: a value of the wrong type or out of range, or an impossible combination.
     """
 
-    dataset: str = "imagenet"
-    subset: str = "all"
-    variant: str = "b2"
-    image_size: int | None = None
-    augmentation: str = "autoaugment"
-    global_batch_size: int = 32768
-    batch_norm_batch_size: int = 128
-    batch_norm_momentum: float = 0.99
-    epochs: float = 350.0
-    eval_every_epochs: float = 4.0
-    optimizer: str = "lars"
-    lr_per_256: float = 0.118
-    decay: str = "polynomial"
-    warmup_epochs: float = 50.0
-    end_lr: float = 0.1
-    decay_power: float = 2.0
-    decay_rate: float = 0.97
-    decay_epochs: float = 2.4
-    momentum: float = 0.9
-    rmsprop_decay: float = 0.9
-    rmsprop_eps: float = 1e-3
-    lars_trust_coefficient: float = 1e-3
-    lars_weight_decay: float = 1e-5
-    lars_eps: float = 0.0
-    loss_weight_decay: float = 1e-5
-    label_smoothing: float = 0.1
-    dropout: float | None = None
-    drop_path: float = 0.2
-    ema_decay: float = 0.9999
-    precision: str = "bfloat16"
-    seed: int = 0
+    dataset: str = setting("imagenet", "digits, cifar10, imagenet; or photographs or shards: a path, or a cached name")
+    subset: str = setting("all", "minival holds 20/1,024 of the training set out, to evaluate on", choices=SUBSETS)
+    variant: str = setting("b2", "the network", choices=VARIANTS)
+    image_size: int | None = setting(None, "pixels per side; None is the variant's own resolution", above=0)
+    # Whether the paper's runs had AutoAugment is not stated; its accuracies are those of the released weights that had.
+    augmentation: str = setting(
+        "autoaugment",
+        "inception: random-resized crop and flip; autoaugment, randaugment: the same, then that; shift_flip, shift: shifts by "
+        "up to an eighth. The first three evaluate on the centre crop, the others on the whole image",
+        choices=AUGMENTATIONS,
+    )
+    global_batch_size: int = setting(32768, "training examples per step, over all devices", above=0)
+    batch_norm_batch_size: int = setting(128, "examples that share statistics; divides the global batch", above=0)
+    # Hundreds of steps: short runs want less than the reference's 0.99.
+    batch_norm_momentum: float = setting(0.99, "share of the running statistics kept per step", least=0, below=1)
+    epochs: float = setting(350.0, "passes over the training set", above=0)
+    eval_every_epochs: float = setting(4.0, "epochs between evaluations; the last step always has one", above=0)
+    optimizer: str = setting("lars", "lars, or rmsprop with TensorFlow's semantics", choices=OPTIMIZERS)
+    lr_per_256: float = setting(0.118, "learning rate for 256 examples; scaled linearly with the global batch", above=0)
+    decay: str = setting("polynomial", "how the learning rate falls", choices=("polynomial", "exponential"))
+    warmup_epochs: float = setting(50.0, "epochs of linear warm-up from zero", least=0)
+    end_lr: float = setting(0.1, "last learning rate of polynomial decay, absolute", least=0)
+    decay_power: float = setting(2.0, "power of polynomial decay", above=0)
+    decay_rate: float = setting(0.97, "factor per stair of exponential decay", above=0, most=1)
+    decay_epochs: float = setting(2.4, "epochs per stair of exponential decay", above=0)
+    momentum: float = setting(0.9, "of the optimizer", least=0, below=1)
+    rmsprop_decay: float = setting(0.9, "decay of RMSProp's accumulator", least=0, below=1)
+    rmsprop_eps: float = setting(1e-3, "epsilon inside RMSProp's root", above=0)
+    lars_trust_coefficient: float = setting(1e-3, "LARS' eta", above=0)
+    lars_weight_decay: float = setting(1e-5, "weight decay inside LARS, on kernels only", least=0)
+    lars_eps: float = setting(0.0, "epsilon in the divisor of LARS' trust ratio", least=0)
+    # The released code has it on under LARS too, where kernels are then decayed twice.
+    loss_weight_decay: float = setting(1e-5, "of sum(|v|^2 / 2), all but batch norm's gamma and beta", least=0)
+    label_smoothing: float = setting(0.1, "share of the target spread over all classes", least=0, below=1)
+    dropout: float | None = setting(None, "rate before the classifier; None is the variant's own", least=0, below=1)
+    drop_path: float = setting(0.2, "rate of stochastic depth at the last block", least=0, below=1)
+    ema_decay: float = setting(0.9999, "upper bound of the moving average's decay", least=0, below=1)
+    precision: str = setting("bfloat16", "of convolutions; all else is float32", choices=("bfloat16", "float32"))
+    seed: int = setting(0, "of initialisation, order, augmentation, dropout and stochastic depth", least=0, below=2**32)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -188,9 +154,23 @@ class Recipe:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Twelve hex digits of the SHA-256 of the fields in sorted order: the same in any process. A field that is
-        added to `Recipe` changes it."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits of the SHA-256 of the fields that differ from their defaults, in sorted order: the same in any
+        process, and whatever settings are added to `Recipe`."""
+        differ = {field.name: value for field in dataclasses.fields(self)
+                  if (value := getattr(self, field.name)) != field.default}  # fmt: skip
+        return hashlib.sha256(json.dumps(differ, sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def help(cls):
+        """Every setting as a table: its default, its meaning with the unit, and what is accepted."""
+        import pandas as pd
+
+        rows = [
+            {"setting": field.name, "default": field.default, "meaning": field.metadata["help"],
+             "accepted": _accepted(field) or _HINTS[field.name].__name__}
+            for field in dataclasses.fields(cls)
+        ]  # fmt: skip
+        return pd.DataFrame(rows).set_index("setting").style.set_properties(**{"text-align": "left"})
 
     # Derived values. Those that count examples read the data set's size: constants for the known sets, a listing for a
     # folder.
@@ -258,21 +238,14 @@ class Recipe:
             if not condition:
                 raise EffnetlibError(sentence)
 
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            require(value in choices, f"{name} {value!r} is unknown: {did_you_mean(value, choices)}")
-        for name in ("global_batch_size", "batch_norm_batch_size", "epochs", "eval_every_epochs", "lr_per_256",
-                     "decay_epochs", "decay_power", "rmsprop_eps", "lars_trust_coefficient", "image_size"):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be above 0, and is {value}")
-        for name in ("warmup_epochs", "end_lr", "lars_weight_decay", "loss_weight_decay", "lars_eps", "seed"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative, and is {getattr(self, name)}")
-        for name in ("batch_norm_momentum", "momentum", "rmsprop_decay", "label_smoothing", "dropout", "drop_path",
-                     "ema_decay"):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or 0 <= value < 1, f"{name} must be at least 0 and below 1, and is {value}")
-        require(0 < self.decay_rate <= 1, f"decay_rate must be above 0 and at most 1, and is {self.decay_rate}")
-        require(self.seed < 2**32, f"seed must be below 2**32, and is {self.seed}")
+        for field in dataclasses.fields(self):
+            value, of = getattr(self, field.name), field.metadata
+            if choices := of.get("choices"):
+                require(value in choices, f"{field.name} {value!r} is unknown: {did_you_mean(value, choices)}")
+            elif not isinstance(value, str | None):
+                inside = of.get("least", -math.inf) <= value <= of.get("most", math.inf)
+                inside &= of.get("above", -math.inf) < value < of.get("below", math.inf)
+                require(inside, f"{field.name} must be {_accepted(field)}, and is {value}")
         batch, group = self.global_batch_size, self.batch_norm_batch_size
         require(
             batch % group == 0,
@@ -304,6 +277,13 @@ class Recipe:
                 self.eval_every_epochs > 0.9999 * least,
                 f"eval_every_epochs {self.eval_every_epochs:g} is less than a step: the least is {least:.6g}",
             )
+
+
+def _accepted(field: dataclasses.Field) -> str:
+    """What is accepted for a setting, in words."""
+    words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
+    bounds = [f"{word} {field.metadata[name]:,}" for name, word in words.items() if name in field.metadata]
+    return ", ".join(field.metadata.get("choices", ())) or " and ".join(bounds)
 
 
 # What train.ipynb takes: a preset, what is not part of a recipe, and every field of it.

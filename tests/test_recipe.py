@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import pytest
 
 from effnetlib import EffnetlibError, Recipe
 from effnetlib.presets import PAPER_PRESETS, SESSION_MINUTES
+from effnetlib.recipe import setting
 from effnetlib.reports import paper
 
 DIGITS = Recipe.preset("digits-64-lars")
@@ -67,6 +69,27 @@ def test_json_and_hash_survive_another_process():
     assert recipe.replace(epochs=3.0).hash == recipe.hash
 
 
+def test_adding_a_setting_changes_no_hash():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(Recipe):
+        another: float = setting(0.5, "made up", above=0)
+
+    fields = dataclasses.asdict(DIGITS)
+    later = object.__new__(Later)
+    vars(later).update(fields | {"another": 0.5})
+    assert later.hash == DIGITS.hash
+    vars(later).clear()
+    vars(later).update(fields | {"another": 0.25})
+    assert later.hash != DIGITS.hash
+
+
+def test_help_explains_every_setting():
+    table = Recipe.help().data
+    assert list(table.index) == [field.name for field in dataclasses.fields(Recipe)]
+    assert table.loc["label_smoothing", "accepted"] == "at least 0 and below 1"
+    assert table.loc["decay", "accepted"] == "polynomial, exponential" and all(table["meaning"].str.len() > 4)
+
+
 def test_evaluation_steps_end_with_the_last():
     recipe = DIGITS.replace(epochs=2, eval_every_epochs=0.75, warmup_epochs=0)
     assert recipe.total_steps == 44
@@ -91,6 +114,9 @@ def test_an_evaluation_takes_a_step_or_more():
         ({"dropout": "x"}, "dropout must be float or None"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"epochs": float("nan")}, "epochs must be a finite number"),
+        ({"seed": 2**32}, "seed must be at least 0 and below 4,294,967,296, and is 4294967296"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be at least 0, and is -1"),
+        ({"decay_rate": 1.5}, "decay_rate must be above 0 and at most 1, and is 1.5"),
         ({"optimizer": "larz"}, "optimizer 'larz' is unknown: did you mean lars?"),
         ({"variant": "b8"}, "variant 'b8' is unknown"),
         ({"batch_norm_batch_size": 24}, "does not divide into batch-norm groups of 24: .* is (16|32)"),
