@@ -115,16 +115,17 @@ class Recipe:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping) -> "Recipe":
-        """The recipe that train.ipynb's parameters state: `preset`, changed by every field that is not None.
+        """The recipe that train.ipynb's parameters state: `preset`, changed by every setting that is not None, whether it is given
+        by its name or in the mapping `settings`.
 
-        A name that train.ipynb does not have is an EffnetlibError.
+        A name that is neither an option of train.ipynb nor a setting is an EffnetlibError.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         check_parameters(parameters, TRAIN_PARAMETERS)
         if not parameters.get("preset"):
             raise EffnetlibError("the parameter 'preset' is missing")
         changes = {name: parameters[name] for name in names if parameters.get(name) is not None}
-        return cls.preset(parameters["preset"]).replace(**changes)
+        return cls.preset(parameters["preset"]).replace(**changes | (parameters.get("settings") or {}))
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -286,8 +287,8 @@ def _accepted(field: dataclasses.Field) -> str:
     return ", ".join(field.metadata.get("choices", ())) or " and ".join(bounds)
 
 
-# What train.ipynb takes: a preset, what is not part of a recipe, and every field of it.
-TRAIN_OPTIONS = ("directory", "simulated_devices", "eval_devices", "max_minutes", "coordinator", "processes", "process")
+# What train.ipynb takes: a preset, what is not part of a recipe, and every setting, by its name or in `settings`.
+TRAIN_OPTIONS = ("directory", "settings", "simulated_devices", "eval_devices", "max_minutes")
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
 
 _HINTS = typing.get_type_hints(Recipe)

@@ -150,6 +150,12 @@ def test_unknown_preset_names_the_nearest():
 def test_parameters_of_the_training_notebook():
     given = {"preset": "digits-64-lars", "seed": 3, "epochs": None, "directory": "x"}
     assert Recipe.from_parameters(given) == DIGITS.replace(seed=3)
+    more = {"settings": {"momentum": 0.5, "epochs": 12.0}, "warmup_epochs": 1.0}
+    assert Recipe.from_parameters({"preset": "digits-64-lars"} | more) == DIGITS.replace(
+        momentum=0.5, epochs=12.0, warmup_epochs=1.0
+    )
+    with pytest.raises(EffnetlibError, match="no field 'momentun': did you mean momentum?"):
+        Recipe.from_parameters({"preset": "digits-64-lars", "settings": {"momentun": 0.5}})
     with pytest.raises(EffnetlibError, match="did you mean global_batch_size?"):
         Recipe.from_parameters({"preset": "digits-64-lars", "global_batchsize": 128})
 

@@ -24,7 +24,7 @@ def read_yaml(text: str):
 
 
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
-    """A notebook's known parameters, from its ``globals()``.
+    """A notebook's known parameters, from its ``globals()``: those of its parameters cell, and what papermill injected.
 
     Raises:
       EffnetlibError: the cell that papermill injected assigns another name, or a value is not what the parameters cell says it
@@ -39,7 +39,8 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
     for _, assigned in cells:
         if assigned and all(name in known and hint for name, hint in assigned.items()):
             hints = {name: eval(hint, dict(namespace)) for name, hint in assigned.items()} | hints
-    found = {name: namespace[name] for name in known if name in namespace}
+    given = {*hints, *(injected[-1] if injected else ())} if cells else known
+    found = {name: namespace[name] for name in known if name in namespace and name in given}
     return found | {name: typed(name, found[name], hint) for name, hint in hints.items()}
 
 

@@ -199,8 +199,9 @@ def _check_entry(suite: Suite, entry: Entry) -> None:
         known = [path.stem for path in suite.notebooks.glob("*.ipynb")]
         raise EffnetlibError(f"there is no notebook {entry.notebook!r}: {did_you_mean(entry.notebook, known)}")
     try:
-        check_parameters(entry.parameters, papermill.inspect_notebook(str(source)))
         if entry.is_run:
             Recipe.from_parameters(entry.parameters)
+        else:
+            check_parameters(entry.parameters, papermill.inspect_notebook(str(source)))
     except EffnetlibError as error:
         raise EffnetlibError(f"{entry.name}: {error}") from None
