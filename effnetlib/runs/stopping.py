@@ -12,7 +12,7 @@ TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped 
 # What a user, a terminal, ssh, SLURM or a cloud sends to a process that is to end.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REASONS = ("", *(each.name for each in SIGNALS), "max_minutes")
-AGREE_SECONDS = 5.0  # half of what several hosts may take to hear of it
+AGREE_SECONDS = 2.5  # a quarter of what several hosts may take to hear of it: steps may become slower meanwhile
 FOLLOW_SECONDS = 2.0
 
 
@@ -63,8 +63,9 @@ class Stop(_Handler):
 
     def agreed(self, during: str) -> str:
         """`asked`, the same in every process: if one is to stop, all are. With several processes all must call it equally
-        often; it is a collective about every `AGREE_SECONDS`, by the pace of the slowest since the last one, and at every
-        call until that is known: at first, and when what is done `during` it is no longer the same."""
+        often. They ask one another about every `AGREE_SECONDS`, by the pace of the slowest since the last time. The number of
+        calls in between begins at one, also when what is done `during` it changes, and at most doubles: one quick call
+        promises no quick hundred."""
         import jax
         import numpy as np
         from jax.experimental import multihost_utils
@@ -73,13 +74,14 @@ class Stop(_Handler):
         if jax.process_count() == 1:
             return reason
         self.calls += 1
-        known = during == self.during
-        if known and self.calls < self.interval:
+        if during != self.during:
+            self.during, self.interval = during, 1
+        if self.calls < self.interval:
             return ""
         mine = np.float32([REASONS.index(reason), (time.monotonic() - self.last) / self.calls])
         reasons, seconds = multihost_utils.process_allgather(mine).T
-        self.interval = int(AGREE_SECONDS / max(seconds.max(), 1e-6)) if known else 1
-        self.during, self.calls, self.last = during, 0, time.monotonic()
+        self.interval = max(1, min(2 * self.interval, int(AGREE_SECONDS / max(seconds.max(), 1e-6))))
+        self.calls, self.last = 0, time.monotonic()
         return REASONS[int(reasons.max())]
 
 

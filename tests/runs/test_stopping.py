@@ -1,0 +1,41 @@
+"""Several hosts ask one another whether to stop: seldom enough to cost nothing, often enough to be heard in time."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from effnetlib.runs import stopping
+
+
+def times_of_asking(monkeypatch, seconds_of_call):
+    """When two hosts of the same pace ask each other, if call `i` comes `seconds_of_call(i)` after the last one."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def allgather(mine):
+        asked.append(now[0])
+        return np.stack([mine, mine])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", allgather)
+    stop = stopping.Stop(None)
+    for i in range(5000):
+        now[0] += seconds_of_call(i)
+        assert stop.agreed("training") == ""
+    return np.array(asked)
+
+
+def test_hosts_ask_one_another_every_few_seconds_and_seldom_at_a_steady_pace(monkeypatch):
+    asked = times_of_asking(monkeypatch, lambda i: 0.01)
+    assert asked[0] == 0.01 and max(np.diff(asked)) < 3
+    assert len(asked) < 50 / 2.5 + 10
+
+
+def test_one_quick_call_does_not_keep_the_hosts_from_asking(monkeypatch):
+    asked = times_of_asking(monkeypatch, lambda i: 0.0001 if i < 4 else 0.2)
+    assert max(np.diff(asked)) < 4
+
+
+def test_steps_that_become_three_times_as_slow_are_still_heard_within_ten_seconds(monkeypatch):
+    asked = times_of_asking(monkeypatch, lambda i: 0.01 if i < 2000 else 0.03)
+    assert max(np.diff(asked)) < 8
