@@ -1,6 +1,6 @@
 """A notebook that is opened alone, on Colab or Kaggle: adds what effnetlib needs and the image lacks, and shows what there is.
 
-A notebook's first cell calls `begin` where effnetlib is not installed. Nothing that the image has is changed, above all its jax:
+A notebook's first cell runs this file where effnetlib is not installed. Nothing that the image has is changed, above all its jax:
 another one would not fit its libtpu.
 """
 
@@ -143,3 +143,7 @@ def _pip(*what: str) -> None:
             f"pip could not install {', '.join(what)}: {said[0].removeprefix('ERROR: ')} (on Kaggle, is the session's internet "
             "on?)"
         )
+
+
+if __name__ == "__main__":
+    begin()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -67,9 +68,11 @@ class Image:
         self._call("git", "clone", "--quiet", "--bare", ROOT, scratch / "effnetlib.git")
         git = ("git", "-C", self.fork, "-c", "user.name=rehearsal", "-c", "user.email=rehearsal")
         self._call(*git, "remote", "set-url", "origin", scratch / "effnetlib.git")
-        self._call(sys.executable, self.fork / "notebooks/address.py")
+        self._call(sys.executable, self.fork / "notebooks/tools/address.py")
         self._call(*git, "commit", "--quiet", "--all", "--message=address")
-        self._call(*git, "push", "--quiet", "origin", "HEAD")
+        version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+        self._call(*git, "tag", f"v{version}")
+        self._call(*git, "push", "--quiet", "--tags", "origin", "HEAD")
 
     def _call(self, *command, environment=None) -> str:
         return subprocess.run(
@@ -86,7 +89,7 @@ class Image:
     def forget(self) -> None:
         """As if effnetlib had never been fetched."""
         self.pip("uninstall", "--yes", "effnetlib")
-        shutil.rmtree(self.home / "effnetlib-checkout", ignore_errors=True)
+        shutil.rmtree(self.home / "effnetlib", ignore_errors=True)
 
     def run(self, notebook: str, **environment) -> tuple[list, str]:
         """Runs a notebook alone; returns its cells and the error that it ended with, if any."""

@@ -43,6 +43,8 @@ def render_html(directory: Path, name: str) -> Path:
     notebook = read_notebook(executed)
     # What only an open notebook has a use for; and the badges are images from the network.
     notebook.cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
+    for cell in notebook.cells[:1]:
+        cell.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", cell.source)
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
     page["error"] = outcome(directory, name).get("error", "")

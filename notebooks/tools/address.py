@@ -1,7 +1,7 @@
 """Writes the repository's address, that of git's remote `origin`, wherever it stands: `make address`, once in a fork.
 
-The one place that states it is pyproject.toml. From there come the two cells that begin every notebook after its title, the
-badges and the setup, and the README's badges.
+The one place that states it is pyproject.toml. From there come the badges under every notebook's title, the setup cell after it, and
+the README's badges.
 """
 
 import re
@@ -15,26 +15,14 @@ import nbformat
 
 ROOT = Path(__file__).parent.parent.parent
 SETUP = """\
-# Nothing happens where effnetlib is installed. On Colab and Kaggle it is fetched, and what the image lacks is added.
-from importlib import metadata
+import importlib.util, os, runpy, sys
 
-try:
-    metadata.version("effnetlib")
-except metadata.PackageNotFoundError:
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    address = "ADDRESS"
-    checkout = Path.cwd().parent
-    if not (checkout / "notebooks/hosted.py").exists():
-        checkout = Path.home() / "effnetlib-checkout"
-    if not checkout.exists() and subprocess.run(["git", "clone", "--quiet", "--depth=1", address, checkout]).returncode:
-        raise SystemExit(f"{address} cannot be fetched: on Kaggle, switch the session's internet on") from None
-    sys.path += [str(checkout), str(checkout / "notebooks")]
-    import hosted
-
-    hosted.begin()"""
+if importlib.util.find_spec("effnetlib") is None:  # Colab and Kaggle fetch it; elsewhere the kernel is another one
+    hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & {*os.environ}
+    assert hosted, f"{sys.executable} has no effnetlib: start JupyterLab with `make lab`, or choose the kernel of .venv"
+    !test -d ~/effnetlib || git clone -q --depth=1 --branch=VERSION ADDRESS ~/effnetlib || echo "Not fetched. HELP"
+    runpy.run_path(os.path.expanduser("~/effnetlib/notebooks/hosted.py"), run_name="__main__")"""
+HELP = "On Kaggle, switch the internet on. Without it, put a checkout (or an unpacked zip of it) at ~/effnetlib."
 
 
 def stated() -> str:
@@ -78,14 +66,21 @@ def badges(address: str, notebook: str) -> str:
     )
 
 
+def with_badges(text: str, address: str, notebook: str) -> str:
+    """The text with its badges between their marks, which come under the title where they are not there yet."""
+    marked = f"<!-- badges -->\n{badges(address, notebook)}\n<!-- / -->"
+    if "<!-- badges -->" not in text:
+        return re.sub(r"^(# .*)\n", lambda title: f"{title[1]}\n\n{marked}\n", text, count=1)
+    return re.sub(r"(?s)<!-- badges -->\n.*?<!-- / -->", lambda _: marked, text, count=1)
+
+
 def begin(notebook, name: str, address: str):
-    """The notebook with its badges and setup right after the title, new or renewed."""
-    cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
-    first = [
-        nbformat.v4.new_markdown_cell(badges(address, name), id="badges"),
-        nbformat.v4.new_code_cell(SETUP.replace("ADDRESS", address), id="setup"),
-    ]
-    notebook.cells = [cells[0], *first, *cells[1:]]
+    """The notebook with badges under its title, and then the setup cell, new or renewed."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    setup = SETUP.replace("VERSION", f"v{version}").replace("ADDRESS", address).replace("HELP", HELP)
+    first, *rest = (cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
+    first.source = with_badges(first.source, address, name)
+    notebook.cells = [first, nbformat.v4.new_code_cell(setup, id="setup"), *rest]
     return notebook
 
 
@@ -94,11 +89,7 @@ def files(address: str) -> dict[Path, str]:
     project, readme = ROOT / "pyproject.toml", ROOT / "README.md"
     wanted = {
         project: re.sub(r'(?m)^Repository = ".*"$', f'Repository = "{address}"', project.read_text()),
-        readme: re.sub(
-            r"(?s)(<!-- badges -->\n).*?(<!-- / -->)",
-            lambda match: f"{match[1]}{badges(address, 'train.ipynb')}\n{match[2]}",
-            readme.read_text(),
-        ),
+        readme: with_badges(readme.read_text(), address, "train.ipynb"),
     }
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         wanted[path] = nbformat.writes(begin(nbformat.read(path, as_version=4), path.name, address)) + "\n"
