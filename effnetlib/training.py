@@ -16,8 +16,8 @@ from effnetlib.evaluation import Evaluator
 from effnetlib.mesh import batch_sharding, make_mesh, replicated
 from effnetlib.recipe import Recipe
 from effnetlib.runs.checkpoints import finish, open_checkpoints, restore, save
+from effnetlib.runs.files import exclusive_lock, make_writable
 from effnetlib.runs.hosts import all_or_none, wait_for_all
-from effnetlib.runs.lock import held
 from effnetlib.runs.machine import pinned
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import Progress, say
@@ -74,9 +74,9 @@ def train(
             if eval_devices is not None:
                 _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
             splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
-            _make_writable(directory)
+            make_writable(directory, "the run's folder")
             if is_main_process():
-                block.enter_context(held(directory, "training in"))
+                block.enter_context(exclusive_lock(directory, "training in"))
             record = _open_record(recipe, directory, splits)
         if is_main_process() and (remark := data.remark(splits)):
             say(remark)
@@ -128,16 +128,6 @@ def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None
         raise EffnetlibError(f"global_batch_size {batch} does not divide over {eval_devices} eval_devices")
     if eval_devices < num_devices and jax.process_count() > 1:
         raise EffnetlibError("eval_devices needs a single process: each of several must take part in the evaluation")
-
-
-def _make_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable.{jax.process_index()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise EffnetlibError(f"the run's folder {directory} cannot be written: {error.strerror}") from None
 
 
 def _open_record(recipe: Recipe, directory: Path, splits) -> Record:

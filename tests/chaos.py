@@ -205,7 +205,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
-    from effnetlib.runs.record import environment, write_atomically
+    from effnetlib.runs.files import write_atomically
+    from effnetlib.runs.record import environment
 
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     result = chaos(options.faults, options.minutes, options.seed, folder) | {"environment": environment()}

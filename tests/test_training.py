@@ -226,7 +226,7 @@ def test_a_checkpoint_that_does_not_fit_the_program_stays_where_it_is(written, w
 
 
 def test_two_runs_in_one_folder(tiny, tmp_path):
-    code = "import sys, pathlib, time; from effnetlib.runs.lock import held\nwith held(pathlib.Path(sys.argv[1]), 'training in'): print(flush=True); time.sleep(60)"
+    code = "import sys, pathlib, time; from effnetlib.runs.files import exclusive_lock\nwith exclusive_lock(pathlib.Path(sys.argv[1]), 'training in'): print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(EffnetlibError, match=f"process {other.pid} on .* is training in"):

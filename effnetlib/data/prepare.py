@@ -22,10 +22,9 @@ from effnetlib.data.images import Unreadable, read
 from effnetlib.data.photographs import SPLIT_NAMES, Listing, MissingSplit, Photo, check_classes, list_photographs, seen
 from effnetlib.data.shards import MANIFEST, NOTES, SCHEMA, decode_record, encode_record, read_manifest, shard_order
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.runs.lock import held
+from effnetlib.runs.files import exclusive_lock, write_atomically
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.progress import Progress
-from effnetlib.runs.record import write_atomically
 
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
 IMAGENET_SHARDS = {"train": 1024, "eval": 128}  # the reference's
@@ -107,7 +106,7 @@ def prepare(source: Path, dest: Path, *, convert_odd: bool = False, partial: boo
     shards = [shard for split, listing in listings.items() for shard in _divide(split, listing)]
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        with held(dest, "preparing"):
+        with exclusive_lock(dest, "preparing"):
             return _prepare(dest, listings, shards, convert_odd)
     except OSError as error:
         raise FailedError(

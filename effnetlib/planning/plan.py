@@ -23,9 +23,10 @@ from effnetlib.model import multiply_adds
 from effnetlib.planning.collectives import Collective, collectives, seconds
 from effnetlib.planning.topology import GIB, chip_of, devices_of
 from effnetlib.recipe import Recipe
+from effnetlib.runs.files import write_atomically
 from effnetlib.runs.machine import pinned
 from effnetlib.runs.progress import LINE_SECONDS, saying
-from effnetlib.runs.record import outputs_folder, write_atomically
+from effnetlib.runs.record import outputs_folder
 from effnetlib.step import lower_train_step, make_train_step
 
 PROGRAM = (

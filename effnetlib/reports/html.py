@@ -10,7 +10,8 @@ import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-from effnetlib.runs.record import load_records, write_atomically
+from effnetlib.runs.files import write_atomically
+from effnetlib.runs.record import load_records
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.reports import comparison
 from effnetlib.reports.html import outcome, render_html, render_index
-from effnetlib.runs.lock import held
+from effnetlib.runs.files import exclusive_lock
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.record import load_records, outputs_folder
 from effnetlib.suites import execute
@@ -53,7 +53,7 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
         )
     elif chip_hour is not None:
         raise EffnetlibError(f"--price is for {AGAINST_PAPER}, which is not among the reports of {directory}")
-    with held(directory, "rendering the reports of"):
+    with exclusive_lock(directory, "rendering the reports of"):
         for name in executed:
             render_html(directory, name)
         return render_index(directory, directory.name)

@@ -12,8 +12,9 @@ from IPython.display import Image
 from pandas.io.formats.style import Styler
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.runs.files import write_atomically
 from effnetlib.runs.paths import user_path
-from effnetlib.runs.record import Record, is_main_process, load_records, outputs_folder, runs_folder, write_atomically
+from effnetlib.runs.record import Record, is_main_process, load_records, outputs_folder, runs_folder
 
 SEARCH = "search-"
 

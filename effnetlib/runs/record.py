@@ -17,6 +17,7 @@ import pandas as pd
 
 from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.recipe import Recipe
+from effnetlib.runs.files import write_atomically
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import say
@@ -54,20 +55,6 @@ def runs_folder(suite: str) -> Path:
         return mine
     say(f"{mine} holds no record: these are the records that come with effnetlib.")
     return published
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file whole: a reader, or a crash, sees the old content or the new one and never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @dataclass

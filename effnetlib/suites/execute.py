@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +24,10 @@ from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.recipe import Recipe
 from effnetlib.reports.html import outcome, render_html, render_index
-from effnetlib.runs.lock import held
+from effnetlib.runs.files import exclusive_lock, make_writable, write_atomically
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.progress import LINE_SECONDS, duration, say
-from effnetlib.runs.record import Record, outputs_folder, published_folder, write_atomically
+from effnetlib.runs.record import Record, outputs_folder, published_folder
 from effnetlib.runs.stopping import TRY_AGAIN, Children
 from effnetlib.suites.suite import Entry, Suite
 
@@ -68,15 +67,10 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
         if not entries:
             known = [entry.name for entry in (*suite.runs, *suite.reports)]
             raise EffnetlibError(f"the suite {suite.name} has no entry {only!r}: {did_you_mean(only, known)}")
-    try:
-        for folder in {"executed", "logs"} | {"runs" for entry in entries if entry.is_run}:
-            (suite.directory / folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=suite.directory / folder):
-                pass
-    except OSError as error:
-        raise EffnetlibError(f"the outputs folder {suite.directory} cannot be written: {error.strerror}") from None
+    for folder in {"executed", "logs"} | {"runs" for entry in entries if entry.is_run}:
+        make_writable(suite.directory / folder, "the outputs folder")
     prefixes = {entry: f"[{number}/{len(entries)}] {entry.name}" for number, entry in enumerate(entries, 1)}
-    with held(suite.directory, "executing a suite in"), Children() as children:
+    with exclusive_lock(suite.directory, "executing a suite in"), Children() as children:
 
         def settle(entry: Entry) -> Outcome | None:
             if children.asked:

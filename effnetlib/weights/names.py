@@ -26,7 +26,7 @@ from effnetlib.data.images import MEAN_RGB, STDDEV_RGB
 from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.model import VARIANTS, EfficientNet, block_specs, head_filters, stage_repeats
 from effnetlib.runs.checkpoints import Weights
-from effnetlib.runs.record import write_atomically
+from effnetlib.runs.files import write_atomically
 
 
 @dataclass(frozen=True)

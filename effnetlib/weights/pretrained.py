@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +22,11 @@ from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import VARIANTS
 from effnetlib.runs import checkpoints
 from effnetlib.runs.checkpoints import Weights
+from effnetlib.runs.files import new_folder, write_atomically
 from effnetlib.runs.machine import pinned
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import say
-from effnetlib.runs.record import SCHEMA, Record, environment, write_atomically
+from effnetlib.runs.record import SCHEMA, Record, environment
 from effnetlib.weights import names as weights
 
 
@@ -147,7 +147,6 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
     try:
         if directory.exists() and any(directory.iterdir()):
             raise EffnetlibError(f"{directory} is not empty: name another folder, or delete that one")
-        directory.parent.mkdir(parents=True, exist_ok=True)
         _write_import(pretrained, directory)
     except OSError as error:
         raise EffnetlibError(f"the folder {directory} cannot be written: {error.strerror}") from None
@@ -157,13 +156,10 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
 def _write_import(pretrained: Pretrained, directory: Path) -> None:
     params, batch_stats = pretrained.weights
     about = {name: value for name, value in vars(pretrained).items() if name != "weights"}
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".import-") as temporary:
-        whole = Path(temporary) / directory.name
-        whole.mkdir()
-        with checkpoints.open_checkpoints(whole) as manager:
+    with new_folder(directory) as folder:
+        with checkpoints.open_checkpoints(folder) as manager:
             checkpoints.save(manager, 0, {"ema_params": params, "ema_batch_stats": batch_stats})
-        write_atomically(whole / "weights.json", json.dumps({"schema": SCHEMA, **about}, indent=2) + "\n")
-        whole.rename(directory)
+        write_atomically(folder / "weights.json", json.dumps({"schema": SCHEMA, **about}, indent=2) + "\n")
 
 
 @pinned()

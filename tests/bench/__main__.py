@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from effnetlib.runs.files import write_atomically
 from effnetlib.runs.progress import duration
-from effnetlib.runs.record import environment, write_atomically
+from effnetlib.runs.record import environment
 
 from . import overheads, peers
 from .contestant import ContestantError

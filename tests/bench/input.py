@@ -28,8 +28,9 @@ from effnetlib.data.photographs import Photo
 from effnetlib.data.shards import ShardedRecords, encode_record
 from effnetlib.data.sources import load
 from effnetlib.errors import EffnetlibError
+from effnetlib.runs.files import write_atomically
 from effnetlib.runs.machine import usable_cores
-from effnetlib.runs.record import environment, write_atomically
+from effnetlib.runs.record import environment
 
 ROUNDS = 5
 PILLOW = "plain Pillow: decode, crop, same resize"

@@ -4,7 +4,8 @@ import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record, load_records, train
 from effnetlib.reports.tables import results
-from effnetlib.runs.record import environment, outputs_folder, write_atomically
+from effnetlib.runs.files import write_atomically
+from effnetlib.runs.record import environment, outputs_folder
 
 
 def rows(record):

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
-from effnetlib.runs.lock import held
+from effnetlib.runs.files import exclusive_lock
 from effnetlib.runs.record import outputs_folder
 from effnetlib.suites.execute import _key, _StatusLine, execute
 from effnetlib.suites.suite import load_suite
@@ -234,7 +234,7 @@ def test_a_suite_that_is_being_executed_is_not_executed_a_second_time(drawn):
         (directory / name).parent.mkdir(parents=True)
         (directory / name).write_text(text)
     sentence = f"process {os.getpid()} on {platform.node()} is executing a suite in {directory} at this moment: wait for it, or stop it"
-    with held(directory, "executing a suite in"):
+    with exclusive_lock(directory, "executing a suite in"):
         second = CliRunner().invoke(main, ["run", path])
         report = CliRunner().invoke(main, ["report", str(directory)])
     assert (second.exit_code, report.exit_code) == (2, 2)

@@ -1,0 +1,77 @@
+"""Files and folders: written whole or not at all, checked before work begins, one process at a time."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from effnetlib.errors import EffnetlibError
+from effnetlib.runs.progress import say
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file whole: a reader sees the old content or the new one, never a part, even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill, which takes the name `folder` when the block ends; after an error nothing is left.
+
+    `folder` must not exist, or be empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        filled = Path(scratch) / folder.name
+        filled.mkdir()
+        yield filled
+        filled.replace(folder)
+
+
+def make_writable(folder: Path, what: str = "the folder") -> None:
+    """Makes a folder if it is missing, and checks that files can be written there.
+
+    Raises:
+      EffnetlibError: they cannot. The sentence begins with `what`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise EffnetlibError(f"{what} {folder} cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def exclusive_lock(folder: Path, doing: str) -> Iterator[None]:
+    """Locks a folder while the block runs. The lock is released when the process ends, even if it is killed.
+
+    Raises:
+      EffnetlibError: another process holds the lock (the sentence says which), or the folder cannot be written.
+    """
+    make_writable(folder)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise EffnetlibError(f"{holder} is {doing} {folder} at this moment: wait for it, or stop it") from None
+        except OSError as error:  # mounted buckets know no locks
+            say(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second process out")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
