@@ -1,4 +1,4 @@
-"""LARS and TensorFlow's RMSProp as optax transformations, the loss's weight decay, and the moving average.
+"""LARS, TensorFlow's RMSProp and Nesterov momentum as optax transformations, the loss's weight decay, and the moving average.
 
 Source: section 3.1 of the paper; tensorflow/tpu, models/official/efficientnet/lars_optimizer.py and utils.py.
 """
@@ -84,6 +84,30 @@ def rmsprop(
     return optax.rmsprop(learning_rate, decay, eps, initial_scale=1.0, eps_in_sqrt=True, momentum=momentum)
 
 
+def nesterov(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float = 1e-5, momentum: float = 0.9
+) -> optax.GradientTransformation:
+    """Nesterov momentum with weight decay on kernels (rank above one) only. It is the plain optimizer beside LARS::
+
+        g = g + weight_decay * w      (kernels)
+        m = momentum * m + g
+        w = w - lr * (g + momentum * m)
+
+    >>> import jax.numpy as jnp
+    >>> optimizer = nesterov(1.0, weight_decay=0.5, momentum=0.5)
+    >>> params, grads = [jnp.array([[2.0]]), jnp.array([2.0])], [jnp.array([[1.0]]), jnp.array([1.0])]
+    >>> updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    >>> [float(update.sum()) for update in updates]                      # of the kernel: 2 + 0.5 * 2; of the bias: 1 + 0.5 * 1
+    [-3.0, -1.5]
+
+    References: Nado et al., arXiv 2102.06356, who tune it as hard as LARS.
+    """
+    kernels = optax.add_decayed_weights(
+        weight_decay, mask=lambda params: jax.tree.map(lambda w: jnp.ndim(w) > 1, params)
+    )
+    return optax.chain(kernels, optax.sgd(learning_rate, momentum, nesterov=True))
+
+
 # What a recipe's `optimizer` may be, at one learning rate. A new one is a function like those above, and a line here.
 OPTIMIZERS = {
     "lars": lambda recipe, learning_rate: lars(
@@ -95,6 +119,9 @@ OPTIMIZERS = {
     ),
     "rmsprop": lambda recipe, learning_rate: rmsprop(
         learning_rate, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps
+    ),
+    "momentum": lambda recipe, learning_rate: nesterov(
+        learning_rate, weight_decay=recipe.momentum_weight_decay, momentum=recipe.momentum
     ),
 }
 

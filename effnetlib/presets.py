@@ -47,9 +47,9 @@ def preset_fields(name: str) -> dict:
     if name in _SESSIONS:
         return _session_rules(**_SESSIONS[name])
     text = f"{name}-64-rmsprop" if name in _SMALL_SETS else str(name)
-    match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars)", text)
+    match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars|momentum)", text)
     if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
-        small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop")]
+        small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop", "momentum")]
         raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *_SESSIONS, *small])}")
     base, batch, optimizer = match[1], int(match[2]), match[3]
     return (_paper_rules if base in _PAPER_VARIANTS else _small_rules)(base, batch, optimizer)
@@ -65,6 +65,12 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
             lr_per_256=(0.081 * 65536 if largest else 0.118 * 32768 * min(1.0, batch / 16384) ** 0.5) / batch,
             decay="polynomial",
             warmup_epochs=43.0 if largest else 50.0,
+        )
+    if optimizer == "momentum":
+        # LARS' schedule and groups, and the linear rule of Goyal et al. (arXiv 1706.02677): 0.1 per 256, to 0.7 % of the peak.
+        peak = 0.1 * batch / 256
+        return _paper_rules(variant, batch, "lars") | dict(
+            optimizer=optimizer, lr_per_256=0.1, end_lr=0.1 * peak / 15.104
         )
     # The released RMSProp path: one replica a group up to 8 replicas, else an eighth of them but at least 8; with the
     # paper's 32 examples a replica.
@@ -106,5 +112,7 @@ def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
             warmup_epochs=epochs / 5,
             end_lr=0.0,
         )
+    if optimizer == "momentum":
+        return shared | dict(lr_per_256=0.2, decay="polynomial", warmup_epochs=epochs / 5, end_lr=0.0)
     # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak; so short a run stops moving long before. These end at 8 %.
     return shared | dict(lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs)

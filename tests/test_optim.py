@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from effnetlib.optim import ema_decay, ema_update, l2_penalty, lars, rmsprop
+from effnetlib.optim import ema_decay, ema_update, l2_penalty, lars, nesterov, rmsprop
 
 RNG = np.random.default_rng(0)
 SHAPES = {"kernel": (3, 4), "depthwise": (3, 3, 1, 2), "bias": (4,), "gamma": (2,), "zero": (2, 2)}
@@ -68,6 +68,18 @@ def test_optax_lars_differs_by_default_and_agrees_where_the_definitions_do():
     np.testing.assert_allclose(ours["bias"], masked["bias"], rtol=1e-6)
     # With weight decay the ratio of optax has the norm of the sum, ours the sum of the norms.
     assert not np.allclose(update(lars(1.0, weight_decay=1.0))["kernel"], update(optax.lars(1.0, 1.0))["kernel"])
+
+
+def test_nesterov_momentum_is_the_formula_over_fifty_steps():
+    grads = gradients()
+    first, params = run(nesterov(0.03, weight_decay=0.1, momentum=0.8), grads)
+    for name, w in first.items():
+        m = np.zeros_like(w)
+        for grad in grads:
+            g = grad[name] + (0.1 * w if w.ndim > 1 else 0)
+            m = 0.8 * m + g
+            w = w - 0.03 * (g + 0.8 * m)
+        np.testing.assert_allclose(params[name], w, rtol=1e-5, atol=1e-6)
 
 
 def test_rmsprop_is_the_formula_over_fifty_steps():

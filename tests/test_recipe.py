@@ -36,6 +36,15 @@ def test_below_16_384_the_peak_of_lars_falls_with_the_root_of_the_batch():
     assert Recipe.preset("b0-1024-lars").lr_per_256 == pytest.approx(0.944)  # and not 3.776
 
 
+def test_momentum_has_lars_schedule_and_groups_and_the_linear_rule():
+    lars, momentum = Recipe.preset("b2-32768-lars"), Recipe.preset("b2-32768-momentum")
+    assert (momentum.optimizer, momentum.peak_lr) == ("momentum", 12.8)
+    same = ("warmup_epochs", "decay", "decay_power", "batch_norm_batch_size", "epochs", "loss_weight_decay")
+    assert [getattr(momentum, name) for name in same] == [getattr(lars, name) for name in same]
+    assert momentum.end_lr / momentum.peak_lr == pytest.approx(lars.end_lr / lars.peak_lr)
+    assert Recipe.preset("cifar10-4096-momentum").peak_lr == 3.2
+
+
 def test_batch_norm_groups_follow_the_released_code():
     assert Recipe.preset("b2-32768-lars").num_groups == 256
     assert [Recipe.preset(f"b2-{b}-rmsprop").num_groups for b in (32, 256, 512, 4096, 32768)] == [1, 8, 2, 8, 8]
