@@ -21,8 +21,7 @@ from pathlib import Path
 import yaml
 
 from effnetlib.data.sources import cache_folder
-from effnetlib.errors import EffnetlibError, did_you_mean
-from effnetlib.recipe import Recipe
+from effnetlib.errors import EffnetlibError, FailedError, did_you_mean
 from effnetlib.reports.html import outcome, render_html, render_index
 from effnetlib.runs.files import exclusive_lock, make_writable, write_atomically
 from effnetlib.runs.machine import usable_cores
@@ -30,6 +29,7 @@ from effnetlib.runs.progress import LINE_SECONDS, duration, say
 from effnetlib.runs.record import Record, outputs_folder, published_folder
 from effnetlib.runs.stopping import TRY_AGAIN, Children
 from effnetlib.suites.suite import Entry, Suite
+from effnetlib.suites.tuning import tuned
 
 POLL_SECONDS = 0.5
 START_SECONDS = 60
@@ -75,9 +75,14 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
         def settle(entry: Entry) -> Outcome | None:
             if children.asked:
                 return None
-            papermill = functools.partial(_run_papermill, suite, entry, prefixes[entry], children, start_timeout)
-            settled = _execute_entry(suite, entry, papermill)
-            say(f"{prefixes[entry]}: {_describe(settled)}")
+            prefix = prefixes[entry]
+            try:
+                entry = tuned(suite, entry)
+                papermill = functools.partial(_run_papermill, suite, entry, prefix, children, start_timeout)
+                settled = _execute_entry(suite, entry, papermill)
+            except FailedError as error:  # its search is not complete
+                settled = Outcome(entry, "failed", error=str(error))
+            say(f"{prefix}: {_describe(settled)}")
             return settled
 
         # A run has the machine to itself, for its speed is part of the record; reports share it.
@@ -140,7 +145,7 @@ def _other_recipe(entry: Entry) -> str:
         record = Record.load(directory)
     except EffnetlibError as error:
         return str(error)
-    if record.recipe == Recipe.from_parameters(entry.parameters):
+    if record.recipe == entry.recipe:
         return ""
     return f"{directory} holds the record of another recipe: give the run another name, or delete that folder"
 

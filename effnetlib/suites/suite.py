@@ -7,6 +7,7 @@ The file::
         parameters: {preset: digits-64-rmsprop}
       - name: lars-64-{seed}              # several runs: one for each value, or combination of values
         parameters: {preset: digits-64-lars}
+        tuned: {lr_per_256: search-lars-64} # with the rate of the best run named search-lars-64-RATE; or peak_lr: with its peak
         each: {seed: [0, 1, 2]}
     reports:                                # notebooks that read the records of the suite; executed after the runs
       - 00_overview
@@ -19,7 +20,7 @@ Every run executes `train.ipynb`.
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import papermill
@@ -36,11 +37,13 @@ TRAIN_NOTEBOOK = "train"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ."""
+    """One notebook to execute: a name, the notebook without its suffix, the parameters that differ, and for a run the search
+    that its learning rate comes from, if any (see `effnetlib.suites.tuning`)."""
 
     name: str
     notebook: str
     parameters: Mapping
+    tuned: Mapping = field(default_factory=dict)
 
     @property
     def is_run(self) -> bool:
@@ -50,6 +53,11 @@ class Entry:
     def directory(self) -> Path:
         """The folder of a run's record."""
         return outputs_folder() / self.parameters["directory"]
+
+    @property
+    def recipe(self) -> Recipe:
+        """A run's recipe."""
+        return Recipe.from_parameters(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -163,11 +171,13 @@ def _each(item) -> Iterator[dict]:
 
 
 def _run_entry(suite: str, run, changes: Mapping) -> Entry:
+    run = dict(run) if isinstance(run, dict) else run
+    tuned = run.pop("tuned", {}) if isinstance(run, dict) else {}
     name, parameters = _named(run)
     parameters = {key: _from_here(key, value) for key, value in {**parameters, **changes}.items()}
     if "directory" in parameters:
         raise EffnetlibError(f"{name}: leave directory out, a suite's runs lie in outputs/{suite}/runs")
-    return Entry(name, TRAIN_NOTEBOOK, {**parameters, "directory": f"{suite}/runs/{name}"})
+    return Entry(name, TRAIN_NOTEBOOK, {**parameters, "directory": f"{suite}/runs/{name}"}, tuned)
 
 
 def _report_entry(suite: str, report) -> Entry:
@@ -201,7 +211,21 @@ def _check_entry(suite: Suite, entry: Entry) -> None:
     try:
         if entry.is_run:
             Recipe.from_parameters(entry.parameters)
+            _check_tuned(suite, entry)
         else:
             check_parameters(entry.parameters, papermill.inspect_notebook(str(source)))
     except EffnetlibError as error:
         raise EffnetlibError(f"{entry.name}: {error}") from None
+
+
+def _check_tuned(suite: Suite, entry: Entry) -> None:
+    if not entry.tuned:
+        return
+    ways, searches = ("lr_per_256", "peak_lr"), {run.name.rpartition("-")[0] for run in suite.runs}
+    if not isinstance(entry.tuned, dict) or len(entry.tuned) != 1 or not set(entry.tuned) <= set(ways):
+        raise EffnetlibError(f"tuned must map one of {', '.join(ways)} to a search, and is {entry.tuned!r}")
+    (search,) = entry.tuned.values()
+    if search not in searches:
+        raise EffnetlibError(f"there are no runs named {search}-VALUE: {did_you_mean(str(search), sorted(searches))}")
+    if "lr_per_256" in entry.parameters:
+        raise EffnetlibError(f"its learning rate comes from {search}: leave lr_per_256 out")
