@@ -100,13 +100,16 @@ def test_each_recipe_starts(variant, optimizer, photographs):
 
     Neither ImageNet nor the cores are here: a few photographs in ImageNet's layout stand for the one, one device for the others
     (see `reduced`; what devices do together is tested in test_invariance.py). What differs in batch and learning rate alone is one
-    program then, which is compiled once, without the compiler's costly passes.
+    program then, which is compiled once, without the compiler's costly passes. B5 under RMSProp is traced and not compiled: B5 runs
+    under LARS, and RMSProp with B2.
     """
     presets = [name for name in PAPER_PRESETS if name.startswith(variant) and name.endswith(optimizer)]
     recipes = [reduced(preset, photographs) for preset in presets]
     (program,) = {recipe.replace(lr_per_256=1.0, warmup_epochs=5.0) for recipe in recipes}
     mesh, key = make_mesh(program.num_groups, jax.devices()[:1]), jax.random.key(0)
     init, lowered, _, _ = lower_train_step(program, mesh)
+    if (variant, optimizer) == ("b5", "rmsprop"):
+        return
     init, step = init.lower(key).compile(QUICK), lowered.compile(QUICK)
     for preset, recipe in zip(presets, recipes, strict=True):
         state = init(key)
