@@ -7,7 +7,7 @@ There are four verdicts. *Supported*: the interval lies on the claim's side. *Co
 *Undecided*: it holds both. *Not testable here*: the runs are missing, or cannot answer.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
@@ -21,14 +21,17 @@ SUPPORTED = "supported"
 CONTRADICTED = "contradicted"
 UNDECIDED = "undecided"
 NOT_TESTABLE = "not testable here"
+SYMBOLS = {SUPPORTED: "✓", CONTRADICTED: "✗", UNDECIDED: "?", NOT_TESTABLE: "–"}
 MIN_SEEDS = 3
+FEW_SEEDS = f"a point has fewer than {MIN_SEEDS} seeds"
 MARGIN = 0.01  # of top-1: what "costs no accuracy" allows
 MIME = "application/vnd.effnetlib.verdict+json"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What runs say of a claim.
+    """What runs say of a claim. In a notebook it shows itself. It also leaves its fields in the executed notebook, where
+    `publish.py` collects them.
 
     Attributes:
       claim: in one sentence. paper: what the paper states of it. ours: our figures, with n and spread.
@@ -38,8 +41,6 @@ class Verdict:
       effect, low, high: the estimate and its 95 % interval, in `unit` ("points" of top-1, or "% of the time").
       least: the effect above which the claim holds, in the same unit: 0, or minus the margin of an equivalence.
       n: the least number of seeds per point.
-
-    In a notebook it shows itself, and leaves itself in the executed notebook for the companion page and the README to collect.
     """
 
     claim: str
@@ -55,14 +56,23 @@ class Verdict:
     least: float = 0.0
     n: int = 0
 
+    @property
+    def finding(self) -> str:
+        """The effect with its interval and n; where the claim cannot be tested, why not."""
+        if self.effect is None:
+            return self.why
+        interval = f"95 % interval {self.low:+.2f} to {self.high:+.2f}"
+        return f"{self.measured}: {self.effect:+.2f} {self.unit} ({interval}, n = {self.n} seeds each)"
+
     def _repr_mimebundle_(self, **_):
         shown = {name: getattr(self, name) for name in ("claim", "paper", "ours", "verdict", "why")}
-        rows = "".join(
-            f'<tr><th style="text-align: left">{name}</th><td style="text-align: left; white-space: normal">{escape(value)}</td></tr>'
-            for name, value in shown.items()
-        )
+        cell = '<td style="text-align: left; white-space: normal">'
+        rows = "".join(f"<tr><th>{name}</th>{cell}{escape(value)}</td></tr>" for name, value in shown.items())
+        name = f"{SYMBOLS[self.verdict]} {self.verdict.capitalize()}"
+        said = f'<p class="verdict"><strong class="{self.verdict}">{name}.</strong> {escape(self.finding)}.</p>'
+        details = f"<details><summary>how this was judged</summary><table>{rows}</table></details>"
         text = "\n".join(f"{name:8}{value}" for name, value in shown.items())
-        return {"text/plain": text, "text/html": f"<table>{rows}</table>", MIME: asdict(self)}
+        return {"text/plain": f"{name}. {self.finding}.\n{text}", "text/html": said + details, MIME: asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -81,10 +91,10 @@ class Interval:
         """The verdict on "above `least`"."""
         return SUPPORTED if self.low > least else CONTRADICTED if self.high < least else UNDECIDED
 
-    def figures(self, measured: str, points: Iterable[Sequence], unit: str = "points") -> dict:
+    def figures(self, measured: str, points: Sequence[Sequence]) -> dict:
         """The fields of a `Verdict` that say how large the effect is, and on how many seeds per point it rests."""
         values = {"effect": 100 * self.estimate, "low": 100 * self.low, "high": 100 * self.high}
-        return values | {"measured": measured, "unit": unit, "n": min(map(len, points))}
+        return values | {"measured": measured, "n": min(map(len, points))}
 
 
 def contrast(*terms: tuple[float, Sequence[float]]) -> Interval:
@@ -101,13 +111,14 @@ def contrast(*terms: tuple[float, Sequence[float]]) -> Interval:
     if not variances.any():
         return Interval(estimate, estimate, estimate)
     degrees = variances.sum() ** 2 / (variances**2 / freedom).sum()
-    half = float(stats.t.ppf(0.975, degrees) * np.sqrt(variances.sum()))
-    return Interval(estimate, estimate - half, estimate + half)
+    low, high = stats.t.interval(0.95, degrees, estimate, np.sqrt(variances.sum()))
+    return Interval(estimate, float(low), float(high))
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """As a percentage: mean, standard deviation over seeds, and n."""
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f} % (n = {len(values)})"
+    """As a percentage: mean, standard deviation over seeds where there are several, and n."""
+    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.2f}{spread} % (n = {len(values)})"
 
 
 def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
@@ -117,28 +128,25 @@ def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
       points: final top-1 by (optimizer, global batch size).
     """
     claim = "RMSProp loses accuracy as the batch grows, and LARS keeps it"
-    top1 = table2().set_index("preset")["top1"]
+    top1 = (100 * table2().set_index("preset")["top1"]).map("{:.1f} %".format)
     paper = (
-        f"B2 with RMSProp: {100 * top1['b2-4096-rmsprop']:.1f} % at 4,096 and {100 * top1['b2-16384-rmsprop']:.1f} % at 16,384; "
-        f"with LARS: {100 * top1['b2-16384-lars']:.1f} % there and {100 * top1['b2-32768-lars']:.1f} % at 32,768 (Table 2)"
+        f"B2 with RMSProp: {top1['b2-4096-rmsprop']} at 4,096 and {top1['b2-16384-rmsprop']} at 16,384; "
+        f"with LARS: {top1['b2-16384-lars']} there and {top1['b2-32768-lars']} at 32,768 (Table 2)"
     )
     small, large = min(batch for _, batch in points), max(batch for _, batch in points)
     rule = (
         f"from a batch of {small:,} to one of {large:,} RMSProp loses, it loses more than LARS, and LARS is ahead at {large:,}: "
         "all three intervals above 0 (contradicted: one of them below)"
     )
-    wanted = {(optimizer, batch) for optimizer in ("rmsprop", "lars") for batch in (small, large)}
-    if missing := wanted - set(points):
+    if missing := {(name, batch) for name in ("rmsprop", "lars") for batch in (small, large)} - set(points):
         return Verdict(claim, paper, "-", NOT_TESTABLE, f"there are no runs of {sorted(missing)}")
-    if few := _few_seeds(points.values()):
-        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
-    losses = {name: ((1, points[name, small]), (-1, points[name, large])) for name in ("rmsprop", "lars")}
-    loses = contrast(*losses["rmsprop"])
-    more = contrast(*losses["rmsprop"], *((-weight, values) for weight, values in losses["lars"]))
+    means = _means({f"{optimizer} at {batch:,}": values for (optimizer, batch), values in sorted(points.items())})
+    if _few(points.values()):
+        return Verdict(claim, paper, means, NOT_TESTABLE, FEW_SEEDS)
+    rmsprop, lars = (((1, points[name, small]), (-1, points[name, large])) for name in ("rmsprop", "lars"))
+    loses = contrast(*rmsprop)
+    more = contrast(*rmsprop, *((-weight, values) for weight, values in lars))
     ahead = contrast((1, points["lars", large]), (-1, points["rmsprop", large]))
-    means = "; ".join(
-        f"{optimizer} at {batch:,}: {mean_and_spread(values)}" for (optimizer, batch), values in sorted(points.items())
-    )
     ours = (
         f"{means}. RMSProp loses {loses.points()}, that much more than LARS: {more.points()}; "
         f"LARS is ahead at {large:,} by {ahead.points()}"
@@ -160,32 +168,34 @@ def better(
       ours, other: (name, final top-1 of the seeds) of the way that the claim favours, and of the other.
     """
     rule = f"the interval of {ours[0]} minus {other[0]} lies above {f'{-100 * margin:.0f} point' if margin else 0}"
-    if few := _few_seeds((ours[1], other[1])):
-        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
+    means = _means(dict((ours, other)))
+    if _few((ours[1], other[1])):
+        return Verdict(claim, paper, means, NOT_TESTABLE, FEW_SEEDS)
     difference = contrast((1, ours[1]), (-1, other[1]))
-    means = f"{ours[0]}: {mean_and_spread(ours[1])}; {other[0]}: {mean_and_spread(other[1])}; difference {difference.points()}"
     figures = difference.figures(f"{ours[0]} minus {other[0]}", (ours[1], other[1])) | {"least": -100 * margin}
-    return Verdict(claim, paper, means, difference.judged(-margin), rule, **figures)
+    said = f"{means}; difference {difference.points()}"
+    return Verdict(claim, paper, said, difference.judged(-margin), rule, **figures)
 
 
 def polynomial_decay(polynomial: Sequence[float], exponential: Sequence[float]) -> Verdict:
     """Polynomial decay beats exponential for LARS. Takes the final top-1 of each."""
-    return better(
-        "polynomial decay beats exponential decay for LARS",
-        "polynomial decay was found best for LARS (no figures known to us)",
-        ("polynomial", polynomial),
-        ("exponential", exponential),
-    )
+    claim = "polynomial decay beats exponential decay for LARS"
+    paper = "polynomial decay was found best for LARS (no figures known to us)"
+    return better(claim, paper, ("polynomial", polynomial), ("exponential", exponential))
 
 
 def warmup(with_warmup: Sequence[float], without: Sequence[float]) -> Verdict:
     """Warm-up is needed by LARS at a large batch. Takes the final top-1 of each."""
-    return better(
-        "warm-up is needed at a large batch",
-        "43 to 50 epochs of 350 in its LARS recipes (Table 2; no figures without)",
-        ("with warm-up", with_warmup),
-        ("without", without),
-    )
+    claim = "warm-up is needed at a large batch"
+    paper = "43 to 50 epochs of 350 in its LARS recipes (Table 2; no figures without)"
+    return better(claim, paper, ("with warm-up", with_warmup), ("without", without))
+
+
+def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:
+    """bfloat16 convolutions cost no accuracy: less than MARGIN. Takes the final top-1 of each."""
+    claim = "bfloat16 convolutions cost no accuracy"
+    paper = "no loss of accuracy (section 3; no figures known to us)"
+    return better(claim, paper, ("bfloat16", bfloat16), ("float32", float32), MARGIN)
 
 
 def batch_norm_batch(points: Mapping[int, Sequence[float]]) -> Verdict:
@@ -200,18 +210,18 @@ def batch_norm_batch(points: Mapping[int, Sequence[float]]) -> Verdict:
         "one-way analysis of variance gives p < 0.05, and the best mean lies at neither end of the sizes "
         "(contradicted: p < 0.05, and it lies at an end)"
     )
-    if few := _few_seeds(points.values()):
-        return Verdict(claim, paper, few, NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} seeds")
     sizes = sorted(points)
+    means = _means({f"{size:,}": points[size] for size in sizes})
+    if _few(points.values()):
+        return Verdict(claim, paper, means, NOT_TESTABLE, FEW_SEEDS)
     p = float(stats.f_oneway(*points.values()).pvalue)
     best = max(sizes, key=lambda size: np.mean(points[size]))
-    figures = "; ".join(f"{size:,}: {mean_and_spread(points[size])}" for size in sizes)
     ends = [size for size in (sizes[0], sizes[-1]) if size != best]
     end = max(ends, key=lambda size: np.mean(points[size]))
     verdict = UNDECIDED if p >= 0.05 else SUPPORTED if len(ends) == 2 else CONTRADICTED
     gain = contrast((1, points[best]), (-1, points[end]))
-    effect = gain.figures(f"groups of {best:,} minus groups of {end:,}", points.values())
-    return Verdict(claim, paper, f"{figures}; p = {p:.2g}, best at {best:,}", verdict, rule, **effect)
+    figures = gain.figures(f"groups of {best:,} minus groups of {end:,}", points.values())
+    return Verdict(claim, paper, f"{means}; p = {p:.2g}, best at {best:,}", verdict, rule, **figures)
 
 
 def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record]) -> Verdict:
@@ -226,38 +236,24 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
     if any(record.devices_share_cores for record in (*all_devices, *one)):
         why = "the devices are simulated, and each of them computes on all cores already"
         return Verdict(claim, paper, "-", NOT_TESTABLE, why)
-    if min(len(all_devices), len(one)) < MIN_SEEDS:
-        return Verdict(claim, paper, "-", NOT_TESTABLE, f"a point has fewer than {MIN_SEEDS} runs")
-    seconds = {
-        name: [record.timing["total_seconds"] for record in records]
-        for name, records in (("all devices", all_devices), ("one", one))
-    }
-    saved = contrast((1, seconds["one"]), (-1, seconds["all devices"]))
+    if _few((all_devices, one)):
+        return Verdict(claim, paper, "-", NOT_TESTABLE, FEW_SEEDS)
+    on_all, on_one = ([record.timing["total_seconds"] for record in records] for records in (all_devices, one))
+    saved = contrast((1, on_one), (-1, on_all))
     means = "; ".join(
         f"on {name}: {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} s (n = {len(values)})"
-        for name, values in seconds.items()
+        for name, values in (("all devices", on_all), ("one", on_one))
     )
     ours = f"{means}; saved {saved.estimate:.1f} s (95 % interval {saved.low:.1f} to {saved.high:.1f})"
-    share = contrast(*((weight / np.mean(seconds["one"]), values) for weight, values in
-                       ((1, seconds["one"]), (-1, seconds["all devices"]))))  # fmt: skip
-    figures = share.figures("time saved", seconds.values(), "% of the time")
+    share = contrast((1 / np.mean(on_one), on_one), (-1 / np.mean(on_one), on_all))
+    figures = share.figures("time saved", (on_all, on_one)) | {"unit": "% of the time"}
     return Verdict(claim, paper, ours, saved.judged(), rule, **figures)
 
 
-def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:
-    """bfloat16 convolutions cost no accuracy: less than MARGIN. Takes the final top-1 of each."""
-    return better(
-        "bfloat16 convolutions cost no accuracy",
-        "no loss of accuracy (section 3; no figures known to us)",
-        ("bfloat16", bfloat16),
-        ("float32", float32),
-        MARGIN,
-    )
+def _few(points) -> bool:
+    """Whether a point has too few seeds to judge."""
+    return min(map(len, points)) < MIN_SEEDS
 
 
-def _few_seeds(points) -> str:
-    """What there is, where a point has too few seeds to judge; else empty."""
-    points = list(points)
-    if min(len(values) for values in points) >= MIN_SEEDS:
-        return ""
-    return ", ".join(f"{100 * np.mean(values):.1f} % (n = {len(values)})" for values in points)
+def _means(points: Mapping[str, Sequence[float]]) -> str:
+    return "; ".join(f"{name}: {mean_and_spread(values)}" for name, values in points.items())

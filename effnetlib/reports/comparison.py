@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from effnetlib.errors import EffnetlibError
@@ -14,13 +15,14 @@ from effnetlib.runs.record import Record
 
 CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
                  "xla_flags", "settings")  # fmt: skip
+OUTCOMES = ("peak_top1", "peak_epoch", "final_top1", "raw_final_top1", "seconds_to_peak", "images_per_second")
 
 
 def load(paths: Sequence[Path]) -> list[Record]:
     """The records to compare.
 
     Args:
-      paths: a run's folder each, or one without its seed (`lars-64`, where there are `lars-64-seed0` …): all its seeds.
+      paths: the folder of each run, or one without its seed (`lars-64`, where there are `lars-64-seed0` …): all its seeds.
 
     Raises:
       EffnetlibError: a path is neither, a record cannot be read or was never evaluated, or there is only one.
@@ -50,14 +52,13 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 def points(records: Sequence[Record]) -> list[str]:
     """The point of each run: its label without the seed."""
-    return [
-        label.removesuffix(record.name) + record.point for label, record in zip(labels(records), records, strict=True)
-    ]
+    named = zip(labels(records), records, strict=True)
+    return [label.removesuffix(record.name) + record.point for label, record in named]
 
 
 def settings(records: Sequence[Record]) -> pd.DataFrame:
-    """What differs between the points, a row a field and a column a point: the recipe, the data, and the circumstances. Where the
-    runs of a point differ among themselves, all their values."""
+    """What differs between the points, one row per field and one column per point: the recipe, the data, and the
+    circumstances. Where the runs of a point differ among themselves, all their values."""
     table = pd.DataFrame(
         [
             asdict(record.recipe)
@@ -67,20 +68,14 @@ def settings(records: Sequence[Record]) -> pd.DataFrame:
         ]
     ).map(str)
     by_point = table.groupby(points(records), sort=False).agg(lambda values: ", ".join(dict.fromkeys(values))).T
-    differs = by_point.nunique(axis=1) > 1
-    return by_point[differs].rename_axis("setting").reset_index()
-
-
-OUTCOMES = ("peak_top1", "peak_epoch", "final_top1", "raw_final_top1", "seconds_to_peak", "images_per_second")
+    return by_point[by_point.nunique(axis=1) > 1].rename_axis("setting").reset_index()
 
 
 def outcomes(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a run: its point and what came out; nothing yet for one that is under way."""
-    table = results(records).reindex(columns=["status", "seed", *OUTCOMES, "eval_examples"])
-    table["status"] = [record.status for record in records]
-    table.insert(0, "run", labels(records))
-    table.insert(1, "point", points(records))
-    return table.reset_index(drop=True)
+    """One row per run: its point and what came out; nothing yet for one that is under way."""
+    table = results(records).reindex(columns=["seed", *OUTCOMES, "eval_examples"]).reset_index(drop=True)
+    status = [record.status for record in records]
+    return pd.DataFrame({"run": labels(records), "point": points(records), "status": status}).join(table)
 
 
 def difference(records: Sequence[Record]) -> str:
@@ -90,7 +85,8 @@ def difference(records: Sequence[Record]) -> str:
     if len(values) != 2:
         return f"{len(values)} points have a result; a difference with its interval is given of two."
     (first, ours), (second, theirs) = values.items()
+    said = f"Final top-1 of {first} minus {second}"
     if min(len(ours), len(theirs)) < MIN_SEEDS:
-        gap = 100 * (sum(ours) / len(ours) - sum(theirs) / len(theirs))
-        return f"Final top-1 of {first} minus {second}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds each that may be chance."
-    return f"Final top-1 of {first} minus {second}: {contrast((1, ours), (-1, theirs)).points()}."
+        gap = 100 * (np.mean(ours) - np.mean(theirs))
+        return f"{said}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds each that may be chance."
+    return f"{said}: {contrast((1, ours), (-1, theirs)).points()}."

@@ -1,7 +1,8 @@
-"""From executed notebooks to HTML: one self-contained page a notebook, and the index page of a suite."""
+"""From executed notebooks to HTML: one self-contained page per notebook, and the index page of a suite."""
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import jinja2
@@ -32,7 +33,7 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
 
 
 def render_html(directory: Path, name: str) -> Path:
-    """Renders the executed notebook `name` of a suite's folder to one self-contained HTML file, the code folded.
+    """Renders the executed notebook `name` of a suite's folder to one self-contained HTML file.
 
     Args:
       directory: the suite's folder; the notebook is ``executed/NAME.ipynb`` in it, and ``NAME.html`` is written.
@@ -42,18 +43,32 @@ def render_html(directory: Path, name: str) -> Path:
     """
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = read_notebook(executed)
-    # What only an open notebook has a use for; and the badges are images from the network.
-    notebook.cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
-    for cell in notebook.cells[:1]:
+    cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
+    answers = [cell for cell in cells if "answer" in cell.metadata.get("tags", ())]  # they stand under the title
+    notebook.cells = _code_at_the_end([*cells[:1], *answers, *(cell for cell in cells[1:] if cell not in answers)])
+    for cell in notebook.cells[:1]:  # the badges are images from the network
         cell.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", cell.source)
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
     page["error"] = outcome(directory, name).get("error", "")
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
-    # A heading may break at its underscores, or columns would be as wide as the names of their fields.
-    body = re.sub(r"(<th\b[^>]*>)([^<]*)", lambda heading: heading[1] + heading[2].replace("_", "_<wbr>"), body)
     write_atomically(directory / f"{name}.html", body)
     return directory / f"{name}.html"
+
+
+def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The cells with the code of each section moved into one cell at its end, so that results follow one another."""
+    moved, code = [], []
+    end = nbformat.v4.new_markdown_cell("# end")
+    for cell in [*cells, end]:
+        if cell.cell_type == "code":
+            code.append(cell.source)
+            cell.source = ""
+        elif code and re.search(r"(?m)^#+ ", cell.source):
+            moved.append(nbformat.v4.new_code_cell("\n\n".join(filter(None, code))))
+            code = []
+        moved.append(cell)
+    return moved[:-1]
 
 
 def render_index(directory: Path, name: str) -> Path:

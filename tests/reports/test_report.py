@@ -64,7 +64,8 @@ def test_tables_hold_recipe_environment_and_result():
     assert list(table["peak_top1"]) == [0.5, 0.5] and list(table["images_per_second"]) == [32.0, 32.0]
     long = curves(records, "eval")
     assert list(long["run"]) == ["a", "a", "b", "b"] and set(long["optimizer"]) == {"lars"}
-    assert conditions(records).startswith("2 runs on made up (devices: cpu)") and "seeds 0, 1" in conditions(records)
+    said = conditions(records)
+    assert said.startswith("2 runs of nano at 32 px on digits, epochs: 10; seeds 0, 1; on made up (devices: cpu)")
 
 
 def test_reports_read_completed_records_only():
@@ -108,8 +109,8 @@ def test_the_best_rate_is_the_lowest_of_the_highest():
 def test_a_table_over_seeds_gives_mean_spread_and_count():
     table = pd.DataFrame({"point": ["a", "a", "b"], "top1": [0.5, 0.7, 0.9], "seconds": [1000.0, 1002.0, 5.0]})
     found = over_seeds(table, ["point"], ["top1", "seconds"])
-    assert found.loc[0].tolist() == ["a", "0.6000 ± 0.1414", "1,001.0 ± 1.4", 2]
-    assert found.loc[1].tolist() == ["b", "0.9000", "5.0000", 1]
+    assert found.loc[0].tolist() == ["a", "60.00 ± 14.14", "1,001.0 ± 1.4", 2]  # top-1 in percent
+    assert found.loc[1].tolist() == ["b", "90.00", "5.0000", 1]
 
 
 def test_html_is_one_file_that_asks_the_network_for_nothing():
@@ -121,7 +122,7 @@ def test_html_is_one_file_that_asks_the_network_for_nothing():
     )
     html = render_html(page, "page").read_text()
     assert "<title>A title</title>" in html and 'name="viewport"' in html
-    assert re.search(r"<details><summary>code</summary>.*secret", html, re.S)  # folded
+    assert re.search(r"<details[^>]*><summary>show code</summary>.*secret", html, re.S)  # folded
     assert 'alt="one pixel"' in html and f"base64,{PIXEL}" in html
     assert not re.findall(r"""(?:src|<link[^>]*href|url\()\s*=?\s*["'(]?(?:https?:)?//""", html)
     assert "<script" not in html

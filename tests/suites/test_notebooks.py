@@ -175,8 +175,11 @@ def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     suite = "cifar10" if name == "12_learning_rates" else "laptop"  # which of them has a search
     shutil.copytree(PUBLISHED.parent / suite / "runs", outputs / suite / "runs")
     notebook = _execute(name, outputs, suite=suite)
-    images = [o for c in notebook.cells for o in c.get("outputs", ()) if "image/png" in o.get("data", ())]
-    assert images and all(o.metadata["image/png"]["alt"] for o in images)
+    forms = ("image/png", "image/svg+xml")
+    images = [
+        (o, form) for c in notebook.cells for o in c.get("outputs", ()) for form in forms if form in o.get("data", ())
+    ]
+    assert images and all(output.metadata[form]["alt"] for output, form in images)
     assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
 
 

@@ -1,0 +1,62 @@
+"""How figures look: one colour for each optimizer and for the paper, shared settings, names beside lines."""
+
+import itertools
+from collections.abc import Iterable
+
+import seaborn as sns
+from matplotlib.ticker import PercentFormatter
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = {"lars": "#0072b2", "rmsprop": "#d55e00", "momentum": "#009e73", "lamb": "#9b4f96", "paper": "#6b6b6b"}
+OTHERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f")
+NAMES = {"lars": "LARS", "rmsprop": "RMSProp", "momentum": "momentum", "lamb": "LAMB", "paper": "the paper"}
+SETTINGS = {
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "svg.fonttype": "none",  # text stays text: smaller, and it can be searched
+    "svg.hashsalt": "effnetlib",  # the same figure gives the same file
+}
+
+
+def use_style() -> None:
+    """Sets the style of all figures that follow."""
+    sns.set_theme(style="whitegrid", palette=OTHERS, rc=SETTINGS)
+
+
+def palette(names: Iterable) -> dict:
+    """A colour for each name: an optimizer's and the paper's own, and one that is free for any other."""
+    free = itertools.cycle(OTHERS)
+    return {name: COLOURS.get(name) or next(free) for name in dict.fromkeys(names)}
+
+
+def percent(axes) -> None:
+    """Writes the shares of the vertical axis as percentages."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
+
+
+def log_ticks(axes, values: Iterable[float]) -> None:
+    """Makes the horizontal axis logarithmic, with ticks at these values only."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(set(values)), [f"{value:,.6g}" for value in sorted(set(values))])
+    axes.minorticks_off()
+
+
+def label_lines(axes) -> None:
+    """Replaces the legend: each line's name stands at its right end, in its colour, apart from its neighbours."""
+    if axes.get_legend():
+        axes.get_legend().remove()
+    to_fraction, lowest, ends = axes.transData + axes.transAxes.inverted(), -1.0, []
+    axes.get_ylim()  # settles the limits
+    for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+        colour = handle.get_color()
+        line = [line for line in axes.lines if line.get_color() == colour and len(line.get_xdata()) > 1][-1]
+        ends.append((to_fraction.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], name, colour))
+    for height, name, colour in sorted(ends):
+        lowest = max(height, lowest + 0.075)
+        axes.annotate(
+            NAMES.get(name, name), (1.02, lowest), xycoords="axes fraction", color=colour, va="center", fontsize=10
+        )
