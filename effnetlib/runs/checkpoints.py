@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.runs.hosts import all_or_none
+from effnetlib.runs.hosts import raise_together
 from effnetlib.runs.progress import say
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
@@ -94,7 +94,7 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
         return restored.state, restored.timing
 
     found, step, failed = None, -1, {}
-    with all_or_none():
+    with raise_together():
         if jax.process_index() == 0:
             for candidate in sorted(checkpoints.all_steps(), reverse=True):
                 try:

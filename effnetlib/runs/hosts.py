@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.runs.progress import at_work
@@ -112,14 +111,21 @@ def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
             time.sleep(1)
 
 
+def is_main_process() -> bool:
+    """Whether this is process 0, the only one that writes."""
+    return jax.process_index() == 0
+
+
 def wait_for_all(place: str) -> None:
     """Until every process has come to this place, for half an hour. It is no collective: those give up on a process that is
     late, on CPU after 30 seconds, and compiling takes some longer than others."""
+    from orbax.checkpoint import multihost  # takes long
+
     multihost.get_barrier_sync_fn()(key=f"{place} {next(_visits)}", timeout_ms=1000 * TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """What one process refuses in this block is refused by all of them, which would otherwise wait for it.
 
     Raises:
@@ -131,7 +137,7 @@ def all_or_none() -> Iterator[None]:
     except EffnetlibError as error:
         refusal = error
     if jax.process_count() > 1:
-        wait_for_all("all_or_none")
+        wait_for_all("raise_together")
         refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
         if refusal is None and refused.any():
             refusal = EffnetlibError(f"process {refused.argmax()} of {len(refused)} refused: its log says why")

@@ -18,6 +18,7 @@ import pandas as pd
 from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.recipe import Recipe
 from effnetlib.runs.files import write_atomically
+from effnetlib.runs.hosts import is_main_process
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import say
@@ -26,11 +27,6 @@ SCHEMA = 1
 SECTIONS = ("status", "environment", "data", "timing", "result", "error")
 # What XLA_FLAGS say so that a simulated device computes on one core, as a real one has its own.
 ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
-
-
-def is_main_process() -> bool:
-    """Whether this is process 0, the one that writes. The others hold the same record in memory."""
-    return jax.process_index() == 0
 
 
 def outputs_folder() -> Path:

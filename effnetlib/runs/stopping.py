@@ -55,14 +55,14 @@ class Stop(_Handler):
             self.signal = signal.Signals(number).name
             say(f"{self.signal}: stopping after this step")
 
-    def asked(self) -> str:
+    def requested(self) -> str:
         """Why to stop, in this process's own view: one of `REASONS`, empty to go on."""
         if self.signal:
             return self.signal
         return "max_minutes" if self.deadline is not None and time.monotonic() >= self.deadline else ""
 
-    def agreed(self, during: str) -> str:
-        """`asked`, the same in every process: if one is to stop, all are. With several processes all must call it equally
+    def requested_anywhere(self, during: str) -> str:
+        """`requested`, the same in every process: if one is to stop, all are. With several processes all must call it equally
         often. They ask one another about every `AGREE_SECONDS`, by the pace of the slowest since the last time. The number of
         calls in between begins at one, also when what is done `during` it changes, and at most doubles: one quick call
         promises no quick hundred."""
@@ -70,7 +70,7 @@ class Stop(_Handler):
         import numpy as np
         from jax.experimental import multihost_utils
 
-        reason = self.asked()
+        reason = self.requested()
         if jax.process_count() == 1:
             return reason
         self.calls += 1
