@@ -25,8 +25,8 @@ from effnetlib.planning.topology import GIB, chip_of, devices_of
 from effnetlib.recipe import Recipe
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.machine import pinned
+from effnetlib.runs.paths import outputs_folder
 from effnetlib.runs.progress import at_work
-from effnetlib.runs.record import outputs_folder
 from effnetlib.step import lower_train_step, make_train_step
 
 PROGRAM = (

@@ -14,8 +14,9 @@ from effnetlib.data import describe
 from effnetlib.presets import PAPER_PRESETS
 from effnetlib.recipe import Recipe
 from effnetlib.reports import paper
+from effnetlib.runs.paths import runs_folder
 from effnetlib.runs.progress import say
-from effnetlib.runs.record import Record, load_records, runs_folder
+from effnetlib.runs.record import Record, load_records
 
 DAWNBENCH_TOP5 = 0.93
 TWO_CORES_A_CHIP = ("TPU v2", "TPU v3")

@@ -14,8 +14,8 @@ from pandas.io.formats.style import Styler
 from effnetlib.errors import EffnetlibError
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.hosts import is_main_process
-from effnetlib.runs.paths import user_path
-from effnetlib.runs.record import Record, load_records, outputs_folder, runs_folder
+from effnetlib.runs.paths import outputs_folder, runs_folder, user_path
+from effnetlib.runs.record import Record, load_records
 
 SEARCH = "search-"
 

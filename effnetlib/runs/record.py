@@ -21,36 +21,11 @@ from effnetlib.runs.files import write_atomically
 from effnetlib.runs.hosts import is_main_process
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import user_path
-from effnetlib.runs.progress import say
 
 SCHEMA = 1
 SECTIONS = ("status", "environment", "data", "timing", "result", "error")
 # What XLA_FLAGS say so that a simulated device computes on one core, as a real one has its own.
 ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
-
-
-def outputs_folder() -> Path:
-    """Where runs write: the environment variable EFFNETLIB_OUTPUTS; else `outputs/` of the checkout that holds the
-    working directory; else `outputs/` in the working directory."""
-    if os.environ.get("EFFNETLIB_OUTPUTS"):
-        return user_path(os.environ["EFFNETLIB_OUTPUTS"], "EFFNETLIB_OUTPUTS", folder=True)
-    here = Path.cwd()
-    checkout = next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here)
-    return checkout / "outputs"
-
-
-def published_folder() -> Path:
-    """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
-    return Path(__file__).parents[2] / "outputs/published"
-
-
-def runs_folder(suite: str) -> Path:
-    """Where a suite's records lie: `outputs/SUITE/runs`; the published ones, which a line says, where nobody ran it here."""
-    mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
-    if any(mine.glob("*/run.json")) or not published.exists():
-        return mine
-    say(f"{mine} holds no record: these are the records that come with effnetlib.")
-    return published
 
 
 @dataclass

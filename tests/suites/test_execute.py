@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
 from effnetlib.runs.files import exclusive_lock
-from effnetlib.runs.record import outputs_folder
+from effnetlib.runs.paths import outputs_folder
 from effnetlib.suites.execute import _key, _StatusLine, execute
 from effnetlib.suites.suite import load_suite
 
