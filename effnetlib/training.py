@@ -28,29 +28,29 @@ def train(
 ) -> Record:
     """Trains a recipe into a folder, on all devices of all processes.
 
-    Running it again resumes from the latest checkpoint that can be read. It goes on with the same data, to the same
-    bits, whatever settings of jax the shell or the notebook has made (see `effnetlib.runs.machine`). A finished run
-    is returned as it is. A checkpoint is written at every evaluation, every ten minutes, before an error of the input,
-    and when the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice means at once), or by the
-    clock.
+    Running it again resumes from the latest checkpoint that can be read. It goes on with the same data,
+    to the same bits, whatever settings of jax the shell or the notebook has made. A finished run is
+    returned as it is. A checkpoint is written at every evaluation, every ten minutes, before an error of
+    the input, and when the run is asked to stop: by SIGTERM, by SIGINT (Jupyter's stop button; twice
+    means at once), or by the clock.
 
     Args:
       recipe: what to train.
       directory: the run's folder; made if need be.
-      eval_devices: evaluate on only so many devices, the first ones, to measure what distributing evaluation saves.
-        Changes no result beyond rounding.
-      max_minutes: stop after so many minutes from now, for sessions that end without warning; None is never.
+      eval_devices: evaluate on the first so many devices only, to measure what all of them save. Changes
+        no result beyond rounding.
+      max_minutes: stop after so many minutes, for sessions that end without warning; None is never.
 
     Returns:
       The record, `completed`.
 
     Raises:
-      EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be written or holds
-        another recipe's run, or another process is training in it. Nothing has been compiled or written then.
-      PreemptedError: asked to stop; all is saved, the record is `preempted`, and the same call goes on.
-      FailedError: the input or the file system failed, which is saved like a stop, or no checkpoint can be read.
-      DivergedError: the loss became infinite, nan or huge; the record is `failed` and says at which step, with which
-        learning rate and norms.
+      EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be
+        written or holds another recipe's run, or another process is training in it. Nothing has been
+        compiled or written then.
+      PreemptedError: asked to stop. All is saved, and the same call goes on.
+      FailedError: the input failed, and all is saved; or the file system; or no checkpoint can be read.
+      DivergedError: the loss became infinite, nan or huge.
     """
     with open_run(recipe, directory, eval_devices, max_minutes) as run:
         if run.record.status == "completed":
@@ -70,26 +70,17 @@ def train(
 
         ### Restore, or begin ###
 
-        if restored := run.restore(vars(state)):
+        if restored := run.begin(vars(state), learning_rates, compile_seconds):
             state = jax.device_put(TrainState(**restored), everywhere)
-        start = int(state.step)
-        meter = run.begin(start, learning_rates, compile_seconds)
+        start, meter = int(state.step), run.meter
         evaluated = {row["step"] for row in run.record.metrics if row["kind"] == "eval"}
         if start in recipe.eval_steps and start not in evaluated:  # stopped between a step and its evaluation
             run.checkpoint(state, _evaluate(run, evaluator, state))
 
         ### Train ###
 
-        batches = data.train_batches(
-            run.splits["train"],
-            seed=recipe.seed,
-            batch=recipe.global_batch_size,
-            size=recipe.resolution,
-            augmentation=recipe.augmentation,
-            sharding=batch_sharding(mesh),
-            start=start,
-            stop=total,
-        )
+        where = {"sharding": batch_sharding(mesh), "start": start, "stop": total}
+        batches = data.train_batches(run.splits["train"], seed=recipe.seed, **_images(recipe), **where)
         eval_steps = frozenset(recipe.eval_steps)
         meter.resume()
         for step in range(start + 1, total + 1):
@@ -107,29 +98,27 @@ def train(
     return run.record
 
 
+def _images(recipe: Recipe) -> dict:
+    return {"batch": recipe.global_batch_size, "size": recipe.resolution, "augmentation": recipe.augmentation}
+
+
 def _compile(recipe: Recipe, mesh: Mesh, key: jax.Array, run: Run):
     """The initial state, the compiled train step, and the evaluator, which is compiled too."""
     init, lowered, _, graphdef = lower_train_step(recipe, mesh)
     # Runs once, so it is not worth the compiler's time (a third of it, measured on CPU).
     state = init.lower(key).compile({"xla_backend_optimization_level": 0})(key)
     train_step = lowered.compile()
-    evaluator = Evaluator(
-        graphdef,
-        run.splits["eval"],
-        batch=recipe.global_batch_size,
-        size=recipe.resolution,
-        augmentation=recipe.augmentation,
-        mesh=mesh if len(run.eval_devices) == mesh.size else make_mesh(1, run.eval_devices),
-    )
+    eval_mesh = mesh if len(run.eval_devices) == mesh.size else make_mesh(1, run.eval_devices)
+    evaluator = Evaluator(graphdef, run.splits["eval"], mesh=eval_mesh, **_images(recipe))
     evaluator.compile((state.params, state.batch_stats))
     return state, train_step, evaluator
 
 
 def _evaluate(run: Run, evaluator: Evaluator, state: TrainState) -> float:
     """Evaluates the weights and their moving average, records both, and returns top-1 of the average."""
-    between = SimpleNamespace(update=lambda _: run.stop_if_requested(state, "evaluation"))
-    with run.meter.measure("eval_seconds"), run.saved_first(state):
-        weights = (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats)
-        raw, ema = evaluator(*weights, progress=between)
+    between_batches = SimpleNamespace(update=lambda _: run.stop_if_requested(state, "evaluation"))
+    weights = (state.params, state.batch_stats), (state.ema_params, state.ema_batch_stats)
+    with run.saved_first(state), run.meter.measure("eval_seconds"):
+        raw, ema = evaluator(*weights, progress=between_batches)
     run.meter.add_evaluation(int(state.step), raw, ema)
     return ema.top1

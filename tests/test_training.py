@@ -214,14 +214,14 @@ Before, Grown = collections.namedtuple("Before", "m"), collections.namedtuple("G
 )
 def test_a_checkpoint_that_does_not_fit_the_program_stays_where_it_is(written, wanted, reason, tmp_path):
     with checkpoints.open_checkpoints(tmp_path) as manager:
-        assert checkpoints.restore(manager, tmp_path, {"opt_state": wanted}) is None  # none at all is a beginning
+        assert checkpoints.restore(manager, {"opt_state": wanted}) is None  # none at all is a beginning
         for step in (3, 7):
             checkpoints.save(manager, step, {"opt_state": written})
         manager.wait_until_finished()
         with pytest.raises(FailedError, match=rf"can be read \(that of step 7: .*{reason}"):
-            checkpoints.restore(manager, tmp_path, {"opt_state": wanted})
+            checkpoints.restore(manager, {"opt_state": wanted})
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "7"}
-        state, _ = checkpoints.restore(manager, tmp_path, {"opt_state": written})
+        state, _ = checkpoints.restore(manager, {"opt_state": written})
     np.testing.assert_array_equal(state["opt_state"].m, np.ones(2))
 
 

@@ -23,12 +23,10 @@ class DivergedError(RuntimeError):
 class Meter:
     """The clock of a run, and the metrics of its steps: checks them, shows them, and logs them.
 
-    It adds to ``record.timing``, so a resumed run goes on from where its clock stood.
-
     Args:
-      record: of the run.
+      record: of the run; the clock goes on from its ``timing``, and is written there.
       learning_rates: of every step, float32 ``[total_steps]``.
-      step: the last step done before, that of the latest checkpoint; 0 where there is none.
+      step: that of the latest checkpoint; 0 where there is none.
     """
 
     def __init__(self, record: Record, learning_rates: np.ndarray, step: int):
@@ -53,17 +51,15 @@ class Meter:
         self.timing[name] += time.perf_counter() - start
 
     def resume(self) -> None:
-        """From here on, time counts as ``train_seconds``."""
+        """From here to `pause`, time counts as ``train_seconds``."""
         self.training_since = time.perf_counter()
 
     def pause(self) -> None:
-        """Waits for the steps under way; what follows is no training time. Raises as `add` does."""
+        """Reads the metrics of all steps. Raises DivergedError."""
         self._read_pending()
-        self.timing["train_seconds"] += self._unpaused()
+        if self.training_since is not None:
+            self.timing["train_seconds"] += time.perf_counter() - self.training_since
         self.training_since = None
-
-    def _unpaused(self) -> float:
-        return 0.0 if self.training_since is None else time.perf_counter() - self.training_since
 
     def saved(self, step: int) -> None:
         """Notes that the state after `step` has a checkpoint."""
@@ -72,10 +68,7 @@ class Meter:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of a step that has begun, and reads those of the step before.
 
-        So the devices always have a step to do while the host reads: they never wait for it.
-
-        Raises:
-          DivergedError: the loss of the step that was read is not finite, or beyond `EXPLODED_LOSS`.
+        So the devices have work while the host reads. Raises DivergedError, for the step read.
         """
         self.pending.append((step, metrics))
         self._read_pending(but_last=1)
@@ -85,26 +78,23 @@ class Meter:
             step, metrics = self.pending.popleft()
             row = {name: float(value) for name, value in metrics.items()}
             self.timing["images"] += self.record.recipe.global_batch_size
-            self._check(step, row)
+            if not row["loss"] < EXPLODED_LOSS:  # nan too
+                saved = f"the last good checkpoint is that of step {self.saved_step}"
+                raise DivergedError(
+                    f"the loss is {row['loss']:.4g} at step {step} of {self.total}, learning rate "
+                    f"{self.learning_rates[step - 1]:.4g}, norm of the gradient {row['grad_norm']:.4g}, of the parameters "
+                    f"{row['param_norm']:.4g}; {saved if self.saved_step else 'there is no checkpoint yet'}"
+                )
             seconds = self.now()
             self.progress.update(step, loss=row["loss"])
             if step % self.log_every == 0 or step == self.total:
-                rate = self.timing["images"] / max(self.timing["train_seconds"] + self._unpaused(), 1e-9)
+                trained = self.timing["train_seconds"] + time.perf_counter() - self.training_since
+                rate = self.timing["images"] / max(trained, 1e-9)
                 row |= {"lr": float(self.learning_rates[step - 1]), "images_per_second": rate, "seconds": seconds}
                 self._log("train", step, row)
 
-    def _check(self, step: int, row: dict[str, float]) -> None:
-        if row["loss"] < EXPLODED_LOSS:  # false for nan
-            return
-        saved = f"the last good checkpoint is that of step {self.saved_step}"
-        raise DivergedError(
-            f"the loss is {row['loss']:.4g} at step {step} of {self.total}, "
-            f"learning rate {self.learning_rates[step - 1]:.4g}, norm of the gradient {row['grad_norm']:.4g}, "
-            f"of the parameters {row['param_norm']:.4g}; {saved if self.saved_step else 'there is no checkpoint yet'}"
-        )
-
     def add_evaluation(self, step: int, raw, ema) -> None:
-        """Logs and shows what an evaluation found of the weights and of their moving average, two `EvalResult`s."""
+        """Logs and shows the `EvalResult`s of the weights and of their moving average."""
         row = {"nseen": raw.nseen, "top1": raw.top1, "top5": raw.top5, "loss": raw.loss}
         row |= {"ema_top1": ema.top1, "ema_top5": ema.top5, "ema_loss": ema.loss, "seconds": self.now()}
         self._log("eval", step, row)

@@ -1,4 +1,4 @@
-"""Progress of long work: in place in a notebook, a plain line now and then elsewhere; and a curve where somebody watches."""
+"""Progress of long work: in place in a notebook, a plain line now and then elsewhere; a curve where somebody watches."""
 
 import atexit
 import contextlib
@@ -16,11 +16,12 @@ CLEAR = "\r\x1b[K"  # a terminal's: back to the beginning of the line, and delet
 
 
 def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
-    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work: characters that it does not
-    know become "?", and a line that cannot be written is lost.
+    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work.
+
+    Characters that the output does not know become "?". A line that cannot be written is lost.
 
     Returns:
-      False if the line is lost and somebody may miss it, as on a full device; who has closed a pipe misses nothing.
+      False if somebody may miss a lost line, as on a full device. Nobody misses it behind a closed pipe.
     """
     stream = sys.stderr if err else sys.stdout
     try:
@@ -38,7 +39,7 @@ def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
 
 @atexit.register
 def _end_output() -> None:
-    """Lines that still cannot be written are lost: Python would show a traceback, and exit with 120."""
+    """Loses what still cannot be written. Python would show a traceback, and exit with 120."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -96,21 +97,16 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows steps, images/s, the time left, and the latest values given to `update`.
+    """Shows steps, images per second, the time left, and the latest values given to `update`.
 
     Args:
-      total: steps in all.
-      done: steps done before this process (a resumed run).
-      images: images a step.
-      unit: what a step is called.
+      total: steps in all. done: by an earlier process. images: per step. unit: what a step is called.
     """
 
     def __init__(self, total: int, done: int, images: int, unit: str = "step"):
         self.total, self.first, self.images, self.unit = total, done, images, unit
-        self.start = time.perf_counter()
-        self.shown = 0.0
-        self.values = {}
-        self.displays = {}
+        self.start, self.shown = time.perf_counter(), 0.0
+        self.values, self.displays = {}, {}
         kernel = _kernel()
         self.in_notebook = kernel is not None
         # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
@@ -123,7 +119,11 @@ class Progress:
         now = time.perf_counter()
         if now - self.shown >= self.interval or step == self.total:
             self.shown = now
-            self._show(self.line(step, now - self.start))
+            line = self.line(step, now - self.start)
+            if self.in_notebook:
+                self._display("line", {"text/plain": line})
+            else:
+                say(line)
 
     def draw(self, epochs: Sequence[float], top1: Sequence[float]) -> None:
         """Draws top-1 against epochs in place, where somebody watches the notebook."""
@@ -147,12 +147,6 @@ class Progress:
         left = duration((self.total - step) / rate) if rate else "?"
         values = "".join(f" · {name} {value:.4g}" for name, value in self.values.items())
         return f"{self.unit} {step:,} of {self.total:,} · {rate * self.images:,.0f} images/s · {left} left{values}"
-
-    def _show(self, line: str) -> None:
-        if not self.in_notebook:
-            say(line)
-            return
-        self._display("line", {"text/plain": line})
 
     def _display(self, name: str, content: dict, metadata: dict | None = None) -> None:
         from IPython.display import display

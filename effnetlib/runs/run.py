@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
+from orbax.checkpoint import CheckpointManager
 
 from effnetlib import data
 from effnetlib.errors import EffnetlibError, FailedError, first_line
@@ -28,10 +29,10 @@ CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", 
 def open_run(
     recipe: Recipe, directory: Path | str, eval_devices: int | None, max_minutes: float | None
 ) -> Iterator["Run"]:
-    """Opens a run's folder for one process, or for all processes of a slice; for the arguments and errors see `train`.
+    """Opens a run's folder, in all processes; arguments and errors are those of `train`.
 
-    Checks everything first; only then anything is written. The block ends with the status in the record, whatever
-    happens: "completed", "preempted" or "failed". Where the run is completed already, nothing is written.
+    Everything is checked before anything is written. When the block ends, the record holds the
+    status, whatever happens. Nothing is written where it was "completed" before.
     """
     devices = jax.devices()
     with contextlib.ExitStack() as block:
@@ -39,7 +40,8 @@ def open_run(
         with raise_together():
             directory = user_path(directory, "directory", folder=True)
             recipe.validate(len(devices))
-            _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
+            if eval_devices is not None:
+                _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
             splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
             make_writable(directory, "the run's folder")
             if is_main_process():
@@ -79,43 +81,34 @@ def open_run(
                 record.save()
 
 
+@dataclass
 class Run:
-    """A run under way. The states that it saves are train states: dataclasses of replicated arrays, with a `step`.
+    """A run under way. The states that it saves are train states, equal in every process."""
 
-    Attributes:
-      record: what happened so far. splits: the data, "train" and "eval".
-      eval_devices: the devices to evaluate on.
-      stop: whether the run was asked to stop.
-      checkpoints: the manager of the checkpoints. meter: the clock and the metrics, after `begin`.
-    """
+    record: Record
+    splits: dict[str, data.Split]
+    eval_devices: list[jax.Device]
+    stop: Stop
+    checkpoints: CheckpointManager | None = None  # unless the run is completed
+    meter: Meter | None = None  # after `begin`
 
-    def __init__(self, record: Record, splits: dict, eval_devices: list, stop: Stop):
-        self.record, self.splits, self.eval_devices, self.stop = record, splits, eval_devices, stop
-        self.checkpoints = self.meter = None
+    def begin(self, template: dict, learning_rates: np.ndarray, compile_seconds: float) -> dict | None:
+        """Starts the clock, and goes back to the latest checkpoint: returns its state, if there is one.
 
-    def restore(self, template: dict) -> dict | None:
-        """The latest state that can be read, as host arrays like those of `template`; None where the run begins.
-
-        The record's timing becomes that of the checkpoint. Raises FailedError: there are checkpoints, and none can be read.
+        The state is host arrays in the form of `template`. Raises FailedError as `restore` does.
         """
-        found = restore(self.checkpoints, self.record.directory, template)
-        state, self.record.timing = found or (None, dict.fromkeys(CLOCKS, 0.0) | {"images": 0})
-        return state
-
-    def begin(self, step: int, learning_rates: np.ndarray, compile_seconds: float) -> Meter:
-        """Drops what the record holds beyond `step`, and starts the clock."""
-        self.record.timing["compile_seconds"] += compile_seconds
+        state, timing = restore(self.checkpoints, template) or (None, dict.fromkeys(CLOCKS, 0.0) | {"images": 0})
+        step = int(state["step"]) if state else 0
+        self.record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
         self.record.rewind(step)
         self.record.save()
         self.meter = Meter(self.record, learning_rates, step)
-        return self.meter
+        return state
 
     def checkpoint(self, state, top1: float | None = None, by_any: bool = False) -> None:
-        """Begins to write a checkpoint of a state that has none yet, and saves the record.
+        """Begins to write a checkpoint, unless the state has one, and saves the record.
 
-        Args:
-          top1: of the evaluation, by which the best checkpoint is chosen.
-          by_any: let this process write even if it is not the main one; each holds the same state.
+        `top1` is the evaluation's. `by_any`: any process may write, not only the main one.
         """
         step = int(state.step)
         self.record.timing["total_seconds"] = self.meter.now()
@@ -125,43 +118,34 @@ class Run:
         self.meter.saved(step)
         self.record.save()
 
-    def _save_now(self, state, by_any: bool = False) -> None:
-        self.meter.pause()
-        self.checkpoint(state, by_any=by_any)
-        finish(self.checkpoints)
-
     def stop_if_requested(self, state, during: str) -> None:
-        """Saves the state and raises PreemptedError if the run was asked to stop, in any process."""
+        """Saves the state and raises PreemptedError, if any process was asked to stop."""
         if reason := self.stop.requested_anywhere(during):
-            self._save_now(state)
-            raise PreemptedError(
-                f"stopped at step {int(state.step)} of {self.meter.total} ({reason}); saved, "
-                "and the same command or cell, run again, goes on"
-            )
+            at = self._save_now(state)
+            raise PreemptedError(f"stopped at {at} ({reason}); saved, and the same command or cell, run again, goes on")
 
     @contextlib.contextmanager
     def saved_first(self, state) -> Iterator[None]:
-        """Reads input in its block. Where that fails, the state is saved first, so that no step is lost.
-
-        Raises:
-          FailedError: whatever a decoder, a file system or a thread of the input raised.
-        """
+        """For a block that reads input. Where that fails, saves the state and raises FailedError."""
         try:
             yield
         except (PreemptedError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:
-            self._save_now(state, by_any=True)
+        except Exception as error:  # whatever a decoder, a file system or a thread of the input raises
+            at = self._save_now(state, by_any=True)
             said = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
             raise FailedError(
-                f"the input failed after step {int(state.step)} of {self.meter.total}: {said}; saved, "
-                "and once it is mended the same call goes on"
+                f"the input failed after {at}: {said}; saved, and once it is mended the same call goes on"
             ) from error
 
+    def _save_now(self, state, by_any: bool = False) -> str:
+        self.meter.pause()
+        self.checkpoint(state, by_any=by_any)
+        finish(self.checkpoints)
+        return f"step {int(state.step)} of {self.meter.total}"
 
-def _check_eval_devices(eval_devices: int | None, num_devices: int, batch: int) -> None:
-    if eval_devices is None:
-        return
+
+def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None:
     if not 0 < eval_devices <= num_devices:
         raise EffnetlibError(f"eval_devices must be from 1 to {num_devices}, and is {eval_devices}")
     if batch % eval_devices:
@@ -171,13 +155,13 @@ def _check_eval_devices(eval_devices: int | None, num_devices: int, batch: int) 
 
 
 def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
-    """The record in the folder, if that is of this recipe and data; else a new one."""
+    """The record in the folder, if it is of this recipe and data; else a new one."""
+    train = splits["train"]
     described = {
         "source": recipe.dataset,
-        "train_examples": len(splits["train"]),
-        "eval_examples": len(splits["eval"]),
-        "num_classes": len(splits["train"].class_names),
-        "class_names": list(splits["train"].class_names),
+        **{f"{name}_examples": len(split) for name, split in splits.items()},
+        "num_classes": len(train.class_names),
+        "class_names": list(train.class_names),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
         "names": {name: split.names for name, split in splits.items() if split.names},
         "total_steps": recipe.total_steps,
@@ -197,32 +181,30 @@ def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
     return record
 
 
-def _same_data(described: dict, record: Record) -> dict:
-    """What is there, if a run may go on with it: what it was begun with, or photographs of the same names."""
-    source, before, replaced = described["source"], record.data, record.data.get("replaced", [])
-    known = {"class_names": described["class_names"]} | before  # records were without them once
-    same = all(known.get(name) == value for name, value in described.items() if name not in ("fingerprints", "names"))
-    ours, theirs = described["fingerprints"], before.get("fingerprints", {})
+def _same_data(now: dict, record: Record) -> dict:
+    """The data as it is `now`, if the run began with it, or with photographs of the same names."""
+    before = {"class_names": now["class_names"]} | record.data  # records were without them once
+    ours, theirs = now["fingerprints"], before.get("fingerprints", {})
     changed = {name: theirs.get(name) for name in ours if ours[name] != theirs.get(name)}
-    names = described["names"]
-    if not same or any(name not in names or names[name] != before.get("names", {}).get(name) for name in changed):
+    names, names_before = now["names"], before.get("names", {})
+    same = all(before.get(key) == now[key] for key in now.keys() - {"fingerprints", "names"})
+    if not same or any(name not in names or names[name] != names_before.get(name) for name in changed):
         raise EffnetlibError(
-            f"the data set {source} is not the one that {record.directory} was begun with: choose another folder"
+            f"the data set {now['source']} is not the one that {record.directory} was begun with: choose another folder"
         )
     if changed:
-        replaced = [*replaced, changed]
         say(
-            f"photographs in {source} ({', '.join(changed)}) were replaced by others of the same names since this run "
-            "began: it goes on with them, and the record says so"
+            f"photographs in {now['source']} ({', '.join(changed)}) were replaced by others of the same names since "
+            "this run began: it goes on with them, and the record says so"
         )
-    return described | ({"replaced": replaced} if replaced else {})
+    replaced = before.get("replaced", []) + ([changed] if changed else [])
+    return now | ({"replaced": replaced} if replaced else {})
 
 
 def _note_environment(record: Record, now: dict) -> None:
-    """Into the record; and, where a run that was begun goes on in another one, what was otherwise before."""
+    """Writes the environment into the record, and what has changed since the run began."""
     before = record.environment
-    changed = {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}
-    if changed:
+    if changed := {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}:
         said = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
         say(f"this run goes on in another environment, and the record says so: {said}")
     earlier = before.get("earlier", []) + ([changed] if changed else [])

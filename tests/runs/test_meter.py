@@ -60,6 +60,7 @@ def test_only_what_lies_between_resume_and_pause_is_training_time(tmp_path, now)
 def test_about_as_many_steps_as_wanted_are_logged_and_the_last_one_always(tmp_path, monkeypatch):
     monkeypatch.setattr(meter, "LOGGED_STEPS", 3)
     run = metered(tmp_path, steps=10)
+    run.resume()
     for step in range(1, 11):
         run.add(step, GOOD)
     run.pause()
