@@ -83,7 +83,7 @@ def report(directories, price):
 
     Two or more DIR, runs' folders (or without the seed, as in lars-64: all its seeds): one page that compares them."""
     from effnetlib.reports.pages import compare, report_suite
-    from effnetlib.runs.record import outputs_folder
+    from effnetlib.runs.paths import outputs_folder
 
     if len(directories) > 1:
         if price is not None:
@@ -183,7 +183,7 @@ def weights():
 def import_(file, to):
     """Read FILE (timm's tf_efficientnet_b*.safetensors, its config.json beside it, or Keras' .weights.h5, .h5 or .keras) into a
     checkpoint."""
-    from effnetlib.runs.record import outputs_folder
+    from effnetlib.runs.paths import outputs_folder
     from effnetlib.weights.pretrained import import_weights
 
     name = Path(file).stem.removesuffix(".weights")

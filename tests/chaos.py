@@ -44,8 +44,9 @@ def worker(folder: str, strike: str, at: int) -> None:
     import importlib
 
     import effnetlib
+    from effnetlib.runs import run
+    from effnetlib.runs.stopping import PreemptedError
 
-    train = importlib.import_module("effnetlib.training")
     evaluate = importlib.import_module("effnetlib.evaluation")
     chances = iter(range(1, 10**6))
 
@@ -63,11 +64,11 @@ def worker(folder: str, strike: str, at: int) -> None:
 
     if strike in ("killed during a step", "SIGTERM", "SIGINT"):
         number = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.get(strike, signal.SIGKILL)
-        train.data.train_batches = before_each(train.data.train_batches, number)
+        effnetlib.data.train_batches = before_each(effnetlib.data.train_batches, number)
     elif strike == "killed during an evaluation":
         evaluate.eval_batches = before_each(evaluate.eval_batches)
     elif strike.endswith(("checkpoint was written", "right after a checkpoint")):
-        save = train.save
+        save = run.save
 
         def striking(checkpoints, *arguments):
             save(checkpoints, *arguments)
@@ -75,7 +76,7 @@ def worker(folder: str, strike: str, at: int) -> None:
                 checkpoints.wait_until_finished()
             now()
 
-        train.save = striking
+        run.save = striking
     elif strike == "killed while the record was written":
         replace = os.replace
 
@@ -87,7 +88,7 @@ def worker(folder: str, strike: str, at: int) -> None:
         os.replace = replacing
     try:
         effnetlib.train(recipe(), folder)
-    except train.PreemptedError:
+    except PreemptedError:
         sys.exit(AGAIN)
 
 

@@ -266,28 +266,28 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
 port, process, folder = sys.argv[1:]
 import effnetlib
-from effnetlib import training
-from effnetlib.runs import hosts
+from effnetlib.runs import hosts, meter
+from effnetlib.runs.stopping import PreemptedError, Stop
 hosts.start(f"localhost:{port}", 2, int(process))
 recipe = effnetlib.Recipe.preset("digits-64-rmsprop").replace(image_size=16, epochs=2000.0, eval_every_epochs=1900.0)
-assert recipe.total_steps // training.LOGGED_STEPS > 200  # steps between logged ones
-batches = training.data.train_batches
+assert recipe.total_steps // meter.LOGGED_STEPS > 200  # steps between logged ones
+batches = effnetlib.data.train_batches
 def asking(*arguments, **options):
     for step, batch in enumerate(batches(*arguments, **options)):
         if process == "1" and step == 40:
             print("at", time.time(), flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
-training.data.train_batches = asking
-agreed = training.Stop.agreed
+effnetlib.data.train_batches = asking
+requested = Stop.requested_anywhere
 def timed(self, during):
-    if reason := agreed(self, during):
+    if reason := requested(self, during):
         print("at", time.time(), flush=True)
     return reason
-training.Stop.agreed = timed
+Stop.requested_anywhere = timed
 try:
     effnetlib.train(recipe, folder)
-except training.PreemptedError as error:
+except PreemptedError as error:
     print(str(error).split(" of ")[0], flush=True)
     hosts.wait_for_all("end")
 """

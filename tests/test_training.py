@@ -21,9 +21,9 @@ import effnetlib
 from effnetlib import EffnetlibError, Recipe, Record, train
 from effnetlib.errors import FailedError
 from effnetlib.runs import checkpoints
+from effnetlib.runs.meter import DivergedError
 from effnetlib.runs.stopping import PreemptedError, Stop
 from effnetlib.step import make_train_step, smoothed_cross_entropy
-from effnetlib.training import DivergedError
 
 MODULE = sys.modules["effnetlib.training"]
 
@@ -81,7 +81,7 @@ def test_a_run_leaves_a_complete_record(whole, tiny):
 
 
 def test_running_again_returns_the_finished_run(whole, tiny, monkeypatch):
-    monkeypatch.setattr(MODULE, "_run", None)
+    monkeypatch.setattr(MODULE, "make_mesh", None)
     assert train(tiny, whole.directory) == whole
 
 
@@ -108,7 +108,7 @@ def test_a_run_cut_off_after_a_checkpoint_resumes_to_the_same_bits(whole, tiny, 
 
 
 def test_the_losses_do_not_depend_on_logging_evaluation_or_reading_ahead(whole, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(MODULE, "LOGGED_STEPS", 3)
+    monkeypatch.setattr("effnetlib.runs.meter.LOGGED_STEPS", 3)
     monkeypatch.setattr("effnetlib.data.loader.usable_cores", lambda: 7)
     other = train(tiny.replace(eval_every_epochs=0.5), tmp_path / "other")
     assert len(other.frame("eval")) < len(whole.frame("eval"))
@@ -142,7 +142,7 @@ def test_signals_and_the_clock_stop_a_run_which_goes_on_to_the_same_bits(whole, 
 def test_a_stop_between_a_step_and_its_evaluation_loses_neither(whole, tiny, tmp_path, monkeypatch):
     at, directory = tiny.eval_steps[0], tmp_path / "between"
     asked = iter([""] * at + ["SIGTERM"])  # once before each step, and once more before the evaluation
-    monkeypatch.setattr(Stop, "asked", lambda self: next(asked, ""))
+    monkeypatch.setattr(Stop, "requested", lambda self: next(asked, ""))
     with pytest.raises(PreemptedError, match=f"stopped at step {at}"):
         train(tiny, directory)
     assert Record.load(directory).frame("eval").empty
@@ -214,14 +214,14 @@ Before, Grown = collections.namedtuple("Before", "m"), collections.namedtuple("G
 )
 def test_a_checkpoint_that_does_not_fit_the_program_stays_where_it_is(written, wanted, reason, tmp_path):
     with checkpoints.open_checkpoints(tmp_path) as manager:
-        assert checkpoints.restore(manager, tmp_path, {"opt_state": wanted}) is None  # none at all is a beginning
+        assert checkpoints.restore(manager, {"opt_state": wanted}) is None  # none at all is a beginning
         for step in (3, 7):
             checkpoints.save(manager, step, {"opt_state": written})
         manager.wait_until_finished()
         with pytest.raises(FailedError, match=rf"can be read \(that of step 7: .*{reason}"):
-            checkpoints.restore(manager, tmp_path, {"opt_state": wanted})
+            checkpoints.restore(manager, {"opt_state": wanted})
         assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "7"}
-        state, _ = checkpoints.restore(manager, tmp_path, {"opt_state": written})
+        state, _ = checkpoints.restore(manager, {"opt_state": written})
     np.testing.assert_array_equal(state["opt_state"].m, np.ones(2))
 
 

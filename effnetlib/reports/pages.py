@@ -7,8 +7,8 @@ from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.reports import comparison
 from effnetlib.reports.html import outcome, render_html, render_index
 from effnetlib.runs.files import exclusive_lock
-from effnetlib.runs.paths import user_path
-from effnetlib.runs.record import load_records, outputs_folder
+from effnetlib.runs.paths import outputs_folder, user_path
+from effnetlib.runs.record import load_records
 from effnetlib.suites import execute
 from effnetlib.suites.suite import Suite, report_alone
 

@@ -14,9 +14,10 @@ from pandas.io.formats.style import Styler
 from effnetlib.errors import EffnetlibError
 from effnetlib.reports.style import NAMES
 from effnetlib.runs.files import write_atomically
-from effnetlib.runs.paths import user_path
+from effnetlib.runs.hosts import is_main_process
+from effnetlib.runs.paths import outputs_folder, runs_folder, user_path
 from effnetlib.runs.progress import say
-from effnetlib.runs.record import Record, is_main_process, load_records, outputs_folder, runs_folder
+from effnetlib.runs.record import Record, load_records
 
 SEARCH = "search-"
 MUCH_WAITING = 0.05

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.runs.hosts import all_or_none
+from effnetlib.runs.hosts import is_main_process, raise_together
 from effnetlib.runs.progress import say
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
@@ -30,8 +30,10 @@ class _Checkpoints(ocp.CheckpointManager):
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run's folder, of which the last two and the best one are kept. The state is replicated, so
-    process 0 alone writes it, and each reads it for itself."""
+    """The checkpoints of a run's folder, of which the last two and the best are kept.
+
+    Process 0 alone writes the state, which all have, and each process reads it for itself.
+    """
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
@@ -39,9 +41,7 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=kept, create=False, enable_async_checkpointing=True, multiprocessing_options=alone
-    )
+    options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=False, multiprocessing_options=alone)
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     return _Checkpoints(folder.absolute(), options=options)
@@ -50,10 +50,12 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
 ) -> None:
-    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it. `top1` is what the
-    best one is chosen by, None where the state was not evaluated. Raises OSError, as `finish` does."""
+    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it.
+
+    The best checkpoint is that of the highest `top1`; None was not evaluated. Both raise OSError.
+    """
     metrics = None if top1 is None else {"top1": top1}
-    items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave({**(timing or {}), **(metrics or {})})}
+    items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave((timing or {}) | (metrics or {}))}
     with _os_errors():
         checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
@@ -74,16 +76,17 @@ def _os_errors():
         raise OSError(f"a checkpoint cannot be written: {str(error)[-200:]}") from error
 
 
-def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict) -> tuple[dict, dict] | None:
-    """State and clock of the latest checkpoint that can be read, the state as host arrays with the structure of
-    `template`; None where there is none. Those after it are moved aside, with a line that says so.
+def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, dict] | None:
+    """State and clock of the latest checkpoint that can be read; None where there is none.
 
-    With several processes, process 0 decides which it is, and the others read the same.
+    The state is host arrays with the structure of `template`. Later checkpoints, which cannot be
+    read, are moved aside, and a line says so. Process 0 decides, and all processes read the same.
 
     Raises:
       FailedError: there are checkpoints, and none can be read. Nothing is moved.
     """
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
+    folder = Path(checkpoints.directory)
 
     def read(step):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore())
@@ -94,8 +97,8 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
         return restored.state, restored.timing
 
     found, step, failed = None, -1, {}
-    with all_or_none():
-        if jax.process_index() == 0:
+    with raise_together():
+        if is_main_process():
             for candidate in sorted(checkpoints.all_steps(), reverse=True):
                 try:
                     found, step = read(candidate), candidate
@@ -104,28 +107,27 @@ def restore(checkpoints: ocp.CheckpointManager, directory: Path, template: dict)
                     failed[candidate] = first_line(error)
             if failed and not found:
                 raise FailedError(
-                    f"no checkpoint in {directory / FOLDER} can be read (that of step {max(failed)}: {failed[max(failed)]}); "
-                    "they are left as they are: mend that, or go back to the versions that wrote them, and run it again"
+                    f"no checkpoint in {folder} can be read (that of step {max(failed)}: {failed[max(failed)]}); they are "
+                    "left as they are: mend that, or go back to the versions that wrote them, and run it again"
                 )
             for candidate, error in failed.items():
                 say(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}")
-                aside = f"damaged-{candidate}-{time.time_ns()}"
-                (directory / FOLDER / str(candidate)).rename(directory / FOLDER / aside)
+                (folder / str(candidate)).rename(folder / f"damaged-{candidate}-{time.time_ns()}")
             checkpoints.reload()
     if jax.process_count() > 1:
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if jax.process_index() != 0:
+        if not is_main_process():
             checkpoints.reload()
             found = read(step) if step >= 0 else None
     return found
 
 
 def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
-    """Step and moving average, the weights that evaluation means, of the latest checkpoint in a folder that can be read, with a
-    line on each later one that cannot; or of the one with the highest top-1 (`best`).
+    """Step and moving average, the weights that evaluation means, of the latest checkpoint that can
+    be read, with a line on each later one; or of the one with the highest top-1 (`best`).
 
     Raises:
-      EffnetlibError: the folder holds no checkpoint, or none that was evaluated, or what is wrong with it.
+      EffnetlibError: there is no checkpoint, or none that was evaluated, or none can be read.
     """
     wrong = f"{directory} holds no checkpoint"
     if not (directory / FOLDER).is_dir():
@@ -137,8 +139,7 @@ def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
             steps = sorted(scores, key=scores.get)[-1:]
             wrong += " whose top-1 was measured"
         for step in steps:
-            # Nothing says what the optimizer's state looks like, so the tree comes as it was written, its keys as text.
-            try:
+            try:  # the optimizer's state is unknown here, so the tree comes as it was written, its keys as text
                 state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
                 return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
             except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise

@@ -1,4 +1,4 @@
-"""Joining the processes of a slice: JAX's own multi-controller runtime, one process a host."""
+"""The processes of a slice, one per host: how they join JAX's multi-controller runtime, and act as one."""
 
 import contextlib
 import ipaddress
@@ -12,10 +12,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.runs.progress import saying
+from effnetlib.runs.progress import at_work
 
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
@@ -31,16 +30,16 @@ def start(
     process: int | None = None,
     timeout_seconds: int = TIMEOUT_SECONDS,
 ) -> None:
-    """Joins this process to the others. Call it before anything else touches jax's devices; does nothing for a single one.
+    """Joins this process to the others. Call it before anything else touches jax's devices.
 
-    What is None is read from the environment: EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES, EFFNETLIB_PROCESS.
+    What is None is read from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS. With one process, or
+    none of the three, nothing happens.
 
     Args:
-      coordinator: host, or host:port, of process 0, an IPv6 address as ::1 or [::1]:port; the port is 8476 if not given.
-      processes: how many there are; 1, or nothing at all, is a process on its own.
-      process: which one this is, from 0.
-      timeout_seconds: how long to wait for the others. After a minute a line says that some are missing. (Where process 0 is
-        there and another is not, jaxlib ends the waiting processes itself, with a stack trace after that line.)
+      coordinator: HOST, HOST:PORT or [IPv6]:PORT of process 0; the port is 8476 if not given.
+      processes: how many there are. process: which one this is, from 0.
+      timeout_seconds: how long to wait for the others. After a minute a line says that some are missing. (Where only
+        process 0 has come, jaxlib ends the waiting processes itself, with a stack trace.)
 
     Raises:
       EffnetlibError: only some of the three are known, or one is impossible.
@@ -49,19 +48,18 @@ def start(
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     found = {name: os.environ.get(VARIABLES[name]) if value is None else value for name, value in given.items()}
     missing = [name for name, value in found.items() if value in (None, "")]
-    if len(missing) == 3 or (str(found["processes"]) == "1"):
+    if len(missing) == 3 or str(found["processes"]) == "1":
         return
     if missing:
         raise EffnetlibError(
             f"of coordinator, processes and process {', '.join(missing)} is not known: give all three, as parameters or as "
             f"{', '.join(VARIABLES.values())}"
         )
+    numbers = found["processes"], found["process"]
     try:
-        count, number = int(found["processes"]), int(found["process"])
+        count, number = map(int, numbers)
     except ValueError:
-        raise EffnetlibError(
-            f"processes and process are numbers, not {found['processes']!r} and {found['process']!r}"
-        ) from None
+        raise EffnetlibError(f"processes and process are numbers, not {numbers[0]!r} and {numbers[1]!r}") from None
     if not 0 <= number < count:
         raise EffnetlibError(f"process must be from 0 to {count - 1}, and is {number}")
     host, port = _host_and_port(str(found["coordinator"]))
@@ -72,7 +70,7 @@ def start(
         f"process {number} of {count} still waits for the others at {address}: has the same notebook been started on every "
         f"host? Giving up after {timeout_seconds} s"
     )
-    with saying(waiting, PATIENCE_SECONDS):
+    with at_work(waiting, seconds=PATIENCE_SECONDS):
         _wait_for(host, port, time.monotonic() + timeout_seconds, answer=number > 0)
         for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
             hosts = os.environ.get(name, os.environ.get(other, "")).split(",")
@@ -81,7 +79,7 @@ def start(
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    """The two parts of an address: a host's name or IPv4 address, or an IPv6 address, in brackets where a port follows."""
+    """The two parts of an address. A port follows an IPv6 address only where that stands in brackets."""
     given = address.strip()
     given = f"[{given}]" if given.count(":") > 1 and given[0] != "[" else given
     parts = re.fullmatch(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", given, re.ASCII)
@@ -94,8 +92,8 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
-    """Until the host has an address and, for an `answer`, somebody listens there: jaxlib's own client does not raise when
-    nobody does, it aborts the process."""
+    """Waits until the host has an address and, for an `answer`, until somebody listens there.
+    Where nobody does, jaxlib's client would abort the process."""
     resolved = time.monotonic()
     while True:
         try:
@@ -112,26 +110,30 @@ def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
             time.sleep(1)
 
 
+def is_main_process() -> bool:
+    """Whether this is process 0, the only one that writes."""
+    return jax.process_index() == 0
+
+
 def wait_for_all(place: str) -> None:
-    """Until every process has come to this place, for half an hour. It is no collective: those give up on a process that is
-    late, on CPU after 30 seconds, and compiling takes some longer than others."""
+    """Waits until every process has come to this place, for half an hour. A collective would not do:
+    on CPU it gives up after 30 seconds, and some processes compile for longer than others."""
+    from orbax.checkpoint import multihost  # takes long
+
     multihost.get_barrier_sync_fn()(key=f"{place} {next(_visits)}", timeout_ms=1000 * TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
-    """What one process refuses in this block is refused by all of them, which would otherwise wait for it.
-
-    Raises:
-      EffnetlibError: the process's own, or one that says which other process has refused.
-    """
+def raise_together() -> Iterator[None]:
+    """Raises an EffnetlibError of this block in every process, since the others would wait for the
+    one that raised. Theirs names that one."""
     refusal = None
     try:
         yield
     except EffnetlibError as error:
         refusal = error
     if jax.process_count() > 1:
-        wait_for_all("all_or_none")
+        wait_for_all("raise_together")
         refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
         if refusal is None and refused.any():
             refusal = EffnetlibError(f"process {refused.argmax()} of {len(refused)} refused: its log says why")

@@ -1,4 +1,4 @@
-"""What the machine and the user's shell decide, kept away from the numbers: settings of jax, and the cores there are."""
+"""What the machine and the user's shell decide: settings of jax, kept away from the numbers, and usable cores."""
 
 import contextlib
 import math
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-# Settings that change numbers, or end a run in an error, with the values that a run has them at. A name that is unknown to
-# the installed version is passed over.
+# Settings that change numbers or end a run in an error, with their values in a run. A name that the installed version
+# does not know is passed over.
 PINNED = {
     "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
     "jax_enable_custom_prng": False, "jax_legacy_prng_key": "allow", "jax_safer_randint": True,
@@ -28,8 +28,8 @@ VARIABLES = re.compile(r"(JAX|FLAX|NNX)_(?!PLATFORM|COMPILATION_CACHE|PERSISTENT
 
 @contextlib.contextmanager
 def pinned() -> Iterator[dict[str, str]]:
-    """Keeps the settings of `PINNED` while the block runs, whatever the shell or the notebook has set. Yields those that
-    were otherwise, and every other setting in the environment, as the user had them: for the record."""
+    """Keeps the settings of `PINNED` while the block runs, whatever the shell or the notebook has set.
+    Yields, for the record, those that were otherwise, and all other settings in the environment."""
     import flax
 
     found = {name.lower(): value for name, value in os.environ.items() if VARIABLES.match(name)}
@@ -52,8 +52,8 @@ def pinned() -> Iterator[dict[str, str]]:
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores that this process may use: by affinity, and by the quota, rounded up, of its control group and of those
-    above it (containers and SLURM's jobs have one)."""
+    """The cores that this process may use: by its affinity, and by the quotas, rounded up, of its
+    control group and those above it (containers and jobs of SLURM have them)."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has none
     cores = os.process_cpu_count() or 1 if hasattr(os, "process_cpu_count") else len(affinity(0))  # since Python 3.13
     for line in own.read_text().splitlines() if own.is_file() else []:

@@ -1,17 +1,18 @@
-"""What a user gives as a path: one rule for every door."""
+"""Paths: what a user may give as one, and the folders where results are written and read."""
 
 import os
 import re
 from pathlib import Path
 
 from effnetlib.errors import EffnetlibError
+from effnetlib.runs.progress import say
 
 _ADDRESS = re.compile(r"(?:^|/)\s*[A-Za-z][\w+.-]+:(?:/|$)")  # one slash too: pathlib makes gs:/bucket of gs://bucket
 _VARIABLE = re.compile(r"(?:^|/)\$\{?[A-Za-z_]")
 
 
 def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: bool = False) -> Path:
-    """The absolute path that a user means, with ``~`` expanded.
+    """The absolute path that a user means, with ``~`` expanded: the one rule for every door.
 
     Args:
       text: what was given.
@@ -46,3 +47,28 @@ def name_or_path(text: str, what: str) -> str:
     """A path, which holds a slash or begins with a dot or ``~``, as `user_path` makes it; anything else, a name, as it is."""
     path = user_path(text, what)
     return str(path) if "/" in text or text.startswith((".", "~")) else text
+
+
+def outputs_folder() -> Path:
+    """Where runs write: the environment variable EFFNETLIB_OUTPUTS, else `outputs/` of the checkout around the working
+    directory, else `outputs/` in the working directory."""
+    if given := os.environ.get("EFFNETLIB_OUTPUTS"):
+        return user_path(given, "EFFNETLIB_OUTPUTS", folder=True)
+    here = Path.cwd()
+    checkout = next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here)
+    return checkout / "outputs"
+
+
+def published_folder() -> Path:
+    """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
+    return Path(__file__).parents[2] / "outputs/published"
+
+
+def runs_folder(suite: str) -> Path:
+    """Where a suite's records are: `outputs/SUITE/runs`. Where nobody has run it here, the published ones, and a line
+    says so."""
+    mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
+    if any(mine.glob("*/run.json")) or not published.exists():
+        return mine
+    say(f"{mine} holds no record: these are the records that come with effnetlib.")
+    return published

@@ -1,23 +1,27 @@
-"""Progress of long work: in place in a notebook, a plain line now and then elsewhere; and a curve where somebody watches."""
+"""Progress of long work: in place in a notebook, a plain line now and then elsewhere; a curve where somebody watches."""
 
 import atexit
 import contextlib
 import io
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 LINE_SECONDS = 15.0  # between plain lines
+IN_PLACE_SECONDS = 0.5  # between changes of a line that is shown in place
+CLEAR = "\r\x1b[K"  # a terminal's: back to the beginning of the line, and delete it
 
 
 def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
-    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work: characters that it does not
-    know become "?", and a line that cannot be written is lost.
+    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work.
+
+    Characters that the output does not know become "?". A line that cannot be written is lost.
 
     Returns:
-      False if the line is lost and somebody may miss it, as on a full device; who has closed a pipe misses nothing.
+      False if somebody may miss a lost line, as on a full device. Nobody misses it behind a closed pipe.
     """
     stream = sys.stderr if err else sys.stdout
     try:
@@ -35,7 +39,7 @@ def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
 
 @atexit.register
 def _end_output() -> None:
-    """Lines that still cannot be written are lost: Python would show a traceback, and exit with 120."""
+    """Loses what still cannot be written. Python would show a traceback, and exit with 120."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -45,19 +49,41 @@ def _end_output() -> None:
 
 
 @contextlib.contextmanager
-def saying(text: str, seconds: float) -> Iterator[None]:
-    """Says, every so many seconds and on stderr, for how long the block has been running."""
+def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = LINE_SECONDS) -> Iterator[None]:
+    """Says on stderr that the block is still running: ``TEXT · ELAPSED · STATE``, one line every so many seconds.
+
+    With a `state`, a terminal shows one line that changes in place, and that is gone when the block ends.
+
+    Args:
+      text: what is being done.
+      state: returns how far it is. It is called in a thread of its own, only when a line is due, and must not raise.
+      seconds: between plain lines.
+
+    Example::
+
+        with at_work("[1/3] lars-64", lambda: "step 5 of 11"):
+            process.wait()
+    """
+    in_place = state is not None and os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
     done, start = threading.Event(), time.perf_counter()
 
     def talk():
-        while not done.wait(seconds):
-            say(f"{text} · {duration(time.perf_counter() - start)}", err=True)
+        while not done.wait(IN_PLACE_SECONDS if in_place else seconds):
+            line = " · ".join([text, duration(time.perf_counter() - start), *([state()] if state else [])])
+            if in_place:
+                width = shutil.get_terminal_size().columns - 1
+                line = CLEAR + (line if len(line) <= width else line[: width - 1] + "…")
+            say(line, end="" if in_place else "\n", err=True)
 
-    threading.Thread(target=talk, daemon=True).start()
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
+        thread.join()
+        if in_place:
+            say(CLEAR, end="", err=True)
 
 
 def duration(seconds: float) -> str:
@@ -71,26 +97,21 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows steps, images/s, the time left, and the latest values given to `update`.
+    """Shows steps, images per second, the time left, and the latest values given to `update`.
 
     Args:
-      total: steps in all.
-      done: steps done before this process (a resumed run).
-      images: images a step.
-      unit: what a step is called.
+      total: steps in all. done: by an earlier process. images: per step. unit: what a step is called.
     """
 
     def __init__(self, total: int, done: int, images: int, unit: str = "step"):
         self.total, self.first, self.images, self.unit = total, done, images, unit
-        self.start = time.perf_counter()
-        self.shown = 0.0
-        self.values = {}
-        self.displays = {}
+        self.start, self.shown = time.perf_counter(), 0.0
+        self.values, self.displays = {}, {}
         kernel = _kernel()
         self.in_notebook = kernel is not None
         # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
         self.watched = getattr(kernel, "_allow_stdin", False)
-        self.interval = 0.5 if self.in_notebook else LINE_SECONDS
+        self.interval = IN_PLACE_SECONDS if self.in_notebook else LINE_SECONDS
 
     def update(self, step: int, **values) -> None:
         """Shows the state after `step` if it is time to, and always at the last step."""
@@ -98,7 +119,11 @@ class Progress:
         now = time.perf_counter()
         if now - self.shown >= self.interval or step == self.total:
             self.shown = now
-            self._show(self.line(step, now - self.start))
+            line = self.line(step, now - self.start)
+            if self.in_notebook:
+                self._display("line", {"text/plain": line})
+            else:
+                say(line)
 
     def draw(self, epochs: Sequence[float], top1: Sequence[float]) -> None:
         """Draws top-1 against epochs in place, where somebody watches the notebook."""
@@ -122,12 +147,6 @@ class Progress:
         left = duration((self.total - step) / rate) if rate else "?"
         values = "".join(f" · {name} {value:.4g}" for name, value in self.values.items())
         return f"{self.unit} {step:,} of {self.total:,} · {rate * self.images:,.0f} images/s · {left} left{values}"
-
-    def _show(self, line: str) -> None:
-        if not self.in_notebook:
-            say(line)
-            return
-        self._display("line", {"text/plain": line})
 
     def _display(self, name: str, content: dict, metadata: dict | None = None) -> None:
         from IPython.display import display

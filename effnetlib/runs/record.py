@@ -1,5 +1,6 @@
 """Records: what happened in a run, completely, as `run.json` and `metrics.jsonl` in the run's folder."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -7,7 +8,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,9 +18,9 @@ import pandas as pd
 from effnetlib.errors import EffnetlibError, first_line
 from effnetlib.recipe import Recipe
 from effnetlib.runs.files import write_atomically
+from effnetlib.runs.hosts import is_main_process
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import user_path
-from effnetlib.runs.progress import say
 
 SCHEMA = 1
 SECTIONS = ("status", "environment", "data", "timing", "result", "error")
@@ -28,45 +28,16 @@ SECTIONS = ("status", "environment", "data", "timing", "result", "error")
 ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 
 
-def is_main_process() -> bool:
-    """Whether this is process 0, the one that writes. The others hold the same record in memory."""
-    return jax.process_index() == 0
-
-
-def outputs_folder() -> Path:
-    """Where runs write: the environment variable EFFNETLIB_OUTPUTS; else `outputs/` of the checkout that holds the
-    working directory; else `outputs/` in the working directory."""
-    if os.environ.get("EFFNETLIB_OUTPUTS"):
-        return user_path(os.environ["EFFNETLIB_OUTPUTS"], "EFFNETLIB_OUTPUTS", folder=True)
-    here = Path.cwd()
-    checkout = next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here)
-    return checkout / "outputs"
-
-
-def published_folder() -> Path:
-    """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
-    return Path(__file__).parents[2] / "outputs/published"
-
-
-def runs_folder(suite: str) -> Path:
-    """Where a suite's records lie: `outputs/SUITE/runs`; the published ones, which a line says, where nobody ran it here."""
-    mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
-    if any(mine.glob("*/run.json")) or not published.exists():
-        return mine
-    say(f"{mine} holds no record: these are the records that come with effnetlib.")
-    return published
-
-
 @dataclass
 class Record:
     """One run. The fields are those of `run.json`; `metrics` are the lines of `metrics.jsonl`.
 
-    `status` is "running", "completed", "failed" or "preempted". With several processes each keeps the record and only
+    `status` is "running", "completed", "failed" or "preempted". With several processes each keeps the record, and only
     process 0 writes it.
 
-    A metrics row has ``kind`` "train" (step, epoch, loss, top1, lr, images_per_second, seconds) or "eval"
-    (step, epoch, nseen; top1, top5 and loss of the raw weights, ema_top1, ema_top5 and ema_loss of their moving average;
-    seconds). ``seconds`` is the paper's clock: it starts when training and evaluation are compiled.
+    Each row of the metrics has ``kind``, ``step``, ``epoch`` and ``seconds``, the paper's clock: it starts when training
+    and evaluation are compiled. A "train" row also has loss, top1, grad_norm, param_norm, lr and images_per_second. An
+    "eval" row also has nseen; top1, top5 and loss of the raw weights; ema_top1, ema_top5 and ema_loss of their average.
     """
 
     directory: Path
@@ -82,8 +53,8 @@ class Record:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Record":
-        """Reads a run's folder, whichever version of effnetlib wrote it and whatever its optimizer is: nothing is checked. A
-        last metrics line that was cut off by a crash is left out.
+        """Reads a run's folder, whatever version or optimizer wrote it: the recipe is not checked.
+        A last line of metrics that a crash has cut off is left out.
 
         Raises:
           EffnetlibError: there is no readable record in the folder.
@@ -99,14 +70,13 @@ class Record:
             raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise EffnetlibError(
-                f"{directory / 'run.json'} is damaged ({first_line(error)}): it is left as it is; mend it, or delete the folder"
+                f"{directory / 'run.json'} is damaged ({first_line(error)}): it is left as it is; mend it, or delete "
+                "the folder"
             ) from None
         metrics = []
-        for line in lines:
-            try:
+        with contextlib.suppress(ValueError):
+            for line in lines:
                 metrics.append(json.loads(line))
-            except ValueError:
-                break
         return cls(directory, recipe, **fields, metrics=metrics, as_read=run)
 
     @property
@@ -121,36 +91,35 @@ class Record:
 
     @property
     def devices_share_cores(self) -> bool:
-        """Whether the devices are simulated and each of them computes on all cores, so that none can be idle."""
+        """Whether the devices are simulated and each computes on all cores, so that none can be idle."""
         simulated = self.environment["platform"] == "cpu" and self.environment["devices"] > 1
         return simulated and ONE_CORE_A_DEVICE not in self.environment.get("xla_flags", "")
 
     def save(self) -> None:
         """Writes `run.json`."""
-        if not is_main_process():
-            return
         run = {"schema": SCHEMA, "status": "", "recipe": {}, "recipe_hash": self.recipe.hash} | self.as_read
         run["recipe"] = run["recipe"] | asdict(self.recipe)
         run |= {name: getattr(self, name) for name in SECTIONS}
         if not self.error:
             del run["error"]
-        write_atomically(self.directory / "run.json", json.dumps(run, indent=2) + "\n")
+        self._write("run.json", json.dumps(run, indent=2) + "\n")
+
+    def _write(self, name: str, content: str) -> None:
+        if is_main_process():
+            write_atomically(self.directory / name, content)
 
     def log(self, **row) -> None:
         """Appends a row to the metrics, on disk at once."""
         row = {name: float(f"{value:.8g}") if isinstance(value, float) else value for name, value in row.items()}
         self.metrics.append(row)
-        if not is_main_process():
-            return
-        with open(self.directory / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if is_main_process():
+            with open(self.directory / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops the rows after `step`: what a resumed run will write again."""
         self.metrics = [row for row in self.metrics if row["step"] <= step]
-        if not is_main_process():
-            return
-        write_atomically(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
+        self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
     def frame(self, kind: str) -> pd.DataFrame:
         """The "train" or "eval" rows as a table."""
@@ -178,8 +147,8 @@ class Record:
 
     @property
     def input_wait_share(self) -> float:
-        """Share of the training time in which the next batch was waited for. On an accelerator a step may be under way
-        meanwhile, so the devices were idle for at most that share."""
+        """Share of the training time in which the next batch was waited for. An accelerator may do a
+        step meanwhile: it was idle for at most that share."""
         return self.timing["input_wait_seconds"] / self.timing["train_seconds"]
 
 
@@ -196,16 +165,18 @@ def load_records(folder: Path | str) -> list[Record]:
 
 def environment() -> dict:
     """Versions, devices and the commit of the code, for a record."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "effnetlib")}
+    cpus = Path("/proc/cpuinfo")  # not on macOS
+    cpu = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
+    cpu = cpu[1] if cpu else platform.processor() or "unknown CPU"
     devices = jax.devices()
     return {
         "python": platform.python_version(),
-        **versions,
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "effnetlib")},
         "platform": devices[0].platform,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
         "processes": jax.process_count(),
-        "host": f"{platform.system()} {platform.machine()}, {_cpu_model()}, {usable_cores()} cores",
+        "host": f"{platform.system()} {platform.machine()}, {cpu}, {usable_cores()} cores",
         "xla_flags": " ".join(filter(None, (os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")))),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "git_commit": _git_commit(),
@@ -213,26 +184,14 @@ def environment() -> dict:
 
 
 @functools.cache
-def _cpu_model() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown CPU"
-
-
-@functools.cache
 def _git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "+changes" where it has any; None outside one."""
+    """The commit of the checkout that holds this package, with "+changes" where the package has any; None outside one."""
     package = Path(__file__).parents[1]
     if not (package.parent / ".git").exists():
         return None
-
-    def git(*arguments):
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout.strip()
-
+    run = functools.partial(subprocess.check_output, cwd=package, text=True, stderr=subprocess.DEVNULL)
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+        changes = run(["git", "status", "--porcelain", "--", "."])
+        return run(["git", "rev-parse", "HEAD"]).strip() + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
         return None

@@ -21,8 +21,8 @@ class PreemptedError(RuntimeError):
 
 
 class _Handler:
-    """Handles `SIGNALS` while the block runs, in place of what they do otherwise. A signal that is ignored stays ignored, as
-    SIGHUP is under nohup. Python allows handlers in the main thread only: in another one the block changes nothing."""
+    """Handles `SIGNALS` while the block runs. An ignored one stays ignored, as SIGHUP is under nohup.
+    Outside the main thread, where Python allows no handlers, the block changes nothing."""
 
     def __enter__(self):
         self.before = {}
@@ -38,10 +38,7 @@ class _Handler:
 
 class Stop(_Handler):
     """Notes the first of `SIGNALS` while the block runs; a second SIGINT interrupts at once.
-
-    Args:
-      max_minutes: minutes from now after which to stop; None is never.
-    """
+    After `max_minutes` from now it is time to stop too; None is never."""
 
     def __init__(self, max_minutes: float | None):
         self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -55,22 +52,24 @@ class Stop(_Handler):
             self.signal = signal.Signals(number).name
             say(f"{self.signal}: stopping after this step")
 
-    def asked(self) -> str:
-        """Why to stop, in this process's own view: one of `REASONS`, empty to go on."""
+    def requested(self) -> str:
+        """Why this process is to stop: one of `REASONS`, empty to go on."""
         if self.signal:
             return self.signal
         return "max_minutes" if self.deadline is not None and time.monotonic() >= self.deadline else ""
 
-    def agreed(self, during: str) -> str:
-        """`asked`, the same in every process: if one is to stop, all are. With several processes all must call it equally
-        often. They ask one another about every `AGREE_SECONDS`, by the pace of the slowest since the last time. The number of
-        calls in between begins at one, also when what is done `during` it changes, and at most doubles: one quick call
-        promises no quick hundred."""
+    def requested_anywhere(self, during: str) -> str:
+        """`requested`, the same in every process: if one is to stop, all are.
+
+        All must call it equally often. They ask one another about every `AGREE_SECONDS`, by the pace
+        of the slowest. The number of calls in between begins at one, and again when `during`, what is
+        being done, changes. It at most doubles: one quick call does not promise a hundred.
+        """
         import jax
         import numpy as np
         from jax.experimental import multihost_utils
 
-        reason = self.asked()
+        reason = self.requested()
         if jax.process_count() == 1:
             return reason
         self.calls += 1
@@ -86,7 +85,7 @@ class Stop(_Handler):
 
 
 class Children(_Handler):
-    """Child processes to which `SIGNALS` are passed on while the block runs; `asked` are those that came so far."""
+    """Child processes, to which `SIGNALS` are passed on while the block runs. `asked` are the signals so far."""
 
     def __init__(self):
         self.asked, self.processes = [], []
@@ -105,11 +104,10 @@ class Children(_Handler):
 
 
 def follow(parent: int) -> None:
-    """Sends SIGTERM to this process when its parent has ended, even if that was killed: so a run is saved, and no process is
-    left behind. The signal is repeated: after the first, a kernel saves and would wait for its next cell for ever.
+    """Sends SIGTERM to this process once its parent has ended, even if killed: so a run is saved.
 
-    Args:
-      parent: the parent's process id, from the parent itself: it may have ended before this process asks.
+    The signal is repeated: after the first a kernel saves, and then waits for its next cell for ever.
+    The id `parent` comes from the parent, which may have ended before this process could ask.
     """
 
     def watch():

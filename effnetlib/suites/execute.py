@@ -25,8 +25,9 @@ from effnetlib.errors import EffnetlibError, FailedError, did_you_mean
 from effnetlib.reports.html import outcome, render_html, render_index
 from effnetlib.runs.files import exclusive_lock, make_writable, write_atomically
 from effnetlib.runs.machine import usable_cores
+from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.progress import LINE_SECONDS, duration, say
-from effnetlib.runs.record import Record, outputs_folder, published_folder
+from effnetlib.runs.record import Record
 from effnetlib.runs.stopping import TRY_AGAIN, Children
 from effnetlib.suites.suite import Entry, Suite
 from effnetlib.suites.tuning import tuned

@@ -28,8 +28,7 @@ import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.recipe import Recipe
-from effnetlib.runs.paths import name_or_path, user_path
-from effnetlib.runs.record import outputs_folder
+from effnetlib.runs.paths import name_or_path, outputs_folder, user_path
 from effnetlib.suites.parameters import check_parameters, read_yaml
 
 TRAIN_NOTEBOOK = "train"

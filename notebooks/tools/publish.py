@@ -27,7 +27,8 @@ from effnetlib.recipe import Recipe
 from effnetlib.reports.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
 from effnetlib.reports.html import css, outcome, read_notebook, render_index, title
 from effnetlib.runs.files import write_atomically
-from effnetlib.runs.record import Record, load_records, outputs_folder, published_folder
+from effnetlib.runs.paths import outputs_folder, published_folder
+from effnetlib.runs.record import Record, load_records
 
 KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
 TEMPLATE = Path(__file__).parent / "companion.html.j2"

@@ -4,6 +4,7 @@ python -m tests.bench.ours first_step|loop|checkpoint|groups [--group 8]
 """
 
 import argparse
+import importlib
 import itertools
 import tempfile
 import time
@@ -12,11 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from effnetlib import Recipe, Record, make_mesh, simulate_devices, training
+from effnetlib import Recipe, make_mesh, simulate_devices
 from effnetlib.evaluation import EvalResult
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.runs.checkpoints import open_checkpoints, save
-from effnetlib.runs.stopping import Stop
 from effnetlib.step import lower_train_step, make_train_step
 
 from .contestant import serve
@@ -72,16 +72,16 @@ def loop(_):
     bench = Training(recipe)
     bench.run(3)
 
+    training = importlib.import_module("effnetlib.training")
+    evaluated = [EvalResult(1, 1, 1, 0.0)] * 2
+    training._compile = lambda *_: (bench.init(bench.key), bench.step, lambda *_, **__: evaluated)
+    training.data.train_batches = lambda *_, **__: itertools.repeat(bench.batch)
+
     def around():
-        timing = dict.fromkeys(("train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds"), 0.0)
-        state = bench.init(bench.key)
-        evaluated = [EvalResult(1, 1, 1, 0.0)] * 2
-        with tempfile.TemporaryDirectory() as folder, Stop(None) as stop, open_checkpoints(Path(folder)) as checkpoints:
-            record = Record(Path(folder), recipe, timing=timing | {"images": 0})
-            training._loop(recipe, record, state, bench.key, itertools.repeat(bench.batch), bench.step,
-                           lambda *_: evaluated, checkpoints, stop)  # fmt: skip
-            assert len(record.frame("train")) == recipe.total_steps
-            return record.timing["train_seconds"] / recipe.total_steps
+        with tempfile.TemporaryDirectory() as folder:
+            record = training.train(recipe, folder)
+        assert len(record.frame("train")) == recipe.total_steps
+        return record.timing["train_seconds"] / recipe.total_steps
 
     def bare():
         start = time.perf_counter()

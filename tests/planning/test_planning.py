@@ -23,7 +23,7 @@ from effnetlib.planning import topology
 from effnetlib.planning.collectives import Collective, collectives, replica_groups, seconds
 from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.planning.topology import CHIPS, chip_of
-from effnetlib.runs.record import published_folder
+from effnetlib.runs.paths import published_folder
 from effnetlib.step import lower_train_step
 
 PROGRAM = """

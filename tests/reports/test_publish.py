@@ -10,7 +10,7 @@ from effnetlib import EffnetlibError
 from effnetlib.errors import FailedError
 from effnetlib.reports.claims import warmup
 from effnetlib.reports.html import render_html
-from effnetlib.runs.record import outputs_folder
+from effnetlib.runs.paths import outputs_folder
 
 
 @pytest.fixture

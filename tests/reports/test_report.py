@@ -20,7 +20,7 @@ from effnetlib.reports.tables import (
     styled,
     suite_records,
 )
-from effnetlib.runs.record import outputs_folder, published_folder
+from effnetlib.runs.paths import outputs_folder, published_folder
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 

@@ -13,8 +13,7 @@ from effnetlib.data.sources import cache_folder
 from effnetlib.reports.comparison import load
 from effnetlib.reports.pages import report_suite
 from effnetlib.reports.tables import show
-from effnetlib.runs.paths import name_or_path, user_path
-from effnetlib.runs.record import outputs_folder, runs_folder
+from effnetlib.runs.paths import name_or_path, outputs_folder, runs_folder, user_path
 from effnetlib.suites.suite import load_suite
 from effnetlib.weights.pretrained import Pretrained, evaluate_pretrained, import_weights
 

@@ -5,7 +5,8 @@ import pytest
 from effnetlib import EffnetlibError, Recipe, Record, load_records, train
 from effnetlib.reports.tables import results
 from effnetlib.runs.files import write_atomically
-from effnetlib.runs.record import environment, outputs_folder
+from effnetlib.runs.paths import outputs_folder
+from effnetlib.runs.record import environment
 
 
 def rows(record):

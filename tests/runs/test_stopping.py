@@ -21,7 +21,7 @@ def times_of_asking(monkeypatch, seconds_of_call):
     stop = stopping.Stop(None)
     for i in range(5000):
         now[0] += seconds_of_call(i)
-        assert stop.agreed("training") == ""
+        assert stop.requested_anywhere("training") == ""
     return np.array(asked)
 
 

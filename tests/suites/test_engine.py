@@ -76,10 +76,10 @@ import pathlib, time
 from effnetlib.runs.stopping import PreemptedError, Stop
 with Stop(None) as stop:
     pathlib.Path("ready").touch()
-    while not stop.asked():
+    while not stop.requested():
         time.sleep(0.05)
     pathlib.Path("saved").touch()
-raise PreemptedError(f"saved after {stop.asked()}")
+raise PreemptedError(f"saved after {stop.requested()}")
 """
 
 

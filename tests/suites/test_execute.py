@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
 from effnetlib.runs.files import exclusive_lock
-from effnetlib.runs.record import outputs_folder
+from effnetlib.runs.paths import outputs_folder
 from effnetlib.suites.execute import _key, _StatusLine, execute
 from effnetlib.suites.suite import load_suite
 
@@ -166,7 +166,7 @@ import os, pathlib, time
 from effnetlib.runs.stopping import PreemptedError, Stop
 with Stop(None) as stop:
     pathlib.Path(f"ready-{os.getpid()}").touch()
-    while not stop.asked():
+    while not stop.requested():
         time.sleep(0.05)
     pathlib.Path(f"saved-{os.getpid()}").touch()
 raise PreemptedError("saved")

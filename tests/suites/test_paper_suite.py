@@ -31,7 +31,7 @@ from effnetlib.reports.against_paper import (
     table2,
 )
 from effnetlib.reports.comparison import difference, labels, load, outcomes, points, settings
-from effnetlib.runs.record import outputs_folder, published_folder
+from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.step import lower_train_step
 from effnetlib.suites.suite import load_suite
 

@@ -1,0 +1,106 @@
+"""What a run measures: its clock, and the metrics of its steps."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from effnetlib.runs.progress import Progress
+from effnetlib.runs.record import Record
+
+LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
+EXPLODED_LOSS = 1000.0  # nats: no cross-entropy comes near it unless the weights have blown up
+CLOCKS = ("compile_seconds", "train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds")
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite, or has exploded."""
+
+
+class Meter:
+    """The clock of a run, and the metrics of its steps: checks them, shows them, and logs them.
+
+    Args:
+      record: of the run; the clock goes on from its ``timing``, and is written there.
+      learning_rates: of every step, float32 ``[total_steps]``.
+      step: that of the latest checkpoint; 0 where there is none.
+    """
+
+    def __init__(self, record: Record, learning_rates: np.ndarray, step: int):
+        self.record, self.timing, self.learning_rates = record, record.timing, learning_rates
+        self.total = len(learning_rates)
+        self.log_every = max(1, self.total // LOGGED_STEPS)
+        self.progress = Progress(self.total, step, record.recipe.global_batch_size)
+        self.pending: deque[tuple[int, dict]] = deque()
+        self.saved_step, self.saved_at = step, time.monotonic()
+        self.zero = time.perf_counter() - self.timing["total_seconds"]
+        self.training_since: float | None = None
+
+    def now(self) -> float:
+        """Seconds on the paper's clock, which starts when all is compiled."""
+        return time.perf_counter() - self.zero
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Adds the seconds that the block takes to ``timing[name]``, unless it raises."""
+        start = time.perf_counter()
+        yield
+        self.timing[name] += time.perf_counter() - start
+
+    def resume(self) -> None:
+        """From here to `pause`, time counts as ``train_seconds``."""
+        self.training_since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Reads the metrics of all steps. Raises DivergedError."""
+        self._read_pending()
+        if self.training_since is not None:
+            self.timing["train_seconds"] += time.perf_counter() - self.training_since
+        self.training_since = None
+
+    def saved(self, step: int) -> None:
+        """Notes that the state after `step` has a checkpoint."""
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that has begun, and reads those of the step before.
+
+        So the devices have work while the host reads. Raises DivergedError, for the step read.
+        """
+        self.pending.append((step, metrics))
+        self._read_pending(but_last=1)
+
+    def _read_pending(self, but_last: int = 0) -> None:
+        while len(self.pending) > but_last:
+            step, metrics = self.pending.popleft()
+            row = {name: float(value) for name, value in metrics.items()}
+            self.timing["images"] += self.record.recipe.global_batch_size
+            if not row["loss"] < EXPLODED_LOSS:  # nan too
+                saved = f"the last good checkpoint is that of step {self.saved_step}"
+                raise DivergedError(
+                    f"the loss is {row['loss']:.4g} at step {step} of {self.total}, learning rate "
+                    f"{self.learning_rates[step - 1]:.4g}, norm of the gradient {row['grad_norm']:.4g}, of the parameters "
+                    f"{row['param_norm']:.4g}; {saved if self.saved_step else 'there is no checkpoint yet'}"
+                )
+            seconds = self.now()
+            self.progress.update(step, loss=row["loss"])
+            if step % self.log_every == 0 or step == self.total:
+                trained = self.timing["train_seconds"] + time.perf_counter() - self.training_since
+                rate = self.timing["images"] / max(trained, 1e-9)
+                row |= {"lr": float(self.learning_rates[step - 1]), "images_per_second": rate, "seconds": seconds}
+                self._log("train", step, row)
+
+    def add_evaluation(self, step: int, raw, ema) -> None:
+        """Logs and shows the `EvalResult`s of the weights and of their moving average."""
+        row = {"nseen": raw.nseen, "top1": raw.top1, "top5": raw.top5, "loss": raw.loss}
+        row |= {"ema_top1": ema.top1, "ema_top5": ema.top5, "ema_loss": ema.loss, "seconds": self.now()}
+        self._log("eval", step, row)
+        self.progress.update(step, top1=ema.top1)
+        rows = [row for row in self.record.metrics if row["kind"] == "eval"]
+        self.progress.draw([row["epoch"] for row in rows], [row["ema_top1"] for row in rows])
+
+    def _log(self, kind: str, step: int, row: dict) -> None:
+        self.record.log(kind=kind, step=step, epoch=step / self.record.recipe.steps_per_epoch, **row)

@@ -1,0 +1,211 @@
+"""A run under way: the lock of its folder, its record and checkpoints, and what is saved when it stops."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import CheckpointManager
+
+from effnetlib import data
+from effnetlib.errors import EffnetlibError, FailedError, first_line
+from effnetlib.recipe import Recipe
+from effnetlib.runs.checkpoints import finish, open_checkpoints, restore, save
+from effnetlib.runs.files import exclusive_lock, make_writable
+from effnetlib.runs.hosts import is_main_process, raise_together
+from effnetlib.runs.machine import pinned
+from effnetlib.runs.meter import CLOCKS, Meter
+from effnetlib.runs.paths import user_path
+from effnetlib.runs.progress import say
+from effnetlib.runs.record import Record, environment
+from effnetlib.runs.stopping import PreemptedError, Stop
+
+CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", "xla_flags")  # of the environment
+
+
+@contextlib.contextmanager
+def open_run(
+    recipe: Recipe, directory: Path | str, eval_devices: int | None, max_minutes: float | None
+) -> Iterator["Run"]:
+    """Opens a run's folder, in all processes; arguments and errors are those of `train`.
+
+    Everything is checked before anything is written. When the block ends, the record holds the
+    status, whatever happens. Nothing is written where it was "completed" before.
+    """
+    devices = jax.devices()
+    with contextlib.ExitStack() as block:
+        settings = block.enter_context(pinned())
+        with raise_together():
+            directory = user_path(directory, "directory", folder=True)
+            recipe.validate(len(devices))
+            if eval_devices is not None:
+                _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
+            splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
+            make_writable(directory, "the run's folder")
+            if is_main_process():
+                block.enter_context(exclusive_lock(directory, "training in"))
+            record = _open_record(recipe, directory, splits)
+        if is_main_process() and (remark := data.remark(splits)):
+            say(remark)
+        run = Run(record, splits, devices[:eval_devices], Stop(max_minutes))
+        if record.status == "completed":
+            yield run
+            return
+
+        block.enter_context(run.stop)
+        _note_environment(record, environment() | {"settings": settings, "eval_devices": len(run.eval_devices)})
+        record.status, record.error = "running", None
+        try:
+            with open_checkpoints(directory) as run.checkpoints:
+                yield run
+                finish(run.checkpoints)
+            record.summarize()
+            record.status = "completed"
+        except (KeyboardInterrupt, PreemptedError):
+            record.status = "preempted"
+            raise
+        except OSError as error:
+            record.status, record.error = "failed", str(error)
+            reason = f"{error.strerror or error} ({error.filename or 'no file named'})"
+            raise FailedError(
+                f"the run in {directory} met an error of the file system: {reason}; "
+                "once it is mended, the same call goes on"
+            ) from error
+        except Exception as error:
+            record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # where the disk is the trouble, the error above says so
+                record.save()
+
+
+@dataclass
+class Run:
+    """A run under way. The states that it saves are train states, equal in every process."""
+
+    record: Record
+    splits: dict[str, data.Split]
+    eval_devices: list[jax.Device]
+    stop: Stop
+    checkpoints: CheckpointManager | None = None  # unless the run is completed
+    meter: Meter | None = None  # after `begin`
+
+    def begin(self, template: dict, learning_rates: np.ndarray, compile_seconds: float) -> dict | None:
+        """Starts the clock, and goes back to the latest checkpoint: returns its state, if there is one.
+
+        The state is host arrays in the form of `template`. Raises FailedError as `restore` does.
+        """
+        state, timing = restore(self.checkpoints, template) or (None, dict.fromkeys(CLOCKS, 0.0) | {"images": 0})
+        step = int(state["step"]) if state else 0
+        self.record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
+        self.record.rewind(step)
+        self.record.save()
+        self.meter = Meter(self.record, learning_rates, step)
+        return state
+
+    def checkpoint(self, state, top1: float | None = None, by_any: bool = False) -> None:
+        """Begins to write a checkpoint, unless the state has one, and saves the record.
+
+        `top1` is the evaluation's. `by_any`: any process may write, not only the main one.
+        """
+        step = int(state.step)
+        self.record.timing["total_seconds"] = self.meter.now()
+        if (is_main_process() or by_any) and self.meter.saved_step != step:
+            host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
+            save(self.checkpoints, step, host_state, self.record.timing, top1)
+        self.meter.saved(step)
+        self.record.save()
+
+    def stop_if_requested(self, state, during: str) -> None:
+        """Saves the state and raises PreemptedError, if any process was asked to stop."""
+        if reason := self.stop.requested_anywhere(during):
+            at = self._save_now(state)
+            raise PreemptedError(f"stopped at {at} ({reason}); saved, and the same command or cell, run again, goes on")
+
+    @contextlib.contextmanager
+    def saved_first(self, state) -> Iterator[None]:
+        """For a block that reads input. Where that fails, saves the state and raises FailedError."""
+        try:
+            yield
+        except (PreemptedError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # whatever a decoder, a file system or a thread of the input raises
+            at = self._save_now(state, by_any=True)
+            said = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
+            raise FailedError(
+                f"the input failed after {at}: {said}; saved, and once it is mended the same call goes on"
+            ) from error
+
+    def _save_now(self, state, by_any: bool = False) -> str:
+        self.meter.pause()
+        self.checkpoint(state, by_any=by_any)
+        finish(self.checkpoints)
+        return f"step {int(state.step)} of {self.meter.total}"
+
+
+def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None:
+    if not 0 < eval_devices <= num_devices:
+        raise EffnetlibError(f"eval_devices must be from 1 to {num_devices}, and is {eval_devices}")
+    if batch % eval_devices:
+        raise EffnetlibError(f"global_batch_size {batch} does not divide over {eval_devices} eval_devices")
+    if eval_devices < num_devices and jax.process_count() > 1:
+        raise EffnetlibError("eval_devices needs a single process: each of several must take part in the evaluation")
+
+
+def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
+    """The record in the folder, if it is of this recipe and data; else a new one."""
+    train = splits["train"]
+    described = {
+        "source": recipe.dataset,
+        **{f"{name}_examples": len(split) for name, split in splits.items()},
+        "num_classes": len(train.class_names),
+        "class_names": list(train.class_names),
+        "fingerprints": {name: split.fingerprint for name, split in splits.items()},
+        "names": {name: split.names for name, split in splits.items() if split.names},
+        "total_steps": recipe.total_steps,
+    }
+    if not (directory / "run.json").exists():
+        return Record(directory, recipe, data=described)
+    record = Record.load(directory)
+    wanted, known = asdict(recipe), record.as_read["recipe"] | asdict(record.recipe)
+    if fields := [name for name, value in known.items() if name not in wanted or value != wanted[name]]:
+        raise EffnetlibError(
+            f"{directory} holds a run of another recipe ({', '.join(fields)} differ): choose another folder, "
+            "or delete that one"
+        )
+    record.recipe = recipe  # the same, but it has listed its data already
+    if record.status != "completed":
+        record.data = _same_data(described, record)
+    return record
+
+
+def _same_data(now: dict, record: Record) -> dict:
+    """The data as it is `now`, if the run began with it, or with photographs of the same names."""
+    before = {"class_names": now["class_names"]} | record.data  # records were without them once
+    ours, theirs = now["fingerprints"], before.get("fingerprints", {})
+    changed = {name: theirs.get(name) for name in ours if ours[name] != theirs.get(name)}
+    names, names_before = now["names"], before.get("names", {})
+    same = all(before.get(key) == now[key] for key in now.keys() - {"fingerprints", "names"})
+    if not same or any(name not in names or names[name] != names_before.get(name) for name in changed):
+        raise EffnetlibError(
+            f"the data set {now['source']} is not the one that {record.directory} was begun with: choose another folder"
+        )
+    if changed:
+        say(
+            f"photographs in {now['source']} ({', '.join(changed)}) were replaced by others of the same names since "
+            "this run began: it goes on with them, and the record says so"
+        )
+    replaced = before.get("replaced", []) + ([changed] if changed else [])
+    return now | ({"replaced": replaced} if replaced else {})
+
+
+def _note_environment(record: Record, now: dict) -> None:
+    """Writes the environment into the record, and what has changed since the run began."""
+    before = record.environment
+    if changed := {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}:
+        said = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
+        say(f"this run goes on in another environment, and the record says so: {said}")
+    earlier = before.get("earlier", []) + ([changed] if changed else [])
+    record.environment = now | ({"earlier": earlier} if earlier else {})
