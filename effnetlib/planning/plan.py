@@ -25,7 +25,7 @@ from effnetlib.planning.topology import GIB, chip_of, devices_of
 from effnetlib.recipe import Recipe
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.machine import pinned
-from effnetlib.runs.progress import LINE_SECONDS, saying
+from effnetlib.runs.progress import at_work
 from effnetlib.runs.record import outputs_folder
 from effnetlib.step import lower_train_step, make_train_step
 
@@ -300,7 +300,7 @@ def _compile_evaluation(recipe: Recipe, devices: list) -> jax.stages.Compiled | 
 
 def _compile(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled | None:
     try:
-        with saying(f"compiling {what}", LINE_SECONDS):
+        with at_work(f"compiling {what}"):
             return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error):

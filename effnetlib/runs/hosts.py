@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from effnetlib.errors import EffnetlibError, FailedError
-from effnetlib.runs.progress import saying
+from effnetlib.runs.progress import at_work
 
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
@@ -72,7 +72,7 @@ def start(
         f"process {number} of {count} still waits for the others at {address}: has the same notebook been started on every "
         f"host? Giving up after {timeout_seconds} s"
     )
-    with saying(waiting, PATIENCE_SECONDS):
+    with at_work(waiting, seconds=PATIENCE_SECONDS):
         _wait_for(host, port, time.monotonic() + timeout_seconds, answer=number > 0)
         for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
             hosts = os.environ.get(name, os.environ.get(other, "")).split(",")

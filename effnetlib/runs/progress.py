@@ -4,12 +4,15 @@ import atexit
 import contextlib
 import io
 import os
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 LINE_SECONDS = 15.0  # between plain lines
+IN_PLACE_SECONDS = 0.5  # between changes of a line that is shown in place
+CLEAR = "\r\x1b[K"  # a terminal's: back to the beginning of the line, and delete it
 
 
 def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
@@ -45,19 +48,41 @@ def _end_output() -> None:
 
 
 @contextlib.contextmanager
-def saying(text: str, seconds: float) -> Iterator[None]:
-    """Says, every so many seconds and on stderr, for how long the block has been running."""
+def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = LINE_SECONDS) -> Iterator[None]:
+    """Says on stderr that the block is still running: ``TEXT · ELAPSED · STATE``, one line every so many seconds.
+
+    With a `state`, a terminal shows one line that changes in place, and that is gone when the block ends.
+
+    Args:
+      text: what is being done.
+      state: returns how far it is. It is called in a thread of its own, only when a line is due, and must not raise.
+      seconds: between plain lines.
+
+    Example::
+
+        with at_work("[1/3] lars-64", lambda: "step 5 of 11"):
+            process.wait()
+    """
+    in_place = state is not None and os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
     done, start = threading.Event(), time.perf_counter()
 
     def talk():
-        while not done.wait(seconds):
-            say(f"{text} · {duration(time.perf_counter() - start)}", err=True)
+        while not done.wait(IN_PLACE_SECONDS if in_place else seconds):
+            line = " · ".join([text, duration(time.perf_counter() - start), *([state()] if state else [])])
+            if in_place:
+                width = shutil.get_terminal_size().columns - 1
+                line = CLEAR + (line if len(line) <= width else line[: width - 1] + "…")
+            say(line, end="" if in_place else "\n", err=True)
 
-    threading.Thread(target=talk, daemon=True).start()
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         done.set()
+        thread.join()
+        if in_place:
+            say(CLEAR, end="", err=True)
 
 
 def duration(seconds: float) -> str:
@@ -90,7 +115,7 @@ class Progress:
         self.in_notebook = kernel is not None
         # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
         self.watched = getattr(kernel, "_allow_stdin", False)
-        self.interval = 0.5 if self.in_notebook else LINE_SECONDS
+        self.interval = IN_PLACE_SECONDS if self.in_notebook else LINE_SECONDS
 
     def update(self, step: int, **values) -> None:
         """Shows the state after `step` if it is time to, and always at the last step."""

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from jupyter_client.manager import start_new_kernel
 
 import effnetlib
 from effnetlib import Record
-from effnetlib.runs.progress import Progress, say
+from effnetlib.runs import progress
+from effnetlib.runs.progress import Progress, at_work, say
 
 CELL = """
 import effnetlib
@@ -73,10 +75,27 @@ def test_a_notebook_that_nobody_watches_keeps_one_line(kernel, tmp_path):
 
 
 def test_without_a_notebook_progress_is_a_line(capsys):
-    progress = Progress(total=4, done=2, images=64)
-    progress.update(4, loss=0.5)
-    progress.draw([1.0], [0.5])
+    shown = Progress(total=4, done=2, images=64)
+    shown.update(4, loss=0.5)
+    shown.draw([1.0], [0.5])
     assert re.fullmatch(r"step 4 of 4 · [\d,]+ images/s · 0:00 left · loss 0.5\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])
+def test_work_that_takes_long_says_so_in_place_on_a_terminal_and_in_lines_elsewhere(term, monkeypatch, capsys):
+    monkeypatch.setattr(progress.os, "isatty", lambda _: True)
+    monkeypatch.setattr(progress, "IN_PLACE_SECONDS", 0.01)
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", term)
+    states, said = iter(["step 1 of 1,000", "go"]), []
+    with at_work("run a", lambda: said.append(next(states, "end")) or said[-1], seconds=0.01):
+        while "go" not in said:
+            time.sleep(0.01)
+    lines = {"dumb": "run a · 0:00 · step 1 of 1,000\nrun a · 0:00 · go\n",
+             "xterm": "\r\x1b[Krun a · 0:00 · ste…\r\x1b[Krun a · 0:00 · go"}  # fmt: skip
+    out, err = capsys.readouterr()
+    assert err.startswith(lines[term]) and err.endswith("\n" if term == "dumb" else "\r\x1b[K")
+    assert out == ""
 
 
 def closed_pipe(encoding="utf-8"):
