@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import yaml
 
+from effnetlib.errors import EffnetlibError
 from effnetlib.recipe import check_parameters, typed
 
 INJECTED = "# Parameters\n"
@@ -21,6 +22,20 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[e
 def read_yaml(text: str):
     """The value of a YAML text; a mistake in it is a yaml.YAMLError."""
     return yaml.load(text, _Loader)
+
+
+def assignments(texts: Iterable[str]) -> dict:
+    """The values of texts such as ``seed=3``, by name."""
+    found = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise EffnetlibError(f"--set wants KEY=VALUE, not {text!r}")
+        try:
+            found[key] = read_yaml(value)
+        except yaml.YAMLError:
+            raise EffnetlibError(f"--set {key}: {value!r} is not a YAML value") from None
+    return found
 
 
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
