@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,7 +64,8 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
     running = {}  # the prefixes of entries, with their logs
 
     def state() -> str:
-        return "; ".join(f"{prefix}: {_last_said(log)}" for prefix, log in list(running.items())) or "starting"
+        said = [(prefix, _last_line(log, lambda line: line.startswith("cell "))) for prefix, log in [*running.items()]]
+        return "; ".join(f"{prefix}: {line or 'starting'}" for prefix, line in said)
 
     with contextlib.ExitStack() as block:
         block.enter_context(exclusive_lock(suite.directory, "executing a suite in"))
@@ -115,8 +116,10 @@ def _execute_entry(suite: Suite, entry: Entry, children: Children, start_timeout
     finished = before.key == key and not before.error and executed.exists() and html.exists()
     if finished and not _error(entry):
         return Outcome(entry.name, entry.is_run, "skipped")
-    if entry.is_run and (error := _other_recipe(entry)):
-        return Outcome(entry.name, True, "failed", error=error)  # the finished run's pages stay as they are
+    try:
+        _check_folder(entry)
+    except EffnetlibError as error:  # the finished run's pages stay as they are
+        return Outcome(entry.name, entry.is_run, "failed", error=str(error))
     start = time.perf_counter()
     code = _run_papermill(suite, entry, executed, children, start_timeout)
     error = _error(entry, code, _log(suite, entry))
@@ -144,22 +147,19 @@ def _key(suite: Suite, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _other_recipe(entry: Entry) -> str:
-    """Why the run's folder cannot take the entry, if it holds another recipe's record; else empty."""
-    if not (entry.directory / "run.json").exists():
-        return ""
-    try:
-        record = Record.load(entry.directory)
-    except EffnetlibError as error:
-        return str(error)
-    if record.recipe == Recipe.from_parameters(entry.parameters):
-        return ""
-    return f"{entry.directory} holds the record of another recipe: give the run another name, or delete that folder"
+def _check_folder(entry: Entry) -> None:
+    """Raises EffnetlibError if a run's folder holds the record of another recipe, or one that cannot be read."""
+    if not entry.is_run or not (entry.directory / "run.json").exists():
+        return
+    if Record.load(entry.directory).recipe != Recipe.from_parameters(entry.parameters):
+        raise EffnetlibError(
+            f"{entry.directory} holds the record of another recipe: give the run another name, or delete that folder"
+        )
 
 
 def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     """Why an entry does not count as completed; empty if it does. For a run its record decides."""
-    said = _last_error(log) if code else ""
+    said = _last_line(log, _names_an_error) if code else ""
     died = f"papermill ended with {code}, see {log}" if code else ""
     if entry.is_run:
         try:
@@ -171,24 +171,17 @@ def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     return said or died
 
 
+def _names_an_error(line: str) -> bool:
+    return line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))
+
+
 def _log(suite: Suite, entry: Entry) -> Path:
     return suite.directory / "logs" / f"{entry.name}.log"
 
 
-def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-
-
-def _last_error(log: Path) -> str:
-    """The last line of a log that names an exception."""
-    named = [line for line in _lines(log) if line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))]
-    return named[-1] if named else ""
-
-
-def _last_said(log: Path) -> str:
-    """The last line of a log that says how far a cell is."""
-    said = [line for line in _lines(log) if line.startswith("cell ")]
-    return said[-1] if said else "starting"
+def _last_line(log: Path, wanted: Callable[[str], bool]) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return next(filter(wanted, reversed(lines)), "")
 
 
 def _run_papermill(suite: Suite, entry: Entry, executed: Path, children: Children, start_timeout: int) -> int:

@@ -13,19 +13,19 @@ INJECTED = "# Parameters\n"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3, with no point in it, for text; people mean a number."""
+    """Reads 1e-3 as a number. YAML 1.1 takes it for text, because it has no point."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_yaml(text: str):
-    """The value of a YAML text; a mistake in it is a yaml.YAMLError."""
+    """The value of a YAML text. Raises yaml.YAMLError where it is none."""
     return yaml.load(text, _Loader)
 
 
 def assignments(texts: Iterable[str]) -> dict:
-    """The values of texts such as ``seed=3``, by name."""
+    """The values that `--set` gives, by name: ``["seed=3"]`` is ``{"seed": 3}``."""
     found = {}
     for text in texts:
         key, separator, value = text.partition("=")
@@ -41,10 +41,11 @@ def assignments(texts: Iterable[str]) -> dict:
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
     """A notebook's known parameters, from its ``globals()``: those of its parameters cell, and what papermill injected.
 
+    The injected cell is the last one under papermill's heading. The parameters cell holds nothing but known parameters with
+    their types. Any other cell is the user's own.
+
     Raises:
-      EffnetlibError: the cell that papermill injected assigns another name, or a value is not what the parameters cell says it
-        is. The first is the last one under papermill's heading; the second holds nothing but known parameters with their types.
-        Any other cell is the user's own.
+      EffnetlibError: the injected cell assigns an unknown name, or a value has another type than the parameters cell says.
     """
     known = list(known)
     cells = [(source, _assigned(source)) for source in namespace.get("In", [])[:-1]]
@@ -60,7 +61,7 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
 
 
 def _assigned(source: str) -> dict[str, str | None] | None:
-    """The names that a cell assigns, and the types that it says they have; None if it does anything else."""
+    """The names that a cell assigns, with the types that it states. None if it does anything else."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError):  # a magic, or no text of Python's
