@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 
 import click
-import yaml
 
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import say
-from effnetlib.suites.parameters import read_yaml
+from effnetlib.suites.parameters import assignments
 
 
 class _Commands(click.Group):
-    """Bad input ends in one sentence and exit code 2, what did not succeed in one and 1, never in a traceback."""
+    """Bad input ends in one sentence and exit code 2. What failed ends in one sentence and 1. There is never a traceback."""
 
     def invoke(self, context):
         try:
@@ -40,20 +39,26 @@ def main():
     os.environ["MPLBACKEND"] = "agg"  # no window is opened here; an unknown name would end the import of matplotlib
 
 
+_set = click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Another value; repeatable.")
+_price = click.option("--price", type=click.FloatRange(0), help="Dollars per chip and hour.")
+
+
 @main.command()
 @click.argument("suite")
 @click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
-@click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A parameter for every run; repeatable.")
+@_set
 @click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="What a kernel may take to start: 60.")
 def run(suite, only, changes, start_timeout):
-    """Execute the notebooks of SUITE (a YAML file) and render their reports; what is finished is skipped."""
+    """Execute the notebooks of SUITE (a YAML file) and render their reports. What is finished is skipped.
+
+    --set gives every run another parameter."""
     from effnetlib.runs.stopping import TRY_AGAIN
     from effnetlib.suites import execute
     from effnetlib.suites.suite import load_suite
 
-    loaded = load_suite(suite, dict(_assignment(change) for change in changes))
+    loaded = load_suite(suite, assignments(changes))
     outcomes = execute.execute(loaded, only, start_timeout or execute.START_SECONDS)
-    say(execute.table(outcomes))
+    say(execute.summary(outcomes))
     say(loaded.directory / "index.html")
     statuses = {outcome.status for outcome in outcomes}
     if "preempted" in statuses:
@@ -62,63 +67,49 @@ def run(suite, only, changes, start_timeout):
     sys.exit("failed" in statuses)
 
 
-def _assignment(text: str) -> tuple[str, object]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise EffnetlibError(f"--set wants KEY=VALUE, not {text!r}")
-    try:
-        return key, read_yaml(value)
-    except yaml.YAMLError:
-        raise EffnetlibError(f"--set {key}: {value!r} is not a YAML value") from None
-
-
 @main.command()
 @click.argument("directories", nargs=-1, metavar="[DIR]...")
-@click.option("--price", type=click.FloatRange(0), help="Dollars a chip and hour, in the paper against ours.")
+@_price
 def report(directories, price):
-    """Render reports of what is there already; nothing is trained.
+    """Render reports of what is there already. Nothing is trained.
 
-    One DIR, a suite's outputs (outputs/laptop if none is given): its executed reports anew as HTML, and the index. Where there
-    are records and no reports yet, as in a folder from a pod, the paper's tables are drawn up against them.
+    One DIR, a suite's outputs (outputs/laptop if none is given): its executed reports again as HTML, and the index. A folder
+    with records and no reports, as one from a pod, gets the paper's tables beside its own results.
 
     Two or more DIR, runs' folders (or without the seed, as in lars-64: all its seeds): one page that compares them."""
     from effnetlib.reports.pages import compare, report_suite
     from effnetlib.runs.paths import outputs_folder
 
-    if len(directories) > 1:
-        if price is not None:
-            raise EffnetlibError("--price is for the paper against ours, and not for a comparison of runs")
+    if len(directories) < 2:
+        say(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
+    elif price is None:
         say(compare(directories))
     else:
-        say(report_suite(directories[0] if directories else outputs_folder() / "laptop", price))
+        raise EffnetlibError("--price is for the paper against ours, and not for a comparison of runs")
 
 
 @main.command()
 @click.argument("preset")
 @click.option("--topology", required=True, help="Generation, and chips in each direction: v3:32x16x1, v5e:2x4.")
-@click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="A field of the recipe; repeatable.")
-@click.option("--price", type=click.FloatRange(0), help="Dollars a chip and hour.")
+@_set
+@_price
 @click.option("--json", "as_json", is_flag=True, help="All figures, as JSON.")
 def plan(preset, topology, changes, price, as_json):
     """Predict what PRESET (b0-1024-lars, or any other) does on a TPU slice that need not be there: memory, time, collectives.
 
-    Compiles the very train and evaluation steps, which takes minutes the first time. Needs pip install 'effnetlib[plan]'."""
+    Compiles the very train and evaluation steps, which takes minutes the first time. Needs pip install 'effnetlib[plan]'.
+    --set changes a field of the recipe."""
     import jax
 
     from effnetlib.planning.plan import plan
     from effnetlib.recipe import Recipe
 
     jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
-    recipe = Recipe.preset(preset).replace(**dict(_assignment(change) for change in changes))
-    found = plan(recipe, topology, chip_hour=price)
+    found = plan(Recipe.preset(preset).replace(**assignments(changes)), topology, chip_hour=price)
     if not say(found.to_json() if as_json else found.table()):
         raise FailedError("the plan could not be written: is the device full?")
     if not found.fits:
-        smaller = (
-            f"a batch of {found.largest_batch} would"
-            if found.largest_batch
-            else "nor would half of it, a quarter and so on"
-        )
+        smaller = f"a batch of {found.largest_batch} would" if found.largest_batch else "nor does any part of its batch"
         raise FailedError(f"{preset} does not fit {topology}; {smaller}")
 
 
@@ -150,11 +141,9 @@ def prepare(source, dest, convert, partial):
 
     source, dest = user_path(source, "SOURCE", folder=True), user_path(dest, "DEST", folder=True)
     manifest = prepare(source, dest, convert_odd=convert, partial=partial)
-    for split, about in manifest["splits"].items():
-        say(
-            f"{split}: {about['examples']:,} photographs of {about['origin']} in {len(about['shards'])} shards, "
-            f"{about['fingerprint']}"
-        )
+    for name, split in manifest["splits"].items():
+        shards = f"{len(split['shards'])} shards, {split['fingerprint']}"
+        say(f"{name}: {split['examples']:,} photographs of {split['origin']} in {shards}")
     say(f"not used: {in_words(manifest['unused'])}")
     say(dest)
 
@@ -166,9 +155,7 @@ def check(dest):
     from effnetlib.data.prepare import check
 
     problems = check(user_path(dest, "DEST", folder=True))
-    for problem in problems:
-        say(problem)
-    say(f"{len(problems)} problems" if problems else "all is as the manifest says")
+    say("\n".join([*problems, f"{len(problems)} problems"]) if problems else "all is as the manifest says")
     sys.exit(bool(problems))
 
 
@@ -181,8 +168,8 @@ def weights():
 @click.argument("file")
 @click.option("--to", metavar="FOLDER", help="The folder to write; outputs/weights/NAME if not given.")
 def import_(file, to):
-    """Read FILE (timm's tf_efficientnet_b*.safetensors, its config.json beside it, or Keras' .weights.h5, .h5 or .keras) into a
-    checkpoint."""
+    """Read FILE into a checkpoint: timm's tf_efficientnet_b*.safetensors with its config.json beside it, or Keras' .weights.h5,
+    .h5 or .keras."""
     from effnetlib.runs.paths import outputs_folder
     from effnetlib.weights.pretrained import import_weights
 

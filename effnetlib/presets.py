@@ -44,7 +44,7 @@ def preset_fields(name: str) -> dict:
     Raises:
       EffnetlibError: there is no such preset.
     """
-    if name in _SESSIONS:
+    if isinstance(name, str) and name in _SESSIONS:
         return _session_rules(**_SESSIONS[name])
     text = f"{name}-64-rmsprop" if name in _SMALL_SETS else str(name)
     match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars|momentum)", text)

@@ -38,7 +38,7 @@ def typed(name: str, value, hint):
     EffnetlibError that calls it `name`."""
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) not in kinds:
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
@@ -67,7 +67,7 @@ class Recipe:
         "up to an eighth. The first three evaluate on the centre crop, the others on the whole image",
         choices=AUGMENTATIONS,
     )
-    global_batch_size: int = setting(32768, "training examples per step, over all devices", above=0)
+    global_batch_size: int = setting(32768, "training examples per step, over all devices", above=0, below=2**31)
     batch_norm_batch_size: int = setting(128, "examples that share statistics; divides the global batch", above=0)
     # Hundreds of steps: short runs want less than the reference's 0.99.
     batch_norm_momentum: float = setting(0.99, "share of the running statistics kept per step", least=0, below=1)
@@ -127,8 +127,13 @@ class Recipe:
         check_parameters(parameters, TRAIN_PARAMETERS)
         if not parameters.get("preset"):
             raise EffnetlibError("the parameter 'preset' is missing")
+        settings = parameters.get("settings") or {}
+        if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+            raise EffnetlibError(f"settings must map the names of settings to values, and is {settings!r}")
         changes = {name: parameters[name] for name in names if parameters.get(name) is not None}
-        return cls.preset(parameters["preset"]).replace(**changes | (parameters.get("settings") or {}))
+        if twice := [name for name in changes if name in settings]:
+            raise EffnetlibError(f"{twice[0]} is given twice, as a parameter and in settings")
+        return cls.preset(parameters["preset"]).replace(**changes, **settings)
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -291,7 +296,13 @@ def _accepted(field: dataclasses.Field) -> str:
 
 
 # What train.ipynb takes: a preset, what is not part of a recipe, and every setting, by its name or in `settings`.
-TRAIN_OPTIONS = ("directory", "settings", "simulated_devices", "eval_devices", "max_minutes")
+TRAIN_OPTIONS = {
+    "directory": str,
+    "settings": dict,
+    "simulated_devices": int,
+    "eval_devices": int,
+    "max_minutes": float,
+}
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
 
 _HINTS = typing.get_type_hints(Recipe)

@@ -116,7 +116,7 @@ def test_an_evaluation_takes_a_step_or_more():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"global_batch_size": -64}, "global_batch_size must be above 0, and is -64"),
+        ({"global_batch_size": -64}, "global_batch_size must be above 0 and below 2,147,483,648, and is -64"),
         ({"global_batch_size": 64.0}, r"global_batch_size must be int, and is 64.0 \(float\)"),
         ({"seed": "3"}, r"seed must be int, and is '3' \(str\)"),
         ({"seed": True}, r"seed must be int, and is True \(bool\)"),

@@ -1,6 +1,5 @@
 """From executed notebooks to HTML: one self-contained page per notebook, and the index page of a suite."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +12,9 @@ from pygments.formatters import HtmlFormatter
 
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.record import load_records
+from effnetlib.suites.outcome import Outcome
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-def outcome(directory: Path, name: str) -> dict:
-    """What became of an executed notebook of a suite's folder: ``{"run": bool, "error": str, ...}``; empty if unknown."""
-    path = directory / "executed" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
@@ -50,7 +44,7 @@ def render_html(directory: Path, name: str) -> Path:
         cell.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", cell.source)
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
-    page["error"] = outcome(directory, name).get("error", "")
+    page["error"] = Outcome.read(directory, name).error
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
     write_atomically(directory / f"{name}.html", body)
     return directory / f"{name}.html"
@@ -77,10 +71,10 @@ def render_index(directory: Path, name: str) -> Path:
     executed = {path.stem for path in directory.glob("executed/*.json")}
     runs, reports = [], []
     for entry in sorted({*records, *executed}):
-        record, became = records.get(entry), outcome(directory, entry)
+        record, became = records.get(entry), Outcome.read(directory, entry)
         page = directory / f"{entry}.html"
-        row = {"name": entry, "link": page.name if page.exists() else None, "error": became.get("error", "")}
-        if became.get("run", True):
+        row = {"name": entry, "link": page.name if page.exists() else None, "error": became.error}
+        if became.is_run:
             row["error"] = row["error"] or (record.error if record else "")
             row["status"] = "failed" if row["error"] else record.status if record else "not started"
             runs.append(row | {"record": record})

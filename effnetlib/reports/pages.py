@@ -5,11 +5,12 @@ from pathlib import Path
 
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.reports import comparison
-from effnetlib.reports.html import outcome, render_html, render_index
+from effnetlib.reports.html import render_html, render_index
 from effnetlib.runs.files import exclusive_lock
 from effnetlib.runs.paths import outputs_folder, user_path
 from effnetlib.runs.record import load_records
 from effnetlib.suites import execute
+from effnetlib.suites.outcome import Outcome
 from effnetlib.suites.suite import Suite, report_alone
 
 AGAINST_PAPER = "13_paper_against_ours"
@@ -39,7 +40,7 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
             f"{directory} is one run: name another beside it to compare them, or its suite's folder for reports"
         )
     executed = [path.stem for path in sorted(directory.glob("executed/*.ipynb"))]
-    reports = [name for name in executed if not outcome(directory, name).get("run", True)]
+    reports = [name for name in executed if not Outcome.read(directory, name).is_run]
     has_records = any(directory.glob("runs/*/run.json"))
     if has_records and (not reports or AGAINST_PAPER in reports):
         if not any(record.status == "completed" for record in load_records(directory / "runs")):
@@ -78,7 +79,7 @@ def _execute(suite: Suite) -> None:
     """Executes a suite of one report; one that fails is an error."""
     (settled,) = execute.execute(suite)
     if settled.error:
-        raise FailedError(f"the report {settled.entry.name} failed: {settled.error}")
+        raise FailedError(f"the report {settled.name} failed: {settled.error}")
 
 
 def _name(directory: Path) -> str:

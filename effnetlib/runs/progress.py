@@ -49,7 +49,7 @@ def _end_output() -> None:
 
 
 @contextlib.contextmanager
-def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = LINE_SECONDS) -> Iterator[None]:
+def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = LINE_SECONDS) -> Iterator[Callable]:
     """Says on stderr that the block is still running: ``TEXT · ELAPSED · STATE``, one line every so many seconds.
 
     With a `state`, a terminal shows one line that changes in place, and that is gone when the block ends.
@@ -58,6 +58,9 @@ def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = 
       text: what is being done.
       state: returns how far it is. It is called in a thread of its own, only when a line is due, and must not raise.
       seconds: between plain lines.
+
+    Returns:
+      A function that prints a line of its own to stdout meanwhile.
 
     Example::
 
@@ -75,10 +78,15 @@ def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = 
                 line = CLEAR + (line if len(line) <= width else line[: width - 1] + "…")
             say(line, end="" if in_place else "\n", err=True)
 
+    def tell(line: str) -> None:
+        if in_place:
+            say(CLEAR, end="", err=True)
+        say(line)
+
     thread = threading.Thread(target=talk, daemon=True)
     thread.start()
     try:
-        yield
+        yield tell
     finally:
         done.set()
         thread.join()

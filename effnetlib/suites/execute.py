@@ -1,20 +1,21 @@
-"""Executing a suite: notebooks with parameters, through papermill, one process a run; then the reports.
+"""Executing a suite: notebooks with parameters, through papermill, one process for each; the runs first, then the reports.
 
 What became of a run is what its record says, never what papermill says: papermill marks
 the cells of a killed kernel as completed.
 """
 
-import functools
+import contextlib
 import hashlib
+import itertools
 import json
 import os
-import shutil
+import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,34 +23,25 @@ import yaml
 
 from effnetlib.data.sources import cache_folder
 from effnetlib.errors import EffnetlibError, FailedError, did_you_mean
-from effnetlib.reports.html import outcome, render_html, render_index
-from effnetlib.runs.files import exclusive_lock, make_writable, write_atomically
+from effnetlib.reports.html import render_html, render_index
+from effnetlib.runs.files import exclusive_lock, make_writable
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import outputs_folder, published_folder
-from effnetlib.runs.progress import LINE_SECONDS, duration, say
+from effnetlib.runs.progress import at_work, duration
 from effnetlib.runs.record import Record
 from effnetlib.runs.stopping import TRY_AGAIN, Children
+from effnetlib.suites.outcome import Outcome
 from effnetlib.suites.suite import Entry, Suite
 from effnetlib.suites.tuning import tuned
 
-POLL_SECONDS = 0.5
 START_SECONDS = 60
-
-
-@dataclass
-class Outcome:
-    """What became of an entry: `status` is "completed", "failed", "preempted" (stopped because it was asked to; the same
-    command goes on with it) or "skipped" (finished earlier)."""
-
-    entry: Entry
-    status: str
-    seconds: float = 0.0
-    error: str = ""
+# As `python -m papermill`. A schema of Jupyter's would build a grammar of addresses, which takes a second, and is not used.
+PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"
 
 
 def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SECONDS) -> list[Outcome]:
-    """Executes a suite and renders its reports; goes on after a failure. The signals that end a process are passed on to all
-    that is under way, and end the suite after it.
+    """Executes a suite and renders its reports. It goes on after a failure. The signals that end a process are passed on to
+    all notebooks that are running, and end the suite after them.
 
     Args:
       suite: what to execute.
@@ -62,68 +54,91 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
     Raises:
       EffnetlibError: `only` names nothing, the outputs folder cannot be written, or another process executes a suite there.
     """
-    entries = [*suite.runs, *suite.reports]
-    if only is not None:
-        entries = [entry for entry in entries if fnmatchcase(entry.name, only)]
-        if not entries:
-            known = [entry.name for entry in (*suite.runs, *suite.reports)]
-            raise EffnetlibError(f"the suite {suite.name} has no entry {only!r}: {did_you_mean(only, known)}")
+    known = [*suite.runs, *suite.reports]
+    entries = [entry for entry in known if only is None or fnmatchcase(entry.name, only)]
+    if only is not None and not entries:
+        names = [entry.name for entry in known]
+        raise EffnetlibError(f"the suite {suite.name} has no entry {only!r}: {did_you_mean(only, names)}")
     for folder in {"executed", "logs"} | {"runs" for entry in entries if entry.is_run}:
         make_writable(suite.directory / folder, "the outputs folder")
     prefixes = {entry: f"[{number}/{len(entries)}] {entry.name}" for number, entry in enumerate(entries, 1)}
-    with exclusive_lock(suite.directory, "executing a suite in"), Children() as children:
+    running = {}  # the prefixes of entries, with their logs
+
+    def state() -> str:
+        said = [(prefix, _last_line(log, lambda line: line.startswith("cell "))) for prefix, log in [*running.items()]]
+        return "; ".join(f"{prefix}: {line or 'starting'}" for prefix, line in said)
+
+    with contextlib.ExitStack() as block:
+        block.enter_context(exclusive_lock(suite.directory, "executing a suite in"))
+        children = block.enter_context(Children())
+        tell = block.enter_context(at_work(suite.name, state))
 
         def settle(entry: Entry) -> Outcome | None:
             if children.asked:
                 return None
-            prefix = prefixes[entry]
-            try:
-                entry = tuned(suite, entry)
-                papermill = functools.partial(_run_papermill, suite, entry, prefix, children, start_timeout)
-                settled = _execute_entry(suite, entry, papermill)
-            except FailedError as error:  # its search is not complete
-                settled = Outcome(entry, "failed", error=str(error))
-            say(f"{prefix}: {_describe(settled)}")
-            return settled
+            running[prefixes[entry]] = _log(suite, entry)
+            outcome = _execute_entry(suite, entry, children, start_timeout)
+            del running[prefixes[entry]]
+            tell(f"{prefixes[entry]}: {_describe(outcome, entry)}")
+            return outcome
 
-        # A run has the machine to itself, for its speed is part of the record; reports share it.
-        settled = [settle(entry) for entry in entries if entry.is_run]
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            settled += pool.map(settle, [entry for entry in entries if not entry.is_run])
+        settled = []
+        for cores, group in itertools.groupby(entries, key=lambda entry: entry.cores):
+            with _pool(cores) as pool:
+                settled += pool.map(settle, group)
         render_index(suite.directory, suite.directory.name)
-    begun = [each for each in settled if each]
-    if len(begun) < len(entries) and not any(each.status == "preempted" for each in begun):
-        begun.append(Outcome(entries[len(begun)], "preempted"))  # the signal came between two entries
+    begun = [outcome for outcome in settled if outcome]
+    if len(begun) < len(entries) and not any(outcome.status == "preempted" for outcome in begun):
+        missed = entries[settled.index(None)]  # the signal came between two entries
+        begun.append(Outcome(missed.name, missed.is_run, "preempted"))
     return begun
 
 
-def _execute_entry(suite: Suite, entry: Entry, papermill: Callable[[Path], int]) -> Outcome:
+def _pool(cores: int | None) -> ThreadPoolExecutor:
+    """Threads that each have so many cores of their own, as many threads as there are cores for; or one that has all cores.
+
+    What a thread starts has its cores, and a record says how many: so speeds are measured though others run beside.
+    """
+    if cores is None or not hasattr(os, "sched_setaffinity"):  # macOS has none
+        return ThreadPoolExecutor(1)
+    there = sorted(os.sched_getaffinity(0))
+    shares = queue.SimpleQueue()
+    count = max(1, usable_cores() // cores)
+    for number in range(count):
+        shares.put(there[number * cores : (number + 1) * cores])
+    return ThreadPoolExecutor(count, initializer=lambda: os.sched_setaffinity(0, shares.get()))
+
+
+def _execute_entry(suite: Suite, entry: Entry, children: Children, start_timeout: int) -> Outcome:
     executed = suite.directory / "executed" / f"{entry.name}.ipynb"
-    key = _key(suite, entry)
     html = suite.directory / f"{entry.name}.html"
-    before = outcome(suite.directory, entry.name)
-    if before == _outcome(entry, key, "") and executed.exists() and html.exists() and not _error(entry):
-        return Outcome(entry, "skipped")
+    try:
+        entry = tuned(suite, entry)
+    except FailedError as error:  # its search is not complete
+        return Outcome(entry.name, entry.is_run, "failed", error=str(error))
+    key = _key(suite, entry)
+    before = Outcome.read(suite.directory, entry.name)
+    finished = before.key == key and not before.error and executed.exists() and html.exists()
+    if finished and not _error(entry):
+        return Outcome(entry.name, entry.is_run, "skipped")
+    try:
+        _check_folder(entry)
+    except EffnetlibError as error:  # the finished run's pages stay as they are
+        return Outcome(entry.name, entry.is_run, "failed", error=str(error))
     start = time.perf_counter()
-    if entry.is_run and (error := _other_recipe(entry)):
-        return Outcome(entry, "failed", error=error)  # the finished run's pages stay as they are
-    code = papermill(executed)
-    error = _error(entry, code, suite.directory / "logs" / f"{entry.name}.log")
-    write_atomically(executed.with_suffix(".json"), json.dumps(_outcome(entry, key, error)))
+    code = _run_papermill(suite, entry, executed, children, start_timeout)
+    error = _error(entry, code, _log(suite, entry))
+    status = "preempted" if code == TRY_AGAIN else "failed" if error else "completed"
+    outcome = Outcome(entry.name, entry.is_run, status, time.perf_counter() - start, error, key)
+    outcome.write(suite.directory)
     if executed.exists():
         render_html(suite.directory, entry.name)
-    status = "preempted" if code == TRY_AGAIN else "failed" if error else "completed"
-    return Outcome(entry, status, time.perf_counter() - start, error)
-
-
-def _outcome(entry: Entry, key: str, error: str) -> dict:
-    """What `render.outcome` reads."""
-    return {"run": entry.is_run, "key": key, "error": error}
+    return outcome
 
 
 def _key(suite: Suite, entry: Entry) -> str:
-    """Changes when the entry must be executed anew: its notebook or parameters, and for a report also the library that
-    draws it, a record that it reads, or a published plan."""
+    """Changes when the entry must be executed again: with its notebook or its parameters. For a report also with the library
+    that draws it, with a record that it reads, and with a published plan."""
     files = [suite.notebook_path(entry)]
     if not entry.is_run:
         runs = suite.directory / "runs"
@@ -137,23 +152,19 @@ def _key(suite: Suite, entry: Entry) -> str:
     return digest.hexdigest()
 
 
-def _other_recipe(entry: Entry) -> str:
-    """Why the run's folder cannot take the entry, if it holds another recipe's record; else empty."""
-    directory = entry.directory
-    if not (directory / "run.json").exists():
-        return ""
-    try:
-        record = Record.load(directory)
-    except EffnetlibError as error:
-        return str(error)
-    if record.recipe == entry.recipe:
-        return ""
-    return f"{directory} holds the record of another recipe: give the run another name, or delete that folder"
+def _check_folder(entry: Entry) -> None:
+    """Raises EffnetlibError if a run's folder holds the record of another recipe, or one that cannot be read."""
+    if not entry.is_run or not (entry.directory / "run.json").exists():
+        return
+    if Record.load(entry.directory).recipe != entry.recipe:
+        raise EffnetlibError(
+            f"{entry.directory} holds the record of another recipe: give the run another name, or delete that folder"
+        )
 
 
 def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     """Why an entry does not count as completed; empty if it does. For a run its record decides."""
-    said = _last_error(log) if code else ""
+    said = _last_line(log, _names_an_error) if code else ""
     died = f"papermill ended with {code}, see {log}" if code else ""
     if entry.is_run:
         try:
@@ -165,33 +176,32 @@ def _error(entry: Entry, code: int = 0, log: Path | None = None) -> str:
     return said or died
 
 
-def _last_error(log: Path) -> str:
-    """The last line of a log that names an exception."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    named = [line for line in lines if line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))]
-    return named[-1] if named else ""
+def _names_an_error(line: str) -> bool:
+    return line.split(":", 1)[0].endswith(("Error", "Exception", "Interrupt"))
 
 
-def _run_papermill(
-    suite: Suite, entry: Entry, prefix: str, children: Children, start_timeout: int, executed: Path
-) -> int:
-    command = [sys.executable, "-m", "papermill", str(suite.notebook_path(entry)), str(executed), "--kernel", "python3"]
+def _log(suite: Suite, entry: Entry) -> Path:
+    return suite.directory / "logs" / f"{entry.name}.log"
+
+
+def _last_line(log: Path, wanted: Callable[[str], bool]) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return next(filter(wanted, reversed(lines)), "")
+
+
+def _run_papermill(suite: Suite, entry: Entry, executed: Path, children: Children, start_timeout: int) -> int:
+    command = [sys.executable, "-c", PAPERMILL, str(suite.notebook_path(entry)), str(executed), "--kernel", "python3"]
     command += ["--engine", "effnetlib", "--no-progress-bar", "--cwd", str(suite.notebooks)]
     command += ["--start-timeout", str(start_timeout)]
     command += ["--parameters_yaml", yaml.safe_dump(dict(entry.parameters))]
-    environment = _kernel_environment(entry)
-    start = time.perf_counter()
-    with open(suite.directory / "logs" / f"{entry.name}.log", "w") as log, _StatusLine(prefix) as status:
+    with open(_log(suite, entry), "w") as log:
         # In a session of its own a terminal's Ctrl-C reaches it once, through us.
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, **streams, env=_kernel_environment(entry), start_new_session=True)
         children.add(process)
-        while process.poll() is None:
-            time.sleep(POLL_SECONDS)
-            if entry.is_run:
-                status.show(functools.partial(_live, entry, start))
+        code = process.wait()
     # Asked to stop before papermill could pass it on, it ends in its own way; the suite is to stop all the same.
-    return TRY_AGAIN if children.asked and process.returncode else process.returncode
+    return TRY_AGAIN if children.asked and code else code
 
 
 def _kernel_environment(entry: Entry) -> dict:
@@ -205,77 +215,29 @@ def _kernel_environment(entry: Entry) -> dict:
         "EFFNETLIB_DATA": str(cache_folder().absolute()),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(outputs / ".compiled")),
     }
-    # Several reports are drawn at once, and an accelerator belongs to one process.
-    return environment if entry.is_run else environment | {"JAX_PLATFORMS": "cpu"}
+    # An accelerator belongs to one process.
+    return environment | {"JAX_PLATFORMS": "cpu"} if entry.cores else environment
 
 
-def _live(entry: Entry, start: float) -> str:
-    """The state of a run from the last line of its metrics."""
-    elapsed = duration(time.perf_counter() - start)
-    directory = entry.directory
-    try:
-        run = json.loads((directory / "run.json").read_text())
-        rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        train = [row for row in rows if row["kind"] == "train"][-1]
-        total, batch = run["data"]["total_steps"], run["recipe"]["global_batch_size"]
-    except (OSError, ValueError, LookupError):
-        return f"{elapsed} · starting and compiling"
-    left = (total - train["step"]) * batch / max(train["images_per_second"], 1e-9)
-    evals = [row["ema_top1"] for row in rows if row["kind"] == "eval"]
-    top1 = f" · top-1 {evals[-1]:.1%}" if evals else ""
-    return (
-        f"{elapsed} · step {train['step']:,} of {total:,} · {train['images_per_second']:,.0f} images/s · "
-        f"{duration(left)} left · loss {train['loss']:.3f}{top1}"
-    )
-
-
-class _StatusLine:
-    """One line, in place on a terminal, and now and then in a log."""
-
-    def __init__(self, prefix: str):
-        self.prefix = prefix
-        self.terminal = os.isatty(1) and os.environ.get("TERM", "dumb") != "dumb"
-        self.shown = time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def show(self, text: Callable[[], str]) -> None:
-        """Shows what `text` returns, if it is time to; only then is it called, for it reads files beside the run."""
-        now = time.perf_counter()
-        if self.terminal:
-            line, width = f"{self.prefix}: {text()}", shutil.get_terminal_size().columns - 1
-            say(f"\r\x1b[K{line if len(line) <= width else line[: width - 1] + '…'}", end="")
-        elif now - self.shown >= LINE_SECONDS:
-            self.shown = now
-            say(f"{self.prefix}: {text()}")
-
-    def __exit__(self, *_):
-        if self.terminal:
-            say("\r\x1b[K", end="")
-
-
-def _describe(outcome: Outcome) -> str:
+def _describe(outcome: Outcome, entry: Entry) -> str:
     if outcome.status == "skipped":
         return "finished before, not executed again"
     text = f"{outcome.status} in {duration(outcome.seconds)}"
     if outcome.error:
         return f"{text}: {outcome.error}"
-    if outcome.entry.is_run:
-        result = Record.load(outcome.entry.directory).result
+    if entry.is_run:
+        result = Record.load(entry.directory).result
         return f"{text} · peak top-1 {result['peak_top1']:.1%} · {result['images_per_second']:,.0f} images/s"
     return text
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The closing table: a line an entry, and the count."""
-    width = max((len(outcome.entry.name) for outcome in outcomes), default=0)
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The closing table: a line for each entry, and the counts."""
+    width = max((len(each.name) for each in outcomes), default=0)
     lines = [
-        f"{outcome.entry.name:<{width}}  {outcome.status:<9}  {duration(outcome.seconds):>7}  {outcome.error}".rstrip()
-        for outcome in outcomes
+        f"{each.name:<{width}}  {each.status:<9}  {duration(each.seconds):>7}  {each.error}".rstrip()
+        for each in outcomes
     ]
-    counts = {
-        status: sum(o.status == status for o in outcomes) for status in ("completed", "skipped", "preempted", "failed")
-    }
-    shown = [f"{count} {status}" for status, count in counts.items() if count or status != "preempted"]
-    return "\n".join([*lines, ", ".join(shown)])
+    counts = Counter(each.status for each in outcomes)
+    shown = ["completed", "skipped", *(["preempted"] if counts["preempted"] else []), "failed"]
+    return "\n".join([*lines, ", ".join(f"{counts[status]} {status}" for status in shown)])

@@ -6,30 +6,60 @@ from collections.abc import Iterable, Mapping
 
 import yaml
 
+from effnetlib.errors import EffnetlibError
 from effnetlib.recipe import check_parameters, typed
 
 INJECTED = "# Parameters\n"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3, with no point in it, for text; people mean a number."""
+    """Numbers are those of YAML 1.2. PyYAML reads 1.1, where 010 is 8, 1:30 is 90 and 1e-3 is text. A key is given once."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if not isinstance(key, list) and keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+_FLOAT = r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def read_yaml(text: str):
-    """The value of a YAML text; a mistake in it is a yaml.YAMLError."""
+    """The value of a YAML text. Raises yaml.YAMLError where it is none."""
     return yaml.load(text, _Loader)
+
+
+def assignments(texts: Iterable[str]) -> dict:
+    """The values that `--set` gives, by name: ``["seed=3"]`` is ``{"seed": 3}``."""
+    found = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise EffnetlibError(f"--set wants KEY=VALUE, not {text!r}")
+        try:
+            found[key] = read_yaml(value)
+        except yaml.YAMLError:
+            raise EffnetlibError(f"--set {key}: {value!r} is not a YAML value") from None
+    return found
 
 
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
     """A notebook's known parameters, from its ``globals()``: those of its parameters cell, and what papermill injected.
 
+    The injected cell is the last one under papermill's heading. The parameters cell holds nothing but known parameters with
+    their types. Any other cell is the user's own.
+
     Raises:
-      EffnetlibError: the cell that papermill injected assigns another name, or a value is not what the parameters cell says it
-        is. The first is the last one under papermill's heading; the second holds nothing but known parameters with their types.
-        Any other cell is the user's own.
+      EffnetlibError: the injected cell assigns an unknown name, or a value has another type than the parameters cell says.
     """
     known = list(known)
     cells = [(source, _assigned(source)) for source in namespace.get("In", [])[:-1]]
@@ -45,7 +75,7 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
 
 
 def _assigned(source: str) -> dict[str, str | None] | None:
-    """The names that a cell assigns, and the types that it says they have; None if it does anything else."""
+    """The names that a cell assigns, with the types that it states. None if it does anything else."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError):  # a magic, or no text of Python's

@@ -25,10 +25,11 @@ from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.planning.topology import GIB
 from effnetlib.recipe import Recipe
 from effnetlib.reports.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
-from effnetlib.reports.html import css, outcome, read_notebook, render_index, title
+from effnetlib.reports.html import css, read_notebook, render_index, title
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.record import Record, load_records
+from effnetlib.suites.outcome import Outcome
 
 KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
 TEMPLATE = Path(__file__).parent / "companion.html.j2"
@@ -47,11 +48,12 @@ def publish(suite: Path) -> Path:
     Raises:
       EffnetlibError: there is no report to publish, or one that failed.
     """
-    reports = [path.stem for path in sorted(suite.glob("executed/*.json")) if not outcome(suite, path.stem)["run"]]
+    outcomes = [Outcome.read(suite, path.stem) for path in sorted(suite.glob("executed/*.json"))]
+    reports = [outcome.name for outcome in outcomes if not outcome.is_run]
     if not reports:
         raise EffnetlibError(f"{suite} holds no executed reports: run its suite first")
-    if failed := [name for name in reports if outcome(suite, name)["error"]]:
-        raise EffnetlibError(f"the report {failed[0]} of {suite} failed: {outcome(suite, failed[0])['error']}")
+    if failed := [outcome for outcome in outcomes if not outcome.is_run and outcome.error]:
+        raise EffnetlibError(f"the report {failed[0].name} of {suite} failed: {failed[0].error}")
     published = published_folder()
     _mend(published)
     place, new = published / suite.name, published / f".{suite.name}.new"

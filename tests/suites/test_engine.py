@@ -106,8 +106,8 @@ for step in (1, 2, 3):
 """
     source = notebook(tmp_path / "in.ipynb", lines)
     code = (
-        "import sys; from papermill.__main__ import papermill; from effnetlib.suites import engine; "
-        "engine.LINE_SECONDS = 0.1; papermill(sys.argv[1:])"
+        "import sys; from papermill.__main__ import papermill; from effnetlib.suites import client; "
+        "client.LINE_SECONDS = 0.1; papermill(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, str(source), str(tmp_path / "out.ipynb"), "--engine", "effnetlib"]
     done = subprocess.run([*command, "--no-progress-bar"], capture_output=True, text=True, timeout=60)

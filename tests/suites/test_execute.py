@@ -19,8 +19,11 @@ from click.testing import CliRunner
 from effnetlib import EffnetlibError, Record
 from effnetlib.__main__ import main
 from effnetlib.runs.files import exclusive_lock
+from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import outputs_folder
-from effnetlib.suites.execute import _key, _StatusLine, execute
+from effnetlib.runs.progress import at_work
+from effnetlib.suites.execute import _kernel_environment, _key, _pool, execute
+from effnetlib.suites.parameters import read_yaml
 from effnetlib.suites.suite import load_suite
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -53,6 +56,23 @@ def test_numbers_with_an_exponent_are_numbers(folder):
     assert suite.runs[0].parameters["lars_weight_decay"] == 1e-4
 
 
+def test_numbers_are_those_of_yaml_1_2():
+    texts = {"1e-3": 0.001, "1.5e3": 1500.0, "1.e3": 1000.0, "-12": -12, "010": "010", "1:30": "1:30", "0x10": "0x10"}
+    assert {text: read_yaml(text) for text in texts} == texts
+
+
+def test_a_path_in_settings_begins_where_the_command_runs(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path = write(folder, "runs: [{name: a, parameters: {preset: photos, settings: {dataset: ./sets/one}}}]")
+    assert load_suite(path).runs[0].recipe.dataset == str(tmp_path / "sets/one")
+
+
+def test_a_suite_file_that_lies_beside_no_notebooks_says_where_it_should_lie(tmp_path):
+    (tmp_path / "small.yaml").write_text("runs: [{name: a, parameters: {preset: digits-64-lars}}]")
+    with pytest.raises(EffnetlibError, match="no notebooks in .*: a suite file lies in the folder suites/"):
+        load_suite(tmp_path / "small.yaml")
+
+
 def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
     text = "runs: [{name: 'b{global_batch_size}-{seed}', parameters: {preset: digits-64-lars, momentum: 0.5}, "
     runs = load_suite(write(folder, text + "each: {global_batch_size: [64, 128], seed: [0, 1]}}]")).runs
@@ -69,6 +89,18 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("rnus: []", "there is no key 'rnus': did you mean runs?"),
         ("runs: [{parameters: {}}]", "an entry lacks the key 'name'"),
         ("runs: [{name: a, parameters: [1]}]", "the parameters of a must be a mapping"),
+        ("runs: []\nruns: []", "the key 'runs' is given twice"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, seed: 2}}]", "the key 'seed' is given twice"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, settings: {seed: 2}}}]", "seed is given twice, as"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, settings: abc}}]", "settings must map the names of settings"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, settings: {1: 2}}}]", "settings must map the names"),
+        ("runs: [{name: a, parameters: {preset: [a]}}]", "there is no preset .'a'."),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 010}}]", "seed must be int, and is '010'"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, max_minutes: abc}}]", "max_minutes must be float or None"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: 100000000000000000000}}]", "below 2,147,483,648"),
+        (f"runs: [{{name: a, parameters: {{preset: digits-64-lars, epochs: {'9' * 400}}}}}]", "epochs must be a finite number"),
+        ("runs: [{name: no, parameters: {preset: digits-64-lars}}]", "a name must be text, and is False"),
+        (f"runs: [{{name: {'a' * 101}, parameters: {{preset: digits-64-lars}}}}]", "at most 100 letters"),
         ("runs: 5", "runs must be a list, and is 5"),
         ("runs: [{name: a/b, parameters: {preset: digits-64-lars}}]", "'a/b' cannot name a run"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, directory: x}}]", "a: leave directory out"),
@@ -78,6 +110,8 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("runs: [{name: a, parameters: {preset: digits-64-lars, sed: 1}}]", "a: there is no parameter 'sed': did you mean seed?"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: x}}]", r"a: seed must be int, and is 'x' \(str\)"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: -1}}]", "a: global_batch_size must be above 0"),
+        ("runs: [{name: a, cores: 0, parameters: {preset: digits-64-lars}}]", "a: cores must be a number above 0, and is 0"),
+        ("reports: [{name: 07_throughput, cores: 1}]", "there is no key 'cores'"),
         ("runs: [{name: 'a{seed}', each: {seed: 1}}]", "each must map parameters to lists of values"),
         ("runs: [{name: a, each: {seed: [0, 1]}}]", "the name 'a' must hold {seed}"),
         ("runs: [{name: 'a{sed}', parameters: {preset: digits-64-lars}, each: {sed: [0, 1]}}]", "a0: there is no parameter 'sed'"),
@@ -136,7 +170,7 @@ def test_an_unwritable_outputs_folder(folder, tmp_path, monkeypatch):
 def test_a_report_alone_makes_no_folder_of_runs(folder, monkeypatch):
     suite = load_suite(write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [07_throughput]"))
     monkeypatch.setattr("effnetlib.suites.execute._run_papermill", lambda *_: 0)
-    assert [each.entry.name for each in execute(suite, "07_throughput")] == ["07_throughput"]
+    assert [each.name for each in execute(suite, "07_throughput")] == ["07_throughput"]
     assert suite.directory.is_dir() and not (suite.directory / "runs").exists()
 
 
@@ -166,7 +200,7 @@ import os, pathlib, time
 from effnetlib.runs.stopping import PreemptedError, Stop
 with Stop(None) as stop:
     pathlib.Path(f"ready-{os.getpid()}").touch()
-    while not stop.requested():
+    while not stop.asked():
         time.sleep(0.05)
     pathlib.Path(f"saved-{os.getpid()}").touch()
 raise PreemptedError("saved")
@@ -200,10 +234,12 @@ def test_what_ends_a_suite_while_reports_are_drawn_lets_them_save_and_leaves_no_
 def test_a_signal_between_two_entries_begins_nothing_more(drawn, monkeypatch):
     suite = load_suite(drawn("1")[-1])
     # In this thread, as it is with runs.
-    monkeypatch.setattr("effnetlib.suites.execute.ThreadPoolExecutor", lambda _: nullcontext(SimpleNamespace(map=map)))
+    monkeypatch.setattr(
+        "effnetlib.suites.execute.ThreadPoolExecutor", lambda *_, **__: nullcontext(SimpleNamespace(map=map))
+    )
     monkeypatch.setattr("effnetlib.suites.execute.render_html", lambda *_: signal.raise_signal(signal.SIGUSR1))
     first, second = execute(suite)
-    assert (first.status, second.entry.name, second.status) == ("completed", "b", "preempted")
+    assert (first.status, second.name, second.status) == ("completed", "b", "preempted")
     assert not (suite.directory / "executed/b.ipynb").exists()
 
 
@@ -242,19 +278,40 @@ def test_a_suite_that_is_being_executed_is_not_executed_a_second_time(drawn):
     assert (directory / "logs/a.log").read_text() == "of the first" and not (directory / "a.html").exists()
 
 
-def test_the_status_line_fits_its_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("effnetlib.suites.execute.os.isatty", lambda _: True)
-    monkeypatch.setenv("COLUMNS", "20")
+def test_a_finished_entry_has_a_line_of_its_own_beside_the_one_that_changes_in_place(monkeypatch, capsys):
+    monkeypatch.setattr("effnetlib.runs.progress.os.isatty", lambda _: True)
     monkeypatch.setenv("TERM", "xterm")
-    _StatusLine("[1/2] a").show(lambda: "0:01 · step 1 of 1,000")
-    assert capsys.readouterr().out == "\r\x1b[K[1/2] a: 0:01 · st…"
-    _StatusLine("[1/2] a").show(lambda: "0:01 · go")
-    assert capsys.readouterr().out == "\r\x1b[K[1/2] a: 0:01 · go"
-    monkeypatch.setenv("TERM", "dumb")
-    with _StatusLine("[1/2] a") as status:
-        status.shown -= 60
-        status.show(lambda: "0:01 · step 1 of 1,000")
-    assert capsys.readouterr().out == "[1/2] a: 0:01 · step 1 of 1,000\n"
+    with at_work("small", lambda: "step 1 of 2") as tell:
+        tell("[1/2] a: completed")
+        assert capsys.readouterr() == ("[1/2] a: completed\n", "\r\x1b[K")
+
+
+BESIDE = """
+import os, pathlib, time
+cores = sorted(os.sched_getaffinity(0))
+pathlib.Path(f"begun-{suite}-{os.getpid()}-{cores}").touch()
+while len(list(pathlib.Path(".").glob("begun-*"))) < 2:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.skipif(usable_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="wants two cores of its own")
+def test_entries_that_say_how_many_cores_they_use_run_beside_one_another_each_on_its_own(drawn, tmp_path, capsys):
+    suite = load_suite(drawn(BESIDE)[-1])
+    before = os.sched_getaffinity(0)
+    assert [each.status for each in execute(suite)] == ["completed"] * 2
+    begun = sorted(path.name.split("-")[-1] for path in tmp_path.glob("begun-*"))
+    assert begun == [f"[{core}]" for core in sorted(sorted(before)[:2], key=str)] and os.sched_getaffinity(0) == before
+
+
+def test_runs_without_cores_have_the_machine_to_themselves_and_the_others_are_on_the_cpu(folder):
+    text = "runs: [{name: a, cores: 1, parameters: {preset: digits-64-lars}}, {name: b, parameters: {preset: colab}}]"
+    first, second = load_suite(write(folder, text)).runs
+    assert (first.cores, second.cores) == (1, None)
+    assert _kernel_environment(first)["JAX_PLATFORMS"] == "cpu"
+    assert _kernel_environment(second).get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
+    pools = [_pool(cores) for cores in (None, 1, 10**6)]
+    assert [pool._max_workers for pool in pools] == [1, usable_cores(), 1]
 
 
 @pytest.mark.slow
