@@ -44,9 +44,10 @@ def preset_fields(name: str) -> dict:
     Raises:
       EffnetlibError: there is no such preset.
     """
-    if isinstance(name, str) and name in _SESSIONS:
+    name = str(name)
+    if name in _SESSIONS:
         return _session_rules(**_SESSIONS[name])
-    text = f"{name}-64-rmsprop" if name in _SMALL_SETS else str(name)
+    text = f"{name}-64-rmsprop" if name in _SMALL_SETS else name
     match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars|momentum)", text)
     if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
         small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop", "momentum")]

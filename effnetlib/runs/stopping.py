@@ -10,7 +10,7 @@ from effnetlib.runs.progress import say
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped and may be started again
 # What a user, a terminal, ssh, SLURM or a cloud sends to a process that is to end.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT)
 REASONS = ("", *(each.name for each in SIGNALS), "max_minutes")
 AGREE_SECONDS = 2.5  # a quarter of what several hosts may take to hear of it: steps may become slower meanwhile
 FOLLOW_SECONDS = 2.0

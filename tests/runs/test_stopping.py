@@ -1,7 +1,10 @@
 """Several hosts ask one another whether to stop: seldom enough to cost nothing, often enough to be heard in time."""
 
+import signal
+
 import jax
 import numpy as np
+import pytest
 from jax.experimental import multihost_utils
 
 from effnetlib.runs import stopping
@@ -39,3 +42,16 @@ def test_one_quick_call_does_not_keep_the_hosts_from_asking(monkeypatch):
 def test_steps_that_become_three_times_as_slow_are_still_heard_within_ten_seconds(monkeypatch):
     asked = times_of_asking(monkeypatch, lambda i: 0.01 if i < 2000 else 0.03)
     assert max(np.diff(asked)) < 8
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_what_a_terminal_or_a_batch_system_sends_asks_for_a_stop(name):
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with stopping.Stop(None) as stop:
+            signal.raise_signal(number)
+            assert stop.requested() == name in stopping.REASONS
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before or signal.SIG_DFL)

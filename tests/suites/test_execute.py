@@ -94,7 +94,7 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, settings: {seed: 2}}}]", "seed is given twice, as"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, settings: abc}}]", "settings must map the names of settings"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, settings: {1: 2}}}]", "settings must map the names"),
-        ("runs: [{name: a, parameters: {preset: [a]}}]", "there is no preset .'a'."),
+        ("runs: [{name: a, parameters: {preset: [a]}}]", "there is no preset ..'a'.."),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 010}}]", "seed must be int, and is '010'"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, max_minutes: abc}}]", "max_minutes must be float or None"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: 100000000000000000000}}]", "below 2,147,483,648"),
