@@ -13,9 +13,9 @@ from flax import nnx
 
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.norm import GroupedBatchNorm
-from effnetlib.ops.activation import normalized_swish
-from effnetlib.ops.convolutions import conv_init, depthwise_conv, full_conv, pointwise_conv
-from effnetlib.ops.squeeze_excite import SqueezeExcite
+from effnetlib.ops.depthwise import conv_init, depthwise_conv, full_conv, pointwise_conv
+from effnetlib.ops.norm_swish import normalized_swish
+from effnetlib.ops.norm_swish_gate import SqueezeExcite
 
 
 @dataclass(frozen=True)

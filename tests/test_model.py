@@ -11,9 +11,8 @@ from flax import nnx
 from effnetlib import EfficientNet, EffnetlibError, Recipe, make_mesh
 from effnetlib.mesh import batch_sharding, replicated
 from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
-from effnetlib.ops import convolutions
-from effnetlib.ops.activation import normalized_swish
-from effnetlib.ops.convolutions import (
+from effnetlib.ops import depthwise as convolutions
+from effnetlib.ops.depthwise import (
     NARROW,
     _convolution,
     _kernel_gradient_as_convolution,
@@ -22,7 +21,8 @@ from effnetlib.ops.convolutions import (
     full_conv,
     pointwise_conv,
 )
-from effnetlib.ops.squeeze_excite import gate, gated_swish
+from effnetlib.ops.norm_swish import normalized_swish
+from effnetlib.ops.norm_swish_gate import gate, gated_swish
 from effnetlib.reports import paper
 from effnetlib.step import make_train_step
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from effnetlib.ops.activation import barrier, spatial, swish_and_slope, through_norm
-from effnetlib.ops.convolutions import conv_init, precision_of
+from effnetlib.ops.depthwise import conv_init, precision_of
+from effnetlib.ops.norm_swish import barrier, spatial, swish_and_slope, through_norm
 
 
 def gate(squeezed, weights):

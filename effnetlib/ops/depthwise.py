@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effnetlib.ops.activation import barrier
+from effnetlib.ops.norm_swish import barrier
 
 # A TPU's convolution lays the channels along 128 lanes, so an array of 32 channels takes four times its bytes in memory.
 # What is not called a convolution gets another layout, a row of pixels along the lanes, which the first layers (large maps,
