@@ -1,86 +1,85 @@
-"""Squeeze-and-excite with the batch norm and the swish before it: one function, for one pass over the activations."""
+"""The last step of batch norm, the swish and the gate of squeeze-and-excite, as one function."""
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from effnetlib.ops.depthwise import conv_init, precision_of
-from effnetlib.ops.norm_swish import barrier, spatial, swish_and_slope, through_norm
+from effnetlib.ops.norm_swish import norm_gradients, plain_norm_swish, swish_and_slope
+from effnetlib.ops.platforms import barrier_on, precision_of, spatial
 
 
-def gate(squeezed, weights):
-    """Squeeze-and-excite's two 1x1 convolutions: of the spatial means, the factor of each channel."""
+def gate(squeezed: jax.Array, weights) -> jax.Array:
+    """The factor of each channel, from its spatial mean ``[batch, 1, 1, C]``: two dense layers, swish and sigmoid.
+
+    Args:
+      weights: ``[(kernel [C, R], bias [R]), (kernel [R, C], bias [C])]``, float32.
+    """
     for (kernel, bias), activation in zip(weights, (jax.nn.swish, jax.nn.sigmoid), strict=True):
         squeezed = activation(jnp.matmul(squeezed, kernel, precision=precision_of(squeezed)) + bias)
     return squeezed
 
 
-@jax.custom_vjp
-def gated_swish(x, mean, scale, shift, weights):
+def plain_norm_swish_gate(x, mean, scale, shift, weights):
     """``y * gate(spatial mean of y)`` with ``y = swish((x - mean) * scale + shift)``, in x's dtype.
 
-    The backward pass is the chain rule's, with its sums in another order. The gradient of a spatial mean is the same for all
-    pixels, so what batch norm's gradients need of it are sums over pixels that the forward pass already knows; the others come
-    with the sum that the gate needs. One pass over x and the cotangent makes all of them, where autodiff makes two that wait
-    for one another: 8 % of a step's memory traffic on a TPU, by its compiler's count. On CPU, where a sum is a pass of its own
-    whatever its order, it is the chain rule as it stands; on an NVIDIA GPU too, where each pass begins with x anew.
+    The arguments are those of `plain_norm_swish` and of `gate`.
     """
-    return _gated_swish_forward(x, mean, scale, shift, weights)[0]
+    y = plain_norm_swish(x, mean, scale, shift)
+    return y * gate(spatial(jnp.mean, y), weights).astype(y.dtype)
 
 
-def _gated_swish_forward(x, mean, scale, shift, weights):
-    y, slope = swish_and_slope(barrier(x, "cuda"), mean, scale, shift)
+# Why other forms: autodiff makes two backward passes over x and dy, and the second waits for the first.
+# The gradient of a spatial mean is the same for all pixels. So its part in dscale and dshift is that
+# gradient times sums that the forward pass can save. On a TPU one pass then makes all sums: 8 % less
+# memory traffic per step, by its compiler's count. A CPU makes a pass per sum in any order. An NVIDIA GPU
+# reads x again in each pass. Both take the chain rule as it stands.
+
+
+@jax.custom_vjp
+def norm_swish_gate(x, mean, scale, shift, weights):
+    """`plain_norm_swish_gate`, with the backward pass that suits the platform."""
+    return _forward(x, mean, scale, shift, weights)[0]
+
+
+def _forward(x, mean, scale, shift, weights):
+    y, slope = swish_and_slope(barrier_on(("cuda",), x), mean, scale, shift)
     factor, gate_vjp = jax.vjp(gate, spatial(jnp.mean, y), weights)
 
     def sums(x, mean, slope):
         return spatial(jnp.mean, slope), spatial(jnp.mean, slope * (x - mean))
 
-    def none(x, mean, slope):
+    def no_sums(x, mean, slope):
         return jnp.zeros_like(mean), jnp.zeros_like(mean)
 
-    kept = jax.lax.platform_dependent(x, mean, slope, cpu=none, cuda=none, default=sums)
-    x_anew, factor = barrier((x, factor), "cuda")
-    y, _ = swish_and_slope(x_anew, mean, scale, shift)
-    return y.astype(x.dtype) * factor.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, kept)
+    saved_sums = jax.lax.platform_dependent(x, mean, slope, cpu=no_sums, cuda=no_sums, default=sums)
+    x_again, factor = barrier_on(("cuda",), (x, factor))
+    y, _ = swish_and_slope(x_again, mean, scale, shift)
+    return y.astype(x.dtype) * factor.astype(x.dtype), (x, mean, scale, shift, factor, gate_vjp, saved_sums)
 
 
-def _gated_swish_backward(residuals, cotangent):
-    x, mean, scale, shift, factor, gate_vjp, kept = residuals
-    x_first, cotangent_first = barrier((x, cotangent), "cuda")
+def _backward(residuals, dy):
+    x, mean, scale, shift, factor, gate_vjp, saved_sums = residuals
+    x_first, dy_first = barrier_on(("cuda",), (x, dy))
     y, _ = swish_and_slope(x_first, mean, scale, shift)
-    of_squeezed, of_weights = gate_vjp(spatial(jnp.sum, cotangent_first * y))
-    x_anew, of_squeezed = barrier((barrier(x, "cpu"), of_squeezed), "cuda")
-    _, slope = swish_and_slope(x_anew, mean, scale, shift)
-    of_z = (cotangent * factor + of_squeezed / (x.shape[1] * x.shape[2])) * slope
+    dsqueezed, dweights = gate_vjp(spatial(jnp.sum, dy_first * y))
+    x_again, dsqueezed = barrier_on(("cuda",), (barrier_on(("cpu",), x), dsqueezed))
+    _, slope = swish_and_slope(x_again, mean, scale, shift)
+    dz = (dy * factor + dsqueezed / (x.shape[1] * x.shape[2])) * slope
 
-    def with_sums(x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept):
-        slope_mean, slope_x_mean = kept
-        of_shift = factor * spatial(jnp.sum, cotangent * slope) + of_squeezed * slope_mean
-        of_scale = factor * spatial(jnp.sum, cotangent * slope * (x - mean)) + of_squeezed * slope_x_mean
-        return (of_z * scale).astype(x.dtype), -scale * of_shift, of_scale, of_shift
+    def with_saved_sums(dz, x, mean, scale):
+        slope_mean, slope_x_mean = saved_sums
+        dshift = factor * spatial(jnp.sum, dy * slope) + dsqueezed * slope_mean
+        dscale = factor * spatial(jnp.sum, dy * slope * (x - mean)) + dsqueezed * slope_x_mean
+        return (dz * scale).astype(x.dtype), -scale * dshift, dscale, dshift
 
-    def with_none(x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept):
-        return through_norm(of_z, x, mean, scale)
+    def chain_rule(dz, x, mean, scale):
+        return norm_gradients(dz, x, mean, scale)
 
-    def with_none_written(x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept):
-        # Two sums and the cotangent of x need it: written once, as narrow as x, it costs less than three times its tanh.
-        return through_norm(jax.lax.optimization_barrier(of_z.astype(x.dtype)).astype(of_z.dtype), x, mean, scale)
+    def chain_rule_from_written(dz, x, mean, scale):
+        # Two sums and dx need dz. Written once, as narrow as x, it costs less than its tanh three times.
+        return norm_gradients(jax.lax.optimization_barrier(dz.astype(x.dtype)).astype(dz.dtype), x, mean, scale)
 
-    arguments = x, mean, scale, factor, cotangent, slope, of_z, of_squeezed, kept
-    of_input = jax.lax.platform_dependent(*arguments, cpu=with_none, cuda=with_none_written, default=with_sums)
-    return *of_input, of_weights
-
-
-gated_swish.defvjp(_gated_swish_forward, _gated_swish_backward)
+    forms = dict(cpu=chain_rule, cuda=chain_rule_from_written, default=with_saved_sums)
+    return *jax.lax.platform_dependent(dz, x, mean, scale, **forms), dweights
 
 
-class SqueezeExcite(nnx.Module):
-    """Batch norm, swish, and a gate a channel: spatial mean, 1x1 to `reduced`, swish, 1x1 back, sigmoid. Both 1x1 have a bias."""
-
-    def __init__(self, filters, reduced, *, rngs):
-        self.reduce = nnx.Linear(filters, reduced, kernel_init=conv_init, rngs=rngs)
-        self.expand = nnx.Linear(reduced, filters, kernel_init=conv_init, rngs=rngs)
-
-    def __call__(self, x, mean, scale, shift):
-        layers = (self.reduce, self.expand)
-        return gated_swish(x, mean, scale, shift, [(layer.kernel[...], layer.bias[...]) for layer in layers])
+norm_swish_gate.defvjp(_forward, _backward)
