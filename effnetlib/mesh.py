@@ -22,25 +22,6 @@ TILED_GROUPS = 32, 64
 LARGEST_CONTIGUOUS_GROUP = 16
 
 
-def simulate_devices(count: int) -> None:
-    """Makes this process have `count` CPU devices. Call it before anything else touches jax's devices, but after
-    `effnetlib.runs.hosts.start`.
-
-    Raises:
-      EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
-    """
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # the backend has started; whether that matters is seen below
-    if jax.local_device_count() != count or jax.default_backend() != "cpu":
-        raise EffnetlibError(
-            f"{count} simulated devices were asked for, but jax already runs with {jax.local_device_count()} "
-            f"{jax.default_backend()} device(s): restart the kernel and run from the top"
-        )
-
-
 def replica_groups(num_replicas: int, group_size: int, torus: Sequence[int] | None = None) -> np.ndarray:
     """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
 
@@ -136,5 +117,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shapes_of(tree, sharding: NamedSharding):
-    """The arrays of a tree as shapes with a sharding: what a program can be lowered for, without any array or device."""
+    """The shapes of a tree's arrays, with a sharding: enough to lower a program for, without any array or device."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
