@@ -79,7 +79,9 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     The form follows the platform that is compiled *for*: a TPU program compiled on a laptop has the
     TPU's forms.
     """
-    forms = {name: functools.partial(y, stride=stride) for name, (y, _, _) in _forms(x, kernel, stride).items()}
+    # One object per form, so that platforms of the same form share a branch of the program.
+    bound = {y: functools.partial(y, stride=stride) for y in (_products, plain_depthwise_conv)}
+    forms = {name: bound[y] for name, (y, _, _) in _forms(x, kernel, stride).items()}
     return jax.lax.platform_dependent(x, kernel, **forms)
 
 
