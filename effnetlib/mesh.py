@@ -16,7 +16,7 @@ from effnetlib.errors import EffnetlibError
 
 AXES = ("bn_group", "bn_member")
 
-# Of Google's entry, for chips of two cores: replicas -> the slice's (rows, columns) in chips, and the groups that are tiles.
+# Google's entry, on chips of two cores: replicas -> (rows, columns) of the slice in chips; group sizes that are tiles.
 SLICES = {128: (8, 8), 256: (16, 8), 512: (16, 16), 1024: (32, 16), 2048: (32, 32), 4096: (32, 64), 8192: (32, 128)}
 TILED_GROUPS = 32, 64
 LARGEST_CONTIGUOUS_GROUP = 16
@@ -25,14 +25,14 @@ LARGEST_CONTIGUOUS_GROUP = 16
 def replica_groups(num_replicas: int, group_size: int, torus: Sequence[int] | None = None) -> np.ndarray:
     """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
 
-    Groups are contiguous, ``arange.reshape(-1, group_size)``, up to 16 replicas. Larger ones are boxes of chips that fill the
-    torus, with sides as equal as can be: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one. The cores of a box are
-    walked from chip to neighbour, there along a row and back along the next. On a slice of Google's entry groups of more than
-    16 other than 32 and 64 are contiguous, as theirs are; so are groups that share a chip.
+    Up to 16 replicas, groups are contiguous: ``arange.reshape(-1, group_size)``. Larger groups are boxes of chips
+    that fill the torus, with sides as equal as possible: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one.
+    Inside a box, ids go from chip to neighbour: along one row, and back along the next. Two kinds of large groups
+    stay contiguous: those that share a chip, and those of other sizes than 32 and 64 on a slice of Google's entry.
 
     Args:
-      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row. None is
-        the slice of Google's entry with so many replicas, and where it has none, a line.
+      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row.
+        None is the slice of Google's entry with that many replicas, or a line where it has none.
     """
     contiguous = np.arange(num_replicas).reshape(-1, group_size)
     published = (*SLICES.get(num_replicas, ()), 2)
@@ -60,7 +60,7 @@ def groups_fit(num_groups: int, num_devices: int) -> bool:
 
 
 def nearest_group_size(batch: int, size: int, num_devices: int = 1) -> int:
-    """Of the batch-norm batch sizes that divide a batch into groups which fit the devices, the nearest to `size`.
+    """The batch-norm batch size nearest to `size` that divides the batch into groups which fit the devices.
 
     >>> nearest_group_size(96, 30), nearest_group_size(96, 30, num_devices=8)
     (32, 24)
@@ -93,7 +93,7 @@ def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def _torus(devices):
-    """Chips in each direction of more than one, and cores per chip; or a line, of devices that fill no such torus."""
+    """Chips in each direction that has more than one, and cores per chip; a line where devices fill no torus."""
     *chips, cores = (len(set(places)) for places in zip(*map(_place, devices), strict=True))
     if hasattr(devices[0], "coords") and math.prod(chips) * cores == len(devices):
         return *(side for side in chips if side > 1), cores

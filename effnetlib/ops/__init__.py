@@ -2,7 +2,7 @@
 
 Each file starts with the plain formula. All forms compute it, and tests hold them to it.
 
-| op                | platform | form                              | gain over the plain formula             |
+| op                | platform | form                              | gain over the form before it            |
 |-------------------|----------|-----------------------------------|-----------------------------------------|
 | `depthwise_conv`  | CPU      | sums of shifted products          | about four times faster, whole B0 step  |
 |                   | GPU      | the same where cuDNN is slow      | 39.7 to 35.5 ms of kernels per step [1] |
@@ -17,5 +17,6 @@ Each file starts with the plain formula. All forms compute it, and tests hold th
 
 Every figure but the first is in outputs/published/tuning.json, with all that was tried.
 [1] One H200: whole B0 step, 224 pixels, batch 256. [2] The TPU compiler's prediction for v3: B0 cut to
-its stem and three stages, 32 images per core. [3] One CPU core: a block of 16x112x112x96.
+its stem and three stages, 32 images per core. [3] One CPU core: a block of 16x112x112x96,
+several changes at once. Where a line is missing, the form is the plain formula.
 """
