@@ -21,7 +21,7 @@ _MODULES = {
     "make_mesh": "mesh",
     "plan": "planning.plan",
     "rmsprop": "optim",
-    "simulate_devices": "mesh",
+    "simulate_devices": "runs.hosts",
     "train": "training",
     "warmup_exponential_decay": "schedules",
     "warmup_polynomial_decay": "schedules",

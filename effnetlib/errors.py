@@ -6,28 +6,25 @@ from collections.abc import Iterable
 
 
 class EffnetlibError(ValueError):
-    """Bad input. The command line and notebooks show its sentence without a traceback; the former exits with 2."""
+    """Bad input. Shown as a sentence without a traceback; the command line exits with 2."""
 
     def _render_traceback_(self):  # IPython's hook
         return [f"{type(self).__name__}: {self}"]
 
 
 class FailedError(EffnetlibError):
-    """What was asked for rightly did not succeed: the disk is full, a file is damaged. The command line exits with 1."""
+    """The request was valid, but it failed: the disk is full, a file is damaged. The command line exits with 1."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for a sentence of ours; its kind where it says nothing.
-
-    >>> first_line(ValueError("no such thing\\nand a page of details")), first_line(KeyError())
-    ('no such thing', 'KeyError')
-    """
+    """The first line of another library's error, cut to 200 characters; its class where it says nothing."""
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
 
 
 def shown(name: str) -> str:
-    r"""A name of a file or a class as a sentence shows it: as it is, or with escapes where it could be taken for another one
-    (blanks at its ends, letters made of parts, signs that cannot be seen).
+    r"""The name of a file or a class for a sentence. It is escaped where it looks like another name.
+
+    That is so for blanks at its ends, letters made of parts, and invisible characters.
 
     >>> print(shown("ant"), shown("ant "), shown("A\u0308pfel"))
     ant 'ant ' 'A\u0308pfel'
@@ -37,7 +34,7 @@ def shown(name: str) -> str:
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
-    """A clause naming the choice nearest to `name`, or all of them where none is near.
+    """A clause with the choice nearest to `name`, or with all of them where none is near.
 
     >>> did_you_mean("rmsprob", ["rmsprop", "lars"])
     'did you mean rmsprop?'

@@ -21,8 +21,10 @@ from effnetlib.runs.progress import Progress
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Sums over the examples that were counted: how many, how many right within the first and the first five, and the
-    summed cross-entropy (without label smoothing, in nats)."""
+    """Sums over the counted examples: their number, those right at first and among the first five, and the loss.
+
+    The loss is the cross-entropy in nats, without label smoothing.
+    """
 
     nseen: int
     ncorrect: int
@@ -40,6 +42,9 @@ class EvalResult:
     @property
     def loss(self) -> float:
         return self.loss_sum / self.nseen
+
+
+ZEROS = {"nseen": np.int32(0), "ncorrect": np.int32(0), "ncorrect5": np.int32(0), "loss_sum": np.float32(0)}
 
 
 def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -60,12 +65,12 @@ def masked_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[s
 
 
 def lower_eval_step(graphdef, weights, *, batch: int, size: int, mesh: Mesh) -> jax.stages.Lowered:
-    """``(weights, sums, batch) -> sums`` lowered for a mesh, whose devices need not be there.
+    """``(weights, sums, batch) -> sums`` lowered for a mesh, whose devices need not exist.
 
     Args:
       graphdef: of the model, from ``nnx.split``.
       weights: (params, batch_stats), or their shapes.
-      batch, size: images a step, and pixels a side.
+      batch, size: images per step, and pixels per side.
     """
     everywhere, sharded = replicated(mesh), batch_sharding(mesh)
 
@@ -76,13 +81,7 @@ def lower_eval_step(graphdef, weights, *, batch: int, size: int, mesh: Mesh) -> 
     shapes = {"images": ((batch, size, size, 3), "uint8"), "labels": ((batch,), "int32"), "mask": ((batch,), bool)}
     batch = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
     step = jax.jit(step, donate_argnums=1, out_shardings=everywhere)
-    return step.lower(shapes_of(weights, everywhere), shapes_of(_zeros(), everywhere), batch)
-
-
-def _zeros():
-    return {name: np.zeros([], np.int32) for name in ("nseen", "ncorrect", "ncorrect5")} | {
-        "loss_sum": np.zeros([], np.float32)
-    }
+    return step.lower(shapes_of(weights, everywhere), shapes_of(ZEROS, everywhere), batch)
 
 
 class Evaluator:
@@ -100,8 +99,8 @@ class Evaluator:
         self.split = split
         self.batches = dict(batch=batch, size=size, augmentation=augmentation, sharding=batch_sharding(mesh))
         self.graphdef, self.mesh, self.step = graphdef, mesh, None
-        # CPU devices share a pool of threads. Where several programs are under way whose devices wait for one another, it can
-        # run out, and all wait for ever (seen with two devices on two cores).
+        # CPU devices share a pool of threads. Several programs at once, whose devices wait for one another, can use it up.
+        # Then all wait for ever (seen with two devices on two cores).
         self.one_at_a_time = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def compile(self, weights) -> None:
@@ -119,7 +118,7 @@ class Evaluator:
             self.compile(weights[0])
         everywhere = replicated(self.mesh)
         weights = jax.device_put(weights, everywhere)
-        sums = [jax.device_put(_zeros(), everywhere) for _ in weights]
+        sums = [jax.device_put(ZEROS, everywhere) for _ in weights]
         for number, batch in enumerate(eval_batches(self.split, **self.batches), 1):
             for i, each in enumerate(weights):
                 sums[i] = self.step(each, sums[i], batch)
@@ -128,11 +127,9 @@ class Evaluator:
             if progress:
                 progress.update(number)
         results = [EvalResult(**{name: value.item() for name, value in total.items()}) for total in sums]
-        for result in results:
-            if result.nseen != len(self.split):
-                raise RuntimeError(
-                    f"evaluation counted {result.nseen:,} examples, not the {len(self.split):,} there are"
-                )
+        for seen in (result.nseen for result in results):
+            if seen != len(self.split):
+                raise RuntimeError(f"evaluation counted {seen:,} examples, not the {len(self.split):,} there are")
         return results
 
 
@@ -140,10 +137,9 @@ class Evaluator:
 def evaluate(
     model: nnx.Module, split: Split, *, batch: int, size: int, augmentation: str = "inception", mesh: Mesh | None = None
 ) -> EvalResult:
-    """Evaluates a model on a split, on all devices unless a mesh says otherwise. See `Evaluator` for the arguments. Shows
-    its progress.
+    """Evaluates a model on a split, on all devices unless a mesh is given, and shows its progress.
 
-    Example (not run here: it needs ImageNet)::
+    The arguments are those of `Evaluator`. Example (not run here: it needs ImageNet)::
 
         evaluate(model, effnetlib.data.load("imagenet", "eval"), batch=1024, size=260).top1
     """

@@ -16,42 +16,23 @@ from effnetlib.errors import EffnetlibError
 
 AXES = ("bn_group", "bn_member")
 
-# Of Google's entry, for chips of two cores: replicas -> the slice's (rows, columns) in chips, and the groups that are tiles.
+# Google's entry, on chips of two cores: replicas -> (rows, columns) of the slice in chips; group sizes that are tiles.
 SLICES = {128: (8, 8), 256: (16, 8), 512: (16, 16), 1024: (32, 16), 2048: (32, 32), 4096: (32, 64), 8192: (32, 128)}
 TILED_GROUPS = 32, 64
 LARGEST_CONTIGUOUS_GROUP = 16
 
 
-def simulate_devices(count: int) -> None:
-    """Makes this process have `count` CPU devices. Call it before anything else touches jax's devices, but after
-    `effnetlib.runs.hosts.start`.
-
-    Raises:
-      EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
-    """
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # the backend has started; whether that matters is seen below
-    if jax.local_device_count() != count or jax.default_backend() != "cpu":
-        raise EffnetlibError(
-            f"{count} simulated devices were asked for, but jax already runs with {jax.local_device_count()} "
-            f"{jax.default_backend()} device(s): restart the kernel and run from the top"
-        )
-
-
 def replica_groups(num_replicas: int, group_size: int, torus: Sequence[int] | None = None) -> np.ndarray:
     """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
 
-    Groups are contiguous, ``arange.reshape(-1, group_size)``, up to 16 replicas. Larger ones are boxes of chips that fill the
-    torus, with sides as equal as can be: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one. The cores of a box are
-    walked from chip to neighbour, there along a row and back along the next. On a slice of Google's entry groups of more than
-    16 other than 32 and 64 are contiguous, as theirs are; so are groups that share a chip.
+    Up to 16 replicas, groups are contiguous: ``arange.reshape(-1, group_size)``. Larger groups are boxes of chips
+    that fill the torus, with sides as equal as possible: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one.
+    Inside a box, ids go from chip to neighbour: along one row, and back along the next. Two kinds of large groups
+    stay contiguous: those that share a chip, and those of other sizes than 32 and 64 on a slice of Google's entry.
 
     Args:
-      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row. None is
-        the slice of Google's entry with so many replicas, and where it has none, a line.
+      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row.
+        None is the slice of Google's entry with that many replicas, or a line where it has none.
     """
     contiguous = np.arange(num_replicas).reshape(-1, group_size)
     published = (*SLICES.get(num_replicas, ()), 2)
@@ -79,7 +60,7 @@ def groups_fit(num_groups: int, num_devices: int) -> bool:
 
 
 def nearest_group_size(batch: int, size: int, num_devices: int = 1) -> int:
-    """Of the batch-norm batch sizes that divide a batch into groups which fit the devices, the nearest to `size`.
+    """The batch-norm batch size nearest to `size` that divides the batch into groups which fit the devices.
 
     >>> nearest_group_size(96, 30), nearest_group_size(96, 30, num_devices=8)
     (32, 24)
@@ -112,7 +93,7 @@ def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def _torus(devices):
-    """Chips in each direction of more than one, and cores per chip; or a line, of devices that fill no such torus."""
+    """Chips in each direction that has more than one, and cores per chip; a line where devices fill no torus."""
     *chips, cores = (len(set(places)) for places in zip(*map(_place, devices), strict=True))
     if hasattr(devices[0], "coords") and math.prod(chips) * cores == len(devices):
         return *(side for side in chips if side > 1), cores
@@ -136,5 +117,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def shapes_of(tree, sharding: NamedSharding):
-    """The arrays of a tree as shapes with a sharding: what a program can be lowered for, without any array or device."""
+    """The shapes of a tree's arrays, with a sharding: enough to lower a program for, without any array or device."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

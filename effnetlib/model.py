@@ -1,9 +1,10 @@
-"""EfficientNet B0-B7 (and a nano variant for laptops) in flax.nnx, to the reference's constants.
+"""EfficientNet B0 to B7, and a nano variant for laptops, to the reference's constants.
 
 Source: arXiv 1905.11946; tensorflow/tpu, models/official/efficientnet/efficientnet_builder.py and
-efficientnet_model.py. Layout is [batch, height, width, channels] throughout.
+efficientnet_model.py. Images and activations are ``[batch, height, width, channels]``.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,9 +14,10 @@ from flax import nnx
 
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.norm import GroupedBatchNorm
-from effnetlib.ops.activation import normalized_swish
-from effnetlib.ops.convolutions import conv_init, depthwise_conv, full_conv, pointwise_conv
-from effnetlib.ops.squeeze_excite import SqueezeExcite
+from effnetlib.ops.depthwise import depthwise_conv
+from effnetlib.ops.norm_swish import norm_swish
+from effnetlib.ops.norm_swish_gate import norm_swish_gate
+from effnetlib.ops.pointwise import full_conv, pointwise_conv
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Variant:
 
 
 VARIANTS = {
-    # Dividing 32 px by 32, as B0 divides 224, leaves maps of 1x1, whose batch norms see so few values that training
-    # amplifies rounding errors a thousandfold within twenty steps. These strides and the stem's divide by 8.
+    # B0 divides 224 pixels by 32. That would leave maps of 1x1 at 32 pixels. Batch norm then sees so few values that
+    # training amplifies rounding errors a thousandfold within twenty steps. Here the strides, with the stem's, divide by 8.
     "nano": Variant(0.2, 0.3, 32, 0.1, strides=(1, 2, 2, 1, 1, 1, 1)),
     "b0": Variant(1.0, 1.0, 224, 0.2),
     "b1": Variant(1.0, 1.1, 240, 0.2),
@@ -46,10 +48,9 @@ VARIANTS = {
 # The B0 stages: repeats, kernel, expansion, output filters. The stem gives 32 filters, the head 1280.
 STAGES = ((1, 3, 1, 16), (2, 3, 6, 24), (2, 5, 6, 40), (3, 3, 6, 80), (3, 5, 6, 112), (4, 5, 6, 192), (1, 3, 6, 320))
 STEM_FILTERS, HEAD_FILTERS = 32, 1280
-SE_RATIO = 0.25
 
 
-def variant(name: str) -> Variant:
+def scaling(name: str) -> Variant:
     """The scaling of a variant by name; an unknown name is an EffnetlibError."""
     if name not in VARIANTS:
         raise EffnetlibError(f"there is no EfficientNet variant {name!r}: {did_you_mean(name, VARIANTS)}")
@@ -63,19 +64,14 @@ def round_filters(filters: int, width: float) -> int:
     return rounded + 8 if rounded < 0.9 * exact else rounded
 
 
-def round_repeats(repeats: int, depth: float) -> int:
-    """Scales the number of blocks in a stage, rounding up."""
-    return math.ceil(depth * repeats)
-
-
 def stage_repeats(name: str) -> list[int]:
-    """Blocks a stage of a variant."""
-    return [round_repeats(repeats, variant(name).depth) for repeats, *_ in STAGES]
+    """Blocks per stage of a variant, rounded up."""
+    return [math.ceil(scaling(name).depth * repeats) for repeats, *_ in STAGES]
 
 
 def head_filters(name: str) -> int:
     """Channels of a variant's last convolution, the features of its classifier."""
-    return round_filters(HEAD_FILTERS, variant(name).width)
+    return round_filters(HEAD_FILTERS, scaling(name).width)
 
 
 @dataclass(frozen=True)
@@ -89,21 +85,31 @@ class BlockSpec:
     out_filters: int
     drop_path: float
 
+    @property
+    def expanded(self) -> int:
+        """Filters of the depthwise convolution."""
+        return self.in_filters * self.expansion
+
+    @property
+    def squeezed(self) -> int:
+        """Filters inside squeeze-and-excite: a quarter of the block's input, not of the expanded filters."""
+        return max(1, self.in_filters // 4)
+
 
 def block_specs(name: str, drop_path: float = 0.2) -> list[BlockSpec]:
     """The blocks of a variant. Block i of N is dropped at the rate ``drop_path * i / N`` (the first one never)."""
-    scale = variant(name)
+    width, strides = scaling(name).width, scaling(name).strides
     shapes = []
-    filters = round_filters(STEM_FILTERS, scale.width)
-    for (repeats, kernel, expansion, out), stride in zip(STAGES, scale.strides, strict=True):
-        out = round_filters(out, scale.width)
-        for repeat in range(round_repeats(repeats, scale.depth)):
-            shapes.append((kernel, stride if repeat == 0 else 1, expansion, filters, out))
-            filters = out
+    filters = round_filters(STEM_FILTERS, width)
+    for repeats, (_, kernel, expansion, out), stride in zip(stage_repeats(name), STAGES, strides, strict=True):
+        for repeat in range(repeats):
+            shapes.append((kernel, stride if repeat == 0 else 1, expansion, filters, round_filters(out, width)))
+            filters = round_filters(out, width)
     return [BlockSpec(*shape, drop_path=drop_path * i / len(shapes)) for i, shape in enumerate(shapes)]
 
 
-# The classifier's range comes from the size of its *output*.
+# Convolutions start from N(0, 2 / fan_out), not truncated. The classifier's range follows its outputs, not its inputs.
+_conv_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _dense_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 
 
@@ -111,7 +117,7 @@ class Pointwise(nnx.Linear):
     """A 1x1 convolution."""
 
     def __init__(self, in_filters, out_filters, *, dtype, rngs):
-        super().__init__(in_filters, out_filters, use_bias=False, dtype=dtype, kernel_init=conv_init, rngs=rngs)
+        super().__init__(in_filters, out_filters, use_bias=False, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
 
     def __call__(self, x):
         return pointwise_conv(x, self.kernel[...])
@@ -121,10 +127,25 @@ class Stem(nnx.Conv):
     """The first convolution, 3x3 with stride 2."""
 
     def __init__(self, filters, *, dtype, rngs):
-        super().__init__(3, filters, (3, 3), use_bias=False, dtype=dtype, kernel_init=conv_init, rngs=rngs)
+        super().__init__(3, filters, (3, 3), use_bias=False, dtype=dtype, kernel_init=_conv_init, rngs=rngs)
 
     def __call__(self, x):
         return full_conv(x.astype(self.dtype), self.kernel[...], stride=2)
+
+
+class SqueezeExcite(nnx.Module):
+    """A gate per channel: spatial mean, 1x1 to `reduced` filters, swish, 1x1 back, sigmoid. Both 1x1 have a bias.
+
+    Its op also does what comes before: ``y = swish((x - mean) * scale + shift)``, then ``y * gate(mean of y)``.
+    """
+
+    def __init__(self, filters, reduced, *, rngs):
+        self.reduce = nnx.Linear(filters, reduced, kernel_init=_conv_init, rngs=rngs)
+        self.expand = nnx.Linear(reduced, filters, kernel_init=_conv_init, rngs=rngs)
+
+    def __call__(self, x, mean, scale, shift):
+        layers = (self.reduce, self.expand)
+        return norm_swish_gate(x, mean, scale, shift, [(layer.kernel[...], layer.bias[...]) for layer in layers])
 
 
 def _drop(x, rate, key, shape):
@@ -136,26 +157,24 @@ def _drop(x, rate, key, shape):
 
 
 def _norm_swish(norm, x, train):
-    return normalized_swish(x, *norm.coefficients(x, train=train))
+    return norm_swish(x, *norm.coefficients(x, train=train))
 
 
 class MBConv(nnx.Module):
     """Inverted bottleneck: expand 1x1, depthwise k x k, squeeze-and-excite, project 1x1, skip with drop path."""
 
     def __init__(self, spec: BlockSpec, *, dtype, norm, rngs):
-        filters = spec.in_filters * spec.expansion
         self.spec = spec
         self.dtype = dtype
         if spec.expansion != 1:
-            self.expand = Pointwise(spec.in_filters, filters, dtype=dtype, rngs=rngs)
-            self.expand_norm = norm(filters, rngs=rngs)
+            self.expand = Pointwise(spec.in_filters, spec.expanded, dtype=dtype, rngs=rngs)
+            self.expand_norm = norm(spec.expanded, rngs=rngs)
         # (k, k, 1, C) has fan_out k * k * C for JAX's initialiser; the reference's depthwise fan_out is k * k.
         depthwise_init = jax.nn.initializers.normal(math.sqrt(2.0 / spec.kernel**2))
-        self.depthwise = nnx.Param(depthwise_init(rngs.params(), (spec.kernel, spec.kernel, 1, filters)))
-        self.depthwise_norm = norm(filters, rngs=rngs)
-        # The squeeze is measured from the block's input, not from the expanded filters.
-        self.se = SqueezeExcite(filters, max(1, int(spec.in_filters * SE_RATIO)), rngs=rngs)
-        self.project = Pointwise(filters, spec.out_filters, dtype=dtype, rngs=rngs)
+        self.depthwise = nnx.Param(depthwise_init(rngs.params(), (spec.kernel, spec.kernel, 1, spec.expanded)))
+        self.depthwise_norm = norm(spec.expanded, rngs=rngs)
+        self.se = SqueezeExcite(spec.expanded, spec.squeezed, rngs=rngs)
+        self.project = Pointwise(spec.expanded, spec.out_filters, dtype=dtype, rngs=rngs)
         self.project_norm = norm(spec.out_filters, rngs=rngs)
 
     def __call__(self, x, *, train, key):
@@ -202,15 +221,11 @@ class EfficientNet(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        scale = _variant(variant)
-
-        def norm(filters, *, rngs):
-            return GroupedBatchNorm(filters, num_groups=num_groups, momentum=batch_norm_momentum, rngs=rngs)
-
+        norm = functools.partial(GroupedBatchNorm, num_groups=num_groups, momentum=batch_norm_momentum)
         specs = block_specs(variant, drop_path)
-        stem, head = round_filters(STEM_FILTERS, scale.width), head_filters(variant)
+        stem, head = specs[0].in_filters, head_filters(variant)
         self.dtype = dtype
-        self.dropout = scale.dropout if dropout is None else dropout
+        self.dropout = scaling(variant).dropout if dropout is None else dropout
         self.stem = Stem(stem, dtype=dtype, rngs=rngs)
         self.stem_norm = norm(stem, rngs=rngs)
         self.blocks = nnx.data([MBConv(spec, dtype=dtype, norm=norm, rngs=rngs) for spec in specs])
@@ -229,25 +244,7 @@ class EfficientNet(nnx.Module):
         return self.classifier(x)
 
 
-_variant = variant  # the constructor's argument has the same name
-
-
 def count_params(name: str, num_classes: int = 1000) -> int:
     """Trainable parameters of a variant, from shapes alone (nothing is allocated)."""
     model = nnx.eval_shape(lambda: EfficientNet(name, num_classes))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
-def multiply_adds(name: str, resolution: int | None = None, num_classes: int = 1000) -> int:
-    """Multiply-adds of one image's forward pass through a variant's convolutions and classifier, which the EfficientNet paper
-    calls FLOPS; at its own resolution unless another is given."""
-    size = -(-(resolution or variant(name).resolution) // 2)
-    specs = block_specs(name)
-    total = size**2 * 27 * specs[0].in_filters
-    for spec in specs:
-        filters, squeezed = spec.in_filters * spec.expansion, max(1, int(spec.in_filters * SE_RATIO))
-        if spec.expansion != 1:
-            total += size**2 * spec.in_filters * filters
-        size = -(-size // spec.stride)
-        total += size**2 * filters * (spec.kernel**2 + spec.out_filters) + 2 * filters * squeezed
-    return total + size**2 * specs[-1].out_filters * head_filters(name) + head_filters(name) * num_classes

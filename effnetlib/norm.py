@@ -15,24 +15,24 @@ class GroupedBatchNorm(nnx.Module):
         mean_g = E[x]        var_g = max(E[x^2] - mean_g^2, 0)        (over all axes but the last, biased)
         y = gamma * (x - mean_g) / sqrt(var_g + epsilon) + beta
 
-    The running statistics move by the **mean over groups of the group means and of the group variances** (the rule of
-    the reference's DistributedBatchNormalization; the spread between group means is *not* added to the variance)::
+    The running statistics move by the mean over groups of the group means and of the group variances. The spread
+    between group means is *not* added to the variance. This is the reference's DistributedBatchNormalization::
 
         running = momentum * running + (1 - momentum) * mean_over_groups(statistic)
 
     The module knows nothing of devices. Under `jax.jit` with the batch sharded over the mesh of
-    `effnetlib.mesh.make_mesh`, the compiler emits one reduction over the members of each group, and none where a group
-    lies within one device.
+    `effnetlib.mesh.make_mesh`, the compiler emits one reduction over the members of each group, and none where a
+    group lies within one device.
 
     Args:
       num_features: size C of the last axis.
       num_groups: number of groups; divides the batch. Used in training only.
-      momentum: share of the old running statistics that is kept a step (0.99 in the reference).
+      momentum: share of the old running statistics that is kept per step (0.99 in the reference).
       epsilon: added to the variance (1e-3 in the reference).
-      rngs: unused (gamma starts at one, beta at zero); taken because every layer of flax.nnx takes it.
+      rngs: unused (gamma starts at one, beta at zero); every layer of flax.nnx takes it.
 
-    Calling it with ``x: [batch, ..., C]`` of any float dtype returns float32 of the same shape. With ``train=True`` the
-    group statistics normalise and the running ones are updated in place; otherwise the running ones normalise.
+    Calling it with ``x: [batch, ..., C]`` of any float dtype returns float32 of the same shape. With ``train=True``
+    the group statistics normalise and the running ones are updated in place. Otherwise the running ones normalise.
 
     Raises:
       EffnetlibError: the batch does not divide into the groups.
@@ -51,18 +51,16 @@ class GroupedBatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(num_features))
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        if not train:
-            return self._normalize(x.astype(jnp.float32), self.mean[...], self.var[...])
-        grouped = self._grouped(x)
-        return self._normalize(grouped, *self._statistics(grouped)).reshape(x.shape)
+        grouped = self._grouped(x) if train else x.astype(jnp.float32)
+        mean, var = self._statistics(grouped, train)
+        return ((grouped - mean) * self._scale(var) + self.beta[...]).reshape(x.shape)
 
     def coefficients(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``(mean, scale, shift)``, each ``[batch, 1, ..., C]``: the layer as ``(x - mean) * scale + shift``, for a
-        caller that does more in the same pass over x."""
-        mean, var = self._statistics(self._grouped(x)) if train else (self.mean[...], self.var[...])
+        """The layer as ``(x - mean) * scale + shift``: the three, each ``[batch, 1, ..., C]``, for an op that does more."""
+        mean, var = self._statistics(self._grouped(x) if train else x, train)
 
         def of_example(value):
-            groups = value.reshape(-1, 1, self.gamma[...].size)
+            groups = value.reshape(-1, 1, value.shape[-1])
             shape = (len(groups), x.shape[0] // len(groups), groups.shape[-1])
             return jnp.broadcast_to(groups, shape).reshape(x.shape[0], *(1,) * (x.ndim - 2), -1)
 
@@ -74,22 +72,18 @@ class GroupedBatchNorm(nnx.Module):
             raise EffnetlibError(f"a batch of {batch} does not divide into {self.num_groups} batch-norm groups")
         return x.astype(jnp.float32).reshape(self.num_groups, batch // self.num_groups, *rest)
 
-    def _statistics(self, grouped):
-        """Mean and variance of each group; moves the running ones."""
-        axes = tuple(range(1, grouped.ndim - 1))
-        mean = grouped.mean(axes, keepdims=True)
-        # One pass over the activations; float32 cancellation can leave a tiny negative number, hence the maximum.
-        var = jnp.maximum(jnp.square(grouped).mean(axes, keepdims=True) - jnp.square(mean), 0.0)
-        self._move(self.mean, mean)
-        self._move(self.var, var)
-        return mean, var
-
-    def _normalize(self, x, mean, var):
-        return (x - mean) * self._scale(var) + self.beta[...]
-
     def _scale(self, var):
         return self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)
 
-    def _move(self, running, statistic):
-        new = jax.lax.stop_gradient(statistic.reshape(self.num_groups, -1).mean(0))
-        running[...] = self.momentum * running[...] + (1.0 - self.momentum) * new
+    def _statistics(self, grouped, train):
+        """Mean and variance of each group, which also move the running ones; or the running ones."""
+        if not train:
+            return self.mean[...], self.var[...]
+        axes = tuple(range(1, grouped.ndim - 1))
+        mean = grouped.mean(axes, keepdims=True)
+        # One pass over x. Cancellation in float32 can leave a tiny negative number, hence the maximum.
+        var = jnp.maximum(jnp.square(grouped).mean(axes, keepdims=True) - jnp.square(mean), 0.0)
+        for running, statistic in ((self.mean, mean), (self.var, var)):
+            new = jax.lax.stop_gradient(statistic.reshape(self.num_groups, -1).mean(0))
+            running[...] = self.momentum * running[...] + (1.0 - self.momentum) * new
+        return mean, var

@@ -7,9 +7,9 @@ from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import nearest_group_size
 from effnetlib.model import VARIANTS
 
-# Table 2 of the paper, as rules: RMSProp at 0.016 per 256 with exponential decay; LARS at a peak of 15.104 for batches of 16,384
-# and 32,768 and of 20.736 beyond, with polynomial decay. Below 16,384 the paper has no LARS. The rule there is ours: the peak
-# falls with the square root of the batch, for one that stayed would be 32 times the paper's per 256 at a batch of 1,024.
+# Table 2 of the paper, as rules. RMSProp: 0.016 per 256, with exponential decay. LARS, with polynomial decay: a peak of 15.104
+# for batches of 16,384 and 32,768, and of 20.736 beyond. The paper has no LARS below 16,384. There our rule lets the peak fall
+# with the square root of the batch: a constant peak would be 32 times the paper's per 256 at a batch of 1,024.
 _PAPER_VARIANTS = tuple(name for name in VARIANTS if name != "nano")
 PAPER_PRESETS = tuple(
     f"{variant}-{rest}"
@@ -24,17 +24,17 @@ _SMALL_SETS = {
     "photos": (16.0, "inception", 128),
 }
 
-# One session on a hosted notebook: B0 by the paper's RMSProp rules, the schedule shortened in proportion. The chips would be done
-# in a fraction of the time (outputs/published/plans), so the images that the host makes decide how many epochs there are.
+# One session on a hosted notebook: B0 by the paper's RMSProp rules, with the schedule shortened in proportion. The chips need a
+# fraction of the time (outputs/published/plans). The images that the host makes limit the number of epochs.
 _SESSIONS = {
-    # One chip of v5e, about ten minutes: 2.0 million images, of which one core makes 7,900 a second and more cores no more,
-    # for images so small are work for Python, which runs in one thread at a time.
+    # One chip of v5e for about ten minutes: 2.0 million images. One core makes 7,900 per second, and more cores no more: images so
+    # small are work for Python, which runs in one thread at a time.
     "colab": dict(batch=512, epochs=40.0, dataset="cifar10", image_size=64, augmentation="shift_flip"),
-    # Eight chips of v5e, nine hours: 128 million images. One core makes 1,203 a second and two 1.8 times as many; if 16 threads make
-    # seven times as many, half of that is enough.
+    # Eight chips of v5e for nine hours: 128 million images. One core makes 1,203 per second, and two 1.8 times that. If 16
+    # threads make seven times that, half of it is enough.
     "kaggle": dict(batch=1024, epochs=100.0, augmentation="inception"),
 }
-# A session of Kaggle ends after 540, without a warning; installing, listing the photographs and keeping the output take some.
+# A session of Kaggle ends after 540 without a warning. Installing, listing photographs and keeping the output take some.
 SESSION_MINUTES = {"kaggle": 500.0}
 
 
@@ -73,8 +73,8 @@ def _paper_rules(variant: str, batch: int, optimizer: str) -> dict:
         return _paper_rules(variant, batch, "lars") | dict(
             optimizer=optimizer, lr_per_256=0.1, end_lr=0.1 * peak / 15.104
         )
-    # The released RMSProp path: one replica a group up to 8 replicas, else an eighth of them but at least 8; with the
-    # paper's 32 examples a replica.
+    # The released RMSProp path, at the paper's 32 examples per replica. Up to 8 replicas a group is one replica. Else it is an
+    # eighth of them, but at least 8.
     replicas = max(1, batch // 32)
     group = batch // replicas * (1 if replicas <= 8 else max(8, replicas // 8))
     return shared | dict(
@@ -104,8 +104,9 @@ def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
         precision="float32",
     )
     if optimizer == "lars":
-        # LARS gives biases, gamma and beta the full learning rate, which a few hundred steps do not forgive: a tenth of it
-        # with ten times the trust coefficient moves the kernels as far. The peak is the same for every batch, as the paper's.
+        # LARS gives biases, gamma and beta the full learning rate. A run of a few hundred steps does not recover from that. So
+        # it is a tenth here, with ten times the trust coefficient: the kernels move as far. As in the paper, the peak is the
+        # same for every batch.
         return shared | dict(
             lr_per_256=0.5 * 256 / batch,
             lars_trust_coefficient=0.01,
@@ -115,5 +116,5 @@ def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
         )
     if optimizer == "momentum":
         return shared | dict(lr_per_256=0.2, decay="polynomial", warmup_epochs=epochs / 5, end_lr=0.0)
-    # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak; so short a run stops moving long before. These end at 8 %.
+    # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak: so short a run would stop moving early. These end at 8 %.
     return shared | dict(lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs)

@@ -20,22 +20,24 @@ from effnetlib.schedules import Schedule, scaled_lr, warmup_exponential_decay, w
 
 
 def setting(default, help: str, **accepted):
-    """A field of a recipe: its default, what it means and in which unit, and what is accepted: `choices`, or numbers `above`,
-    of at `least`, `below` or of at `most` a bound. Adding one changes no recipe's hash; changing a default would."""
+    """A field of a recipe: its default, its meaning with the unit, and what is accepted.
+
+    That is `choices`, or numbers `above`, at `least`, `below` or at `most` a bound. A new setting changes no
+    recipe's hash. A changed default would.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **accepted})
 
 
-def check_parameters(parameters: Iterable[str], known: Iterable[str]) -> None:
-    """Raises EffnetlibError, naming the nearest, if a parameter is not a known one."""
+def check_parameters(names: Iterable[str], known: Iterable[str], sentence: str = "there is no parameter") -> None:
+    """Raises EffnetlibError with the nearest known name if a name is unknown."""
     known = list(known)
-    for name in parameters:
+    for name in names:
         if name not in known:
-            raise EffnetlibError(f"there is no parameter {name!r}: {did_you_mean(name, known)}")
+            raise EffnetlibError(f"{sentence} {name!r}: {did_you_mean(name, known)}")
 
 
 def typed(name: str, value, hint):
-    """`value` as `hint` says, which is a type or an Optional one; an integer is allowed for a float. Anything else is an
-    EffnetlibError that calls it `name`."""
+    """`value` as the type `hint`, which may be Optional; a float may be given as an integer. Else an EffnetlibError."""
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
@@ -49,8 +51,9 @@ def typed(name: str, value, hint):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`). `Recipe.help()` shows every
-    setting with its default, its meaning and what is accepted.
+    """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
+
+    `Recipe.help()` shows every setting with its default, its meaning and what is accepted.
 
     Raises:
       EffnetlibError: a value of the wrong type or out of range, or an impossible combination.
@@ -111,26 +114,25 @@ class Recipe:
 
         `b0…b7-BATCH-rmsprop|lars` is the paper's Table 2 where it has that row, and else follows the same rules;
         `digits-`, `cifar10-` and `photos-BATCH-rmsprop|lars` are small ones, and their names alone mean
-        `-64-rmsprop`. `-momentum` is LARS' recipe with Nesterov momentum, which the paper has not. `photos` is any set of photographs under that name, at 128 pixels.
+        `-64-rmsprop`. `photos` is any set of photographs under that name, at 128 pixels. `-momentum` instead is LARS'
+        recipe with Nesterov momentum, which the paper has not.
         `colab` is B0 on CIFAR-10 in ten minutes of one v5e chip, and `kaggle` B0 on ImageNet in a session of eight.
         """
         return cls(**preset_fields(name))
 
     @classmethod
     def from_parameters(cls, parameters: Mapping) -> "Recipe":
-        """The recipe that train.ipynb's parameters state: `preset`, changed by every setting that is not None, whether it is given
-        by its name or in the mapping `settings`.
+        """The recipe of train.ipynb's parameters: `preset`, changed by every setting that is not None.
 
-        A name that is neither an option of train.ipynb nor a setting is an EffnetlibError.
+        A setting is given by its name or in the mapping `settings`. An unknown name is an EffnetlibError.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
         check_parameters(parameters, TRAIN_PARAMETERS)
         if not parameters.get("preset"):
             raise EffnetlibError("the parameter 'preset' is missing")
         settings = parameters.get("settings") or {}
         if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
             raise EffnetlibError(f"settings must map the names of settings to values, and is {settings!r}")
-        changes = {name: parameters[name] for name in names if parameters.get(name) is not None}
+        changes = {name: parameters[name] for name in _HINTS if parameters.get(name) is not None}
         if twice := [name for name in changes if name in settings]:
             raise EffnetlibError(f"{twice[0]} is given twice, as a parameter and in settings")
         return cls.preset(parameters["preset"]).replace(**changes, **settings)
@@ -142,8 +144,10 @@ class Recipe:
 
     @classmethod
     def recorded(cls, fields: Mapping, hash: str | None) -> "Recipe":
-        """A record's recipe as it stands there, whatever program wrote it: nothing is checked, unknown fields are left out,
-        those that are missing have their defaults, and the hash is the one given, if any."""
+        """The recipe of a record that any version wrote. Nothing is checked, and the hash is the one given, if any.
+
+        Unknown fields are left out. Missing ones have their defaults.
+        """
         recipe = object.__new__(cls)
         vars(recipe).update({field.name: fields.get(field.name, field.default) for field in dataclasses.fields(cls)})
         vars(recipe).update({"hash": hash} if hash else {})
@@ -155,23 +159,22 @@ class Recipe:
 
     def replace(self, **changes) -> "Recipe":
         """A copy with some fields changed, validated anew."""
-        names = [field.name for field in dataclasses.fields(self)]
-        for name in changes:
-            if name not in names:
-                raise EffnetlibError(f"a recipe has no field {name!r}: {did_you_mean(name, names)}")
+        check_parameters(changes, _HINTS, "a recipe has no field")
         return dataclasses.replace(self, **changes)
 
     @functools.cached_property
     def hash(self) -> str:
-        """Twelve hex digits of the SHA-256 of the fields that differ from their defaults, in sorted order: the same in any
-        process, and whatever settings are added to `Recipe`."""
+        """Twelve hex digits of the SHA-256 of the fields that differ from their defaults, in sorted order.
+
+        It is the same in any process, and whatever settings are added to `Recipe`.
+        """
         differ = {field.name: value for field in dataclasses.fields(self)
                   if (value := getattr(self, field.name)) != field.default}  # fmt: skip
         return hashlib.sha256(json.dumps(differ, sort_keys=True).encode()).hexdigest()[:12]
 
     @classmethod
     def help(cls):
-        """Every setting as a table: its default, its meaning with the unit, and what is accepted."""
+        """Every setting as a table for a notebook: default, meaning with the unit, and what is accepted."""
         import pandas as pd
 
         rows = [
@@ -181,8 +184,7 @@ class Recipe:
         ]  # fmt: skip
         return pd.DataFrame(rows).set_index("setting").style.set_properties(**{"text-align": "left"})
 
-    # Derived values. Those that count examples read the data set's size: constants for the known sets, a listing for a
-    # folder.
+    # Derived values. Those that count examples need the data set's size, which is a listing for a folder.
 
     @functools.cached_property
     def data(self) -> DataInfo:
@@ -191,7 +193,7 @@ class Recipe:
 
     @property
     def resolution(self) -> int:
-        """Pixels a side that the model sees."""
+        """Pixels per side that the model sees."""
         return self.image_size or VARIANTS[self.variant].resolution
 
     @property
@@ -206,7 +208,7 @@ class Recipe:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Training examples / global batch: a fraction, as in the reference (no example is ever dropped)."""
+        """Training examples / global batch. A fraction, as in the reference: no example is ever dropped."""
         return self.data.train_examples / self.global_batch_size
 
     @property
@@ -239,8 +241,8 @@ class Recipe:
     def validate(self, num_devices: int | None = None) -> None:
         """Raises EffnetlibError, in one sentence, on the first thing that is wrong.
 
-        Construction calls it without `num_devices`, for a recipe belongs to no hardware; `train` calls it with the
-        devices that there are, before anything is compiled or written.
+        Construction calls it without `num_devices`: a recipe belongs to no hardware. `train` calls it with the
+        number of devices before it compiles or writes anything.
         """
 
         def require(condition, sentence):
@@ -252,7 +254,7 @@ class Recipe:
             if choices := of.get("choices"):
                 require(value in choices, f"{field.name} {value!r} is unknown: {did_you_mean(value, choices)}")
             elif not isinstance(value, str | None):
-                inside = of.get("least", -math.inf) <= value <= of.get("most", math.inf)
+                inside = of.get("least", value) <= value <= of.get("most", value)
                 inside &= of.get("above", -math.inf) < value < of.get("below", math.inf)
                 require(inside, f"{field.name} must be {_accepted(field)}, and is {value}")
         batch, group = self.global_batch_size, self.batch_norm_batch_size
@@ -295,7 +297,9 @@ def _accepted(field: dataclasses.Field) -> str:
     return ", ".join(field.metadata.get("choices", ())) or " and ".join(bounds)
 
 
-# What train.ipynb takes: a preset, what is not part of a recipe, and every setting, by its name or in `settings`.
+_HINTS = typing.get_type_hints(Recipe)
+
+# What train.ipynb takes: a preset, what is not part of a recipe, and every setting.
 TRAIN_OPTIONS = {
     "directory": str,
     "settings": dict,
@@ -303,6 +307,4 @@ TRAIN_OPTIONS = {
     "eval_devices": int,
     "max_minutes": float,
 }
-TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *(field.name for field in dataclasses.fields(Recipe)))
-
-_HINTS = typing.get_type_hints(Recipe)
+TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *_HINTS)

@@ -1,6 +1,8 @@
 """The train step: its state, the model that a recipe means, and the pure function itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +16,15 @@ from effnetlib.model import EfficientNet
 from effnetlib.optim import OPTIMIZERS, ema_update, l2_penalty
 from effnetlib.recipe import Recipe
 
-# XLA's limit, in percent of what it counts, above which it computes again what it would have kept. Without it B5's step at 64
-# images a core on v3 has 13.4 GiB of temporaries, and with it 12.7, for 0.8 % of the time (tuning.json).
+# Above this percentage of memory XLA computes arrays again instead of storing them. B5's step at 64 images per core on
+# v3 then has 12.7 GiB of temporaries instead of 13.4, for 0.8 % of the time (outputs/published/tuning.json).
 TPU_OPTIONS = {"xla_jf_rematerialization_percent_shared_memory_limit": "90"}
 
 
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    """Everything that a step changes; all arrays are replicated, float32 but for `step` (int32, steps done)."""
+    """Everything that a step changes. All arrays are replicated and float32, but `step` is int32: the steps done."""
 
     step: jax.Array
     params: dict
@@ -57,14 +59,30 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
     return -jnp.mean((1.0 - smoothing) * right + smoothing * log_probs.mean(-1))
 
 
-def make_train_step(recipe: Recipe):
-    """``(init, step, graphdef)`` for a recipe; `init` and `step` are pure and not yet jitted.
+class TrainStep(NamedTuple):
+    """``init(key) -> TrainState``, ``step(state, batch, key, lr) -> (TrainState, metrics)``, and the model's graphdef.
 
-    ``init(key) -> TrainState`` and ``step(state, batch, key, lr) -> (TrainState, metrics)``, where batch holds uint8
-    "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``, key is the run's, the same at every step, and lr is
-    the step's learning rate, a float32 scalar. It is an argument so that recipes which differ in nothing but their schedule
-    share one compiled program.
+    The batch holds uint8 "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``. The key is the run's, the
+    same at every step. The learning rate is a float32 scalar. It is an argument so that recipes which differ only in
+    their schedule share one compiled program.
     """
+
+    init: Callable
+    step: Callable
+    graphdef: nnx.GraphDef
+
+
+class LoweredTrainStep(NamedTuple):
+    """`init` jitted, the step lowered, the shapes of the state, and the model's graphdef."""
+
+    init: Callable
+    step: jax.stages.Lowered
+    state: TrainState
+    graphdef: nnx.GraphDef
+
+
+def make_train_step(recipe: Recipe) -> TrainStep:
+    """The pure functions of a recipe, not yet jitted."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0))))
     optimizer = OPTIMIZERS[recipe.optimizer]
 
@@ -90,23 +108,21 @@ def make_train_step(recipe: Recipe):
         updates, opt_state = optimizer(recipe, lr).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         done = state.step + 1
-        ema_params, ema_batch_stats = ema_update(
-            (state.ema_params, state.ema_batch_stats), (params, batch_stats), done, recipe.ema_decay
-        )
-        metrics = {
-            "loss": loss,
-            "top1": jnp.mean(logits.argmax(-1) == batch["labels"]),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
-        }
-        return TrainState(done, params, batch_stats, opt_state, ema_params, ema_batch_stats), metrics
+        averages = (state.ema_params, state.ema_batch_stats)
+        averages = ema_update(averages, (params, batch_stats), done, recipe.ema_decay)
+        top1 = jnp.mean(logits.argmax(-1) == batch["labels"])
+        norms = {"grad_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+        metrics = {"loss": loss, "top1": top1, **norms}
+        return TrainState(done, params, batch_stats, opt_state, *averages), metrics
 
-    return init, step, graphdef
+    return TrainStep(init, step, graphdef)
 
 
-def lower_train_step(recipe: Recipe, mesh: Mesh):
-    """``(init, lowered, state, graphdef)``: `init` jitted and the step lowered for a mesh, whose devices need not be there, with
-    the shapes of the state. The state is donated, the batch is sharded, and everything else is on every device."""
+def lower_train_step(recipe: Recipe, mesh: Mesh) -> LoweredTrainStep:
+    """The train step for a mesh, whose devices need not exist.
+
+    The state is donated, the batch is sharded, and everything else is on every device.
+    """
     init, step, graphdef = make_train_step(recipe)
     everywhere, sharded = replicated(mesh), batch_sharding(mesh)
 
@@ -121,4 +137,4 @@ def lower_train_step(recipe: Recipe, mesh: Mesh):
     options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=options)
     lowered = step.lower(shapes_of(state, everywhere), batch_shapes, key, shapes_of(jnp.float32(0), everywhere))
-    return init, lowered, state, graphdef
+    return LoweredTrainStep(init, lowered, state, graphdef)

@@ -10,19 +10,12 @@ from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, Recipe, make_mesh
 from effnetlib.mesh import batch_sharding, replicated
-from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, round_repeats
-from effnetlib.ops import convolutions
-from effnetlib.ops.activation import normalized_swish
-from effnetlib.ops.convolutions import (
-    NARROW,
-    _convolution,
-    _kernel_gradient_as_convolution,
-    _kernel_gradient_as_product,
-    depthwise_conv,
-    full_conv,
-    pointwise_conv,
-)
-from effnetlib.ops.squeeze_excite import gate, gated_swish
+from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, stage_repeats
+from effnetlib.ops import depthwise, pointwise
+from effnetlib.ops.depthwise import TPU_NARROW_CHANNELS, depthwise_conv, plain_depthwise_conv
+from effnetlib.ops.norm_swish import norm_swish, plain_norm_swish
+from effnetlib.ops.norm_swish_gate import norm_swish_gate, plain_norm_swish_gate
+from effnetlib.ops.pointwise import full_conv, plain_pointwise_conv, pointwise_conv
 from effnetlib.reports import paper
 from effnetlib.step import make_train_step
 
@@ -45,7 +38,7 @@ def test_scaling_rules(name, stem, head, blocks):
 def test_rounding_never_loses_more_than_a_tenth():
     assert round_filters(4, 1.0) == 8
     assert round_filters(40, 0.25) == 16  # 10 rounds to 8, which is below 9
-    assert round_repeats(2, 1.1) == 3
+    assert stage_repeats("b1") == [2, 3, 3, 4, 4, 5, 2]  # a tenth more, rounded up
 
 
 def test_nano_is_below_b0():
@@ -156,7 +149,7 @@ def test_both_forms_of_the_pointwise_gradient_are_float32_and_agree():
     rng = np.random.default_rng(0)
     x, cotangent = (jnp.array(rng.normal(size=(2, 5, 7, channels)), jnp.bfloat16) for channels in (4, 6))
     wanted = np.einsum("nhwc,nhwf->cf", np.float64(x), np.float64(cotangent))
-    for form in (_kernel_gradient_as_product, _kernel_gradient_as_convolution):
+    for form in (pointwise._product_dkernel, pointwise._convolution_dkernel):
         got = form(x, cotangent)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
@@ -170,7 +163,7 @@ def test_the_gradients_of_bfloat16_convolutions_are_float32():
         assert float(of_kernel.sum()) == 1.0 + 2.0**-9
 
 
-@pytest.mark.parametrize("channels", [4, NARROW])
+@pytest.mark.parametrize("channels", [4, TPU_NARROW_CHANNELS])
 def test_the_form_follows_the_platform_that_is_compiled_for(channels):
     def convolve(x, depthwise, pointwise):
         return pointwise_conv(depthwise_conv(x, depthwise, 1), pointwise)
@@ -179,7 +172,7 @@ def test_the_form_follows_the_platform_that_is_compiled_for(channels):
     traced = jax.jit(convolve).trace(*map(jnp.ones, shapes))
     assert " convolution(" not in traced.lower(lowering_platforms=("cpu",)).compile().as_text()
     convolutions = traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.convolution")
-    assert convolutions == (2 if channels == NARROW else 0)
+    assert convolutions == (2 if channels == TPU_NARROW_CHANNELS else 0)
 
 
 @pytest.mark.parametrize(
@@ -224,20 +217,20 @@ def form(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "channels"), [("cpu", 4), ("cuda", 4), ("default", 4), ("default", NARROW)], indirect=["form"]
+    ("form", "channels"), [("cpu", 4), ("cuda", 4), ("default", 4), ("default", TPU_NARROW_CHANNELS)], indirect=["form"]
 )
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 16])
 def test_every_form_of_the_depthwise_convolution_is_the_convolution(kernel, stride, size, channels, form, monkeypatch):
     two_rows = 2 * 2 * (size + 1) * channels * 4  # of the batch
-    monkeypatch.setattr(convolutions, "CACHE", two_rows)
-    monkeypatch.setattr(convolutions, "LARGE", 4 * two_rows)
-    monkeypatch.setattr(convolutions, "PART", 3)
+    monkeypatch.setattr(depthwise, "CPU_CACHE_BYTES", two_rows)
+    monkeypatch.setattr(depthwise, "CUDNN_SLOW_BYTES", 4 * two_rows)
+    monkeypatch.setattr(depthwise, "CUDNN_CHANNELS", 3)
     rng = np.random.default_rng(0)
     x = jnp.array(rng.normal(size=(2, size, size + 1, channels)), jnp.float32)
     k = jnp.array(rng.normal(size=(kernel, kernel, 1, channels)), jnp.float32)
-    wanted, wanted_vjp = jax.vjp(lambda x, k: _convolution(x, k, stride), x, k)
+    wanted, wanted_vjp = jax.vjp(lambda x, k: plain_depthwise_conv(x, k, stride), x, k)
     got, got_vjp = jax.vjp(lambda x, k: depthwise_conv(x, k, stride), x, k)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
     for ours, theirs in zip(got_vjp(wanted), wanted_vjp(wanted), strict=True):
@@ -245,7 +238,7 @@ def test_every_form_of_the_depthwise_convolution_is_the_convolution(kernel, stri
 
 
 def test_devices_that_share_a_batch_meet_once_for_the_gradient_of_a_depthwise_kernel(monkeypatch):
-    monkeypatch.setattr(convolutions, "CACHE", 0)
+    monkeypatch.setattr(depthwise, "CPU_CACHE_BYTES", 0)
     mesh = make_mesh(8)
     sharded, everywhere = batch_sharding(mesh), replicated(mesh)
 
@@ -271,11 +264,6 @@ def swish_arguments(seed=0):
     return (x, mean, scale, shift), weights, jnp.float32(rng.normal(size=x.shape))
 
 
-def plain_swish(x, mean, scale, shift):
-    z = (x - mean) * scale + shift
-    return z / (1.0 + jnp.exp(-z))
-
-
 def assert_same_values_and_gradients(ours, plain, arguments, cotangent):
     (wanted, wanted_vjp), (got, got_vjp) = jax.vjp(plain, *arguments), jax.vjp(ours, *arguments)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -286,28 +274,36 @@ def assert_same_values_and_gradients(ours, plain, arguments, cotangent):
     )
 
 
-def test_the_gradients_of_the_normalized_swish_are_autodiffs(form):
+def test_the_plain_norm_and_swish_and_gate_are_the_formula():
+    inputs, weights, _ = swish_arguments()
+    x, mean, scale, shift = (np.float64(value) for value in inputs)
+    z = (x - mean) * scale + shift
+    wanted = z / (1 + np.exp(-z))
+    np.testing.assert_allclose(plain_norm_swish(*inputs), wanted, atol=1e-5)
+    (reduce, reduce_bias), (expand, expand_bias) = jax.tree.map(np.float64, weights)
+    hidden = wanted.mean((1, 2), keepdims=True) @ reduce + reduce_bias
+    factor = 1 / (1 + np.exp(-(hidden / (1 + np.exp(-hidden)) @ expand + expand_bias)))
+    np.testing.assert_allclose(plain_norm_swish_gate(*inputs, weights), wanted * factor, atol=1e-5)
+
+
+def test_every_form_of_norm_and_swish_is_the_formula(form):
     inputs, _, cotangent = swish_arguments()
-    assert_same_values_and_gradients(normalized_swish, plain_swish, inputs, cotangent)
+    assert_same_values_and_gradients(norm_swish, plain_norm_swish, inputs, cotangent)
 
 
-def test_the_gradients_of_the_gated_swish_are_autodiffs(form):
+def test_every_form_of_norm_swish_and_gate_is_the_formula(form):
     inputs, weights, cotangent = swish_arguments()
-
-    def plain(*arguments):
-        *inputs, weights = arguments
-        y = plain_swish(*inputs)
-        return y * gate(y.mean((1, 2), keepdims=True), weights)
-
-    assert_same_values_and_gradients(gated_swish, plain, (*inputs, weights), cotangent)
+    assert_same_values_and_gradients(norm_swish_gate, plain_norm_swish_gate, (*inputs, weights), cotangent)
 
 
-@pytest.mark.parametrize(("channels", "filters"), [(6, 24), (24, 6)])
-def test_the_gradient_of_a_pointwise_kernel_is_the_product_of_pixels(form, channels, filters):
+@pytest.mark.parametrize(("channels", "filters"), [(6, 24), (24, 6), (64, 8)])
+def test_every_form_of_the_pointwise_convolution_is_the_product_of_pixels(form, channels, filters):
     rng = np.random.default_rng(0)
     x, kernel = rng.normal(size=(2, 3, 3, channels)), rng.normal(size=(channels, filters))
-    cotangent = rng.normal(size=(2, 3, 3, filters))
-    _, vjp = jax.vjp(pointwise_conv, jnp.float32(x), jnp.float32(kernel))
-    of_x, of_kernel = vjp(jnp.float32(cotangent))
-    np.testing.assert_allclose(of_kernel, x.reshape(-1, channels).T @ cotangent.reshape(-1, filters), atol=1e-4)
-    np.testing.assert_allclose(of_x, cotangent @ kernel.T, atol=1e-4)
+    dy = rng.normal(size=(2, 3, 3, filters))
+    y, vjp = jax.vjp(pointwise_conv, jnp.float32(x), jnp.float32(kernel))
+    dx, dkernel = vjp(jnp.float32(dy))
+    np.testing.assert_allclose(y, x @ kernel, atol=1e-4)
+    np.testing.assert_allclose(plain_pointwise_conv(jnp.float32(x), jnp.float32(kernel)), x @ kernel, atol=1e-4)
+    np.testing.assert_allclose(dkernel, x.reshape(-1, channels).T @ dy.reshape(-1, filters), atol=1e-4)
+    np.testing.assert_allclose(dx, dy @ kernel.T, atol=1e-4)

@@ -19,8 +19,8 @@ import jax
 from effnetlib.errors import EffnetlibError
 from effnetlib.evaluation import lower_eval_step
 from effnetlib.mesh import make_mesh
-from effnetlib.model import multiply_adds
 from effnetlib.planning.collectives import Collective, collectives, seconds
+from effnetlib.planning.flops import multiply_adds
 from effnetlib.planning.topology import GIB, chip_of, devices_of
 from effnetlib.recipe import Recipe
 from effnetlib.runs.files import write_atomically
@@ -34,9 +34,11 @@ PROGRAM = (
     "data/images",
     "model",
     "norm",
-    "ops/convolutions",
-    "ops/activation",
-    "ops/squeeze_excite",
+    "ops/depthwise",
+    "ops/norm_swish",
+    "ops/platforms",
+    "ops/pointwise",
+    "ops/norm_swish_gate",
     "step",
     "optim",
     "evaluation",

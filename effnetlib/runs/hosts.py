@@ -139,3 +139,21 @@ def raise_together() -> Iterator[None]:
             refusal = EffnetlibError(f"process {refused.argmax()} of {len(refused)} refused: its log says why")
     if refusal is not None:
         raise refusal
+
+
+def simulate_devices(count: int) -> None:
+    """Gives this process `count` CPU devices. Call it after `start`, and before anything else touches jax's devices.
+
+    Raises:
+      EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        pass  # the backend has started; whether that matters is seen below
+    if jax.local_device_count() != count or jax.default_backend() != "cpu":
+        raise EffnetlibError(
+            f"{count} simulated devices were asked for, but jax already runs with {jax.local_device_count()} "
+            f"{jax.default_backend()} device(s): restart the kernel and run from the top"
+        )

@@ -17,10 +17,10 @@ from effnetlib.__main__ import main
 from effnetlib.evaluation import lower_eval_step
 from effnetlib.mesh import make_mesh
 from effnetlib.mesh import replica_groups as groups_of
-from effnetlib.model import multiply_adds
 from effnetlib.planning import plan as planning
 from effnetlib.planning import topology
 from effnetlib.planning.collectives import Collective, collectives, replica_groups, seconds
+from effnetlib.planning.flops import multiply_adds
 from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.planning.topology import CHIPS, chip_of
 from effnetlib.runs.paths import published_folder

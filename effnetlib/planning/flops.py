@@ -1,0 +1,19 @@
+"""The arithmetic of a model, counted from its shapes."""
+
+from effnetlib.model import block_specs, head_filters, scaling
+
+
+def multiply_adds(name: str, resolution: int | None = None, num_classes: int = 1000) -> int:
+    """Multiply-adds of one image's forward pass through a variant's convolutions and classifier.
+
+    The EfficientNet paper calls them FLOPS. The resolution is the variant's own unless another is given.
+    """
+    size = -(-(resolution or scaling(name).resolution) // 2)
+    specs = block_specs(name)
+    total = size**2 * 27 * specs[0].in_filters
+    for spec in specs:
+        if spec.expansion != 1:
+            total += size**2 * spec.in_filters * spec.expanded
+        size = -(-size // spec.stride)
+        total += size**2 * spec.expanded * (spec.kernel**2 + spec.out_filters) + 2 * spec.expanded * spec.squeezed
+    return total + size**2 * specs[-1].out_filters * head_filters(name) + head_filters(name) * num_classes
