@@ -32,7 +32,7 @@ def open_run(
     """Opens a run's folder, in all processes; arguments and errors are those of `train`.
 
     Everything is checked before anything is written. When the block ends, the record holds the
-    status, whatever happens. Nothing is written where it was "completed" before.
+    status, whatever happens. Nothing is written where that was "completed" before.
     """
     devices = jax.devices()
     with contextlib.ExitStack() as block:
@@ -156,12 +156,12 @@ def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None
 
 def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
     """The record in the folder, if it is of this recipe and data; else a new one."""
-    train = splits["train"]
     described = {
         "source": recipe.dataset,
-        **{f"{name}_examples": len(split) for name, split in splits.items()},
-        "num_classes": len(train.class_names),
-        "class_names": list(train.class_names),
+        "train_examples": len(splits["train"]),
+        "eval_examples": len(splits["eval"]),
+        "num_classes": len(splits["train"].class_names),
+        "class_names": list(splits["train"].class_names),
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
         "names": {name: split.names for name, split in splits.items() if split.names},
         "total_steps": recipe.total_steps,
