@@ -36,7 +36,9 @@ SPLIT_NAMES = {
     "eval": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-JUNK = (".", "__MACOSX", "@eaDir", "lost+found")  # what systems put between the photographs
+# What systems put between the photographs.
+JUNK = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin")
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 WNID = re.compile(r"n\d{8}")
 WHOLE = 1000  # synsets
 TARS = {"train": "ILSVRC2012_img_train.tar", "eval": "ILSVRC2012_img_val.tar"}
@@ -242,8 +244,8 @@ class _Walk:
             for entry in sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name):
                 if entry.is_dir():
                     folders.append(entry)
-                elif entry.name.lower().endswith(SUFFIXES):
-                    photos.append(entry)
+                elif entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or not os.path.exists(entry.path)):
+                    photos.append(entry)  # no pipe or socket, but a link to nothing, which reading names
                 else:
                     (folders if entry.is_symlink() and not os.path.exists(entry.path) else others).append(entry)
         return folders, photos, others
@@ -260,7 +262,7 @@ class _Walk:
         return f"{folder.relative_to(self.root).as_posix()}/"
 
     def _folders(self, base: Path) -> Listing:
-        folders, split = self._scan(base)[0], self.split
+        (folders, _, files), split = self._scan(base), self.split
         places: dict[str, Path] = {}
         for entry in folders:
             if kind := split_of(entry.name):
@@ -282,19 +284,28 @@ class _Walk:
         if "test" in places and "eval" not in places and split != "train":
             if split == "test":
                 raise MissingSplit(f"{places['test']} is what {self.root} evaluates on: it has no test split beside it")
-            others = {Path(entry.path) for entry in (*folders, *self._scan(self.root)[0])} - {base, *base.parents}
-            others = sorted(others - set(places.values()))
-            rivals = [folder.name for folder in others if {e.name for e in self._scan(folder)[0]} & set(classes)]
+            above, _, more = self._scan(self.root)
+            others = {Path(entry.path) for entry in (*folders, *above)} - {base, *base.parents, *places.values()}
+            rivals = {folder.name for folder in others if self._may_be_eval(folder, classes)}
+            rivals |= {e.name for e in (*files, *more) if e.name.lower().endswith(ARCHIVES)
+                       and split_of(e.name.partition(".")[0]) == "eval"}  # fmt: skip
             if rivals:
                 raise EffnetlibError(
-                    f"{base} has no val folder, and {', '.join(map(shown, rivals))} holds classes of train just as "
-                    f"{places['test'].name} does: rename the one to evaluate on to val"
+                    f"{base} has no val folder, and {', '.join(map(shown, sorted(rivals)))} could be evaluated on just as "
+                    f"{places['test'].name} could: unpack archives, and rename the folder to evaluate on to val"
                 )
             places["eval"] = places["test"]
         if split not in places:
             there = in_words(self.unused + Counter(map(self._where, places.values())))
             raise MissingSplit(f"{base} has no {split} split (seen: {there}): wanted is {WANTED[split]}")
         return self._by_class(places[split], classes)
+
+    def _may_be_eval(self, folder: Path, classes: list[str]) -> bool:
+        """Whether a folder, or one in it, holds folders with names of classes, in whatever case."""
+        inside = [Path(entry.path) for entry in self._scan(folder)[0] if entry.is_dir()]
+        below = (entry.name for place in inside for entry in self._scan(place)[0])
+        names = {name.casefold() for name in classes}
+        return any(name.casefold() in names for name in itertools.chain((place.name for place in inside), below))
 
     def _by_class(self, place: Path, classes: list[str]) -> Listing:
         where = self._where(place)

@@ -4,6 +4,7 @@ A shard is written beside its final name and renamed when it is whole, with a no
 killed goes on where it stood, and nothing that is there is ever damaged. The manifest comes last.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -119,11 +120,13 @@ def _prepare(dest: Path, listings: dict[str, Listing], shards: list[_Shard], con
     known = {shard["file"]: shard for about in before["splits"].values() for shard in about["shards"]}
     notes = dest / NOTES
     notes.mkdir(exist_ok=True)
-    for leftover in dest.glob(".*.array_record*"):
+    for leftover in dest.glob(".*-?????-of-?????.array_record*"):
         leftover.unlink()
     for note in notes.glob("*.json"):
-        about = json.loads(note.read_text())
-        known[about["file"]] = about
+        known[note.stem] = {}  # where a crash cut the note off: its shard is made again
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            about = json.loads(note.read_text())
+            known[about["file"]] = about
     done = {shard.file for shard in shards if _is_whole(dest, shard, known.get(shard.file))}
     todo = [shard for shard in shards if shard.file not in done]
     _require_space(dest, todo)
@@ -132,11 +135,10 @@ def _prepare(dest: Path, listings: dict[str, Listing], shards: list[_Shard], con
         known[shard.file] = json.loads((notes / f"{shard.file}.json").read_text())
     manifest = _manifest(before, listings, shards, known)
     write_atomically(dest / MANIFEST, json.dumps(manifest) + "\n")
+    # Of an earlier, unfinished preparation of fewer or more photographs. What else lies there is not ours.
+    for stale in known.keys() - {shard.file for shard in shards}:
+        (dest / stale).unlink(missing_ok=True)
     shutil.rmtree(notes)
-    listed = {shard["file"] for about in manifest["splits"].values() for shard in about["shards"]}
-    for stale in dest.glob("*.array_record"):  # of an earlier, unfinished preparation of fewer or more photographs
-        if stale.name not in listed:
-            stale.unlink()
     return manifest
 
 
@@ -221,7 +223,8 @@ def _write_shards(dest: Path, shards: list[_Shard], convert_odd: bool) -> None:
             pool.shutdown(cancel_futures=True)
             raise
     if refused:
-        write_atomically(dest / "refused.txt", "".join(f"{name}\t{reason}\n" for name, reason, _ in refused))
+        text = "".join(f"{name}\t{reason}\n" for name, reason, _ in refused)
+        write_atomically(dest / "refused.txt", text.encode(errors="surrogateescape"))  # names as the disk has them
         named = "; ".join(f"{name}: {reason}" for name, reason, _ in refused[:10])
         more = f"; and {len(refused) - 10} more" if len(refused) > 10 else ""
         hint = "--convert makes JPEGs of them" if all(able for *_, able in refused) else "replace them and run it again"

@@ -91,11 +91,14 @@ class Instruction:
 class ShardedRecords:
     """Records by index over several shards. `order[i]` is where example i lies; None means where it is counted.
 
-    Threads may share it. Reading a damaged shard is a FailedError that names it, and says `remedy`.
+    Threads may share it. Reading a damaged shard, or a label of `classes` or more, is a FailedError that names the shard and
+    says `remedy`.
     """
 
-    def __init__(self, shards: list[tuple[Path, int]], order: np.ndarray | None = None, remedy: str = "write it anew"):
-        self.shards, self.order, self.remedy = shards, order, remedy
+    def __init__(
+        self, shards: list[tuple[Path, int]], classes: int, order: np.ndarray | None = None, remedy="write it anew"
+    ):
+        self.shards, self.classes, self.order, self.remedy = shards, classes, order, remedy
         self.starts = np.cumsum([0, *(count for _, count in shards)])
 
     @functools.cached_property
@@ -109,7 +112,10 @@ class ShardedRecords:
     def __getitem__(self, index: int) -> tuple[bytes, int, str]:
         place = index if self.order is None else int(self.order[index])
         try:
-            return decode_record(self._source[place])
+            image, label, name = decode_record(self._source[place])
+            if not 0 <= label < self.classes:
+                raise ValueError(f"label {label}, where {self.classes} classes are named")
+            return image, label, name
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             path = self.shards[int(np.searchsorted(self.starts, place, side="right")) - 1][0]
             reason = str(error).splitlines()[0]
@@ -152,6 +158,10 @@ def read_manifest(folder: Path) -> dict:
             ]
         for part, keys in parts:
             _ = [part[key] for key in keys]
+        for split, about in manifest["splits"].items():
+            counts = (sum(shard["examples"] for shard in about["shards"]), sum(about["examples_a_class"]))
+            if counts != (about["examples"],) * 2 or len(about["examples_a_class"]) != len(manifest["classes"]):
+                raise ValueError(f"the counts of {split} contradict each other")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EffnetlibError(f"{folder / MANIFEST} is damaged, or of another version: {error}") from None
     return manifest
@@ -191,7 +201,7 @@ def open_shards(root: Path, split: str) -> Shards | None:
                 raise FailedError(f"the shard {path} is missing: preparing again mends it")
         order = np.argsort(shard_order(about["examples"]))
         remedy = "`effnetlib data check` lists what is; delete those, and preparing again mends it"
-        records = ShardedRecords(shards, order, remedy)
+        records = ShardedRecords(shards, len(manifest["classes"]), order, remedy)
         used = {shard["file"] for each in manifest["splits"].values() for shard in each["shards"]} | {MANIFEST}
         unused = beside(root, root, used.__contains__)
         return Shards(records, tuple(manifest["classes"]), about["fingerprint"], about.get("origin", split), unused)
@@ -217,6 +227,12 @@ def _open_tfds(root: Path, info: Path, split: str) -> Shards:
     name = known.get(split) or (known.get("test") if split == "eval" else None)
     if name is None or (split == "test" and "eval" not in known):
         raise EffnetlibError(f"{folder} has no {split} split, only {', '.join(named)}")
+    unread = [each for each in named if each not in known.values()]
+    if split == "eval" and "eval" not in known and unread:
+        raise EffnetlibError(
+            f"{folder} has no validation split, and {', '.join(unread)} could be evaluated on just as {name} could: set "
+            f"subset=minival, which holds out a part of train, or take what is not meant out of {INFO}"
+        )
     lengths = named[name]
     pattern = re.compile(rf".+-{re.escape(name)}\.array_record-(\d+)-of-0*{len(lengths)}")
     files = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
@@ -228,13 +244,14 @@ def _open_tfds(root: Path, info: Path, split: str) -> Shards:
     labels = folder / "label.labels.txt"
     if not labels.is_file():
         raise EffnetlibError(f"{labels} is missing, which names the classes")
-    names = tuple(labels.read_text().split("\n"))
+    try:
+        names = tuple(labels.read_text("utf-8").removesuffix("\n").split("\n"))
+    except UnicodeError as error:
+        raise EffnetlibError(f"{labels} is not UTF-8: {error}") from None
     digest = hashlib.sha256(info.read_bytes())
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     written = re.compile(r".+\.array_record-\d+-of-\d+|.+\.(json|labels\.txt)")
-    unused = beside(root, folder, written.fullmatch) | {
-        f"the split {each}": sum(count) for each, count in named.items() if each not in known.values()
-    }
-    records = ShardedRecords(list(zip(files, lengths, strict=True)))
-    return Shards(records, names[:-1] if not names[-1] else names, digest.hexdigest()[:16], name, unused)
+    unused = beside(root, folder, written.fullmatch) | {f"the split {each}": sum(named[each]) for each in unread}
+    records = ShardedRecords(list(zip(files, lengths, strict=True)), len(names))
+    return Shards(records, names, digest.hexdigest()[:16], name, unused)

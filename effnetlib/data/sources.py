@@ -162,6 +162,7 @@ def _digits(split: str) -> Split:
     return _in_memory(pixels, digits.target[chosen], map(str, range(10)))
 
 
+CIFAR10_FINGERPRINTS = {"train": "72c15e60c081b70e", "eval": "8353b1fbf11acba6"}
 CIFAR10_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "eval": ["test_batch.bin"]}
 
 
@@ -175,7 +176,11 @@ def _cifar10(split: str) -> Split:
     records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in names])
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     classes = "airplane automobile bird cat deer dog frog horse ship truck"
-    return _in_memory(np.ascontiguousarray(images), records[:, 0], classes.split())
+    data = _in_memory(np.ascontiguousarray(images), records[:, 0], classes.split())
+    if data.fingerprint != CIFAR10_FINGERPRINTS[split]:
+        damaged = f"the {split} split in {folder} is damaged, or not CIFAR-10"
+        raise EffnetlibError(f"{damaged}: get it with `effnetlib data fetch cifar10`")
+    return data
 
 
 IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}

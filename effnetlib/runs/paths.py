@@ -7,8 +7,11 @@ from pathlib import Path
 from effnetlib.errors import EffnetlibError
 from effnetlib.runs.progress import say
 
-_ADDRESS = re.compile(r"(?:^|/)\s*[A-Za-z][\w+.-]+:(?:/|$)")  # one slash too: pathlib makes gs:/bucket of gs://bucket
-_VARIABLE = re.compile(r"(?:^|/)\$\{?[A-Za-z_]")
+# One slash too: pathlib makes gs:/bucket of gs://bucket.
+_ADDRESS = re.compile(r"^\s*[\w+.@-]+:(?:/|$)|/\s*[A-Za-z][\w+.-]+:(?:/|$)")
+_HOST_OR_DRIVE = re.compile(r"[\w+.@-]+:[^/]*")
+_VARIABLE = re.compile(r"(?:^|/)(?:\$[A-Za-z_]|%\w+%)|\$[({]|`|\{\{")
+_WRAPPED = re.compile(r"^\s|\s$|^(['\"]).*\1$", re.DOTALL)
 
 
 def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: bool = False) -> Path:
@@ -21,21 +24,27 @@ def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: 
       folder: whether a folder is meant, which need not exist.
 
     Raises:
-      EffnetlibError: it is empty, an address such as gs://BUCKET, holds a variable, or a file is where a folder should be.
+      EffnetlibError: it is empty, in quotes, an address such as gs://BUCKET or HOST:PLACE, holds a variable, or a file is where
+        a folder should be.
     """
     given, wrong = os.fspath(text), f"{what} {os.fspath(text)!r}"
     if not given.strip() or "\0" in given:
         raise EffnetlibError(f"{wrong} is not a path: name a file or folder")
-    if _ADDRESS.search(given):
+    first = _HOST_OR_DRIVE.match(given)
+    if _ADDRESS.search(given) or (first and not os.path.lexists(Path(base or "", first[0]))):
         raise EffnetlibError(
             f"{wrong} is an address: mount it, or copy what it holds, and give the path on this machine"
         )
     if _VARIABLE.search(given):
         raise EffnetlibError(f"{wrong} holds a variable, which no shell has replaced: write out what it stands for")
+    if _WRAPPED.search(given):
+        raise EffnetlibError(f"{wrong} begins and ends with quotes, or has a blank at an end: leave them out")
     try:
         path = Path(os.path.abspath(Path(base or "", Path(given).expanduser())))
     except RuntimeError:
         raise EffnetlibError(f"{wrong} names a user who has no home folder here: write the path out") from None
+    except FileNotFoundError:
+        raise EffnetlibError(f"{wrong} begins in the working directory, which was deleted: change to another") from None
     lowest = path if folder else path.parent
     place = next(each for each in (lowest, *lowest.parents) if os.path.exists(each))
     if not place.is_dir():

@@ -131,6 +131,10 @@ def _collect(found: Mapping[str, np.ndarray], variant: str, num_classes: int, na
             wrong.append(f"{theirs} is missing")
             continue
         value = np.asarray(found[theirs], np.float32)
+        if not jax.numpy.issubdtype(found[theirs].dtype, jax.numpy.floating):
+            wrong.append(f"{theirs} is of {found[theirs].dtype}, no floating-point numbers")
+        elif not np.isfinite(value).all() or (name == "var" and (value < 0).any()):
+            wrong.append(f"{theirs} holds values that are not finite, or variances below 0")
         try:
             value = from_theirs(layer.kind, value) if name == "kernel" else value
         except (ValueError, IndexError):
@@ -202,7 +206,7 @@ KERAS_VARIABLES = {4: ("gamma", "beta", "moving_mean", "moving_variance"), 3: ("
 def _read_keras(path: Path) -> dict[str, np.ndarray]:
     """Tensors by "LAYER/VARIABLE" of a Keras 3 `.keras` or `.weights.h5`, or an older `.h5` (weights alone or in a whole model);
     with the path of the model before it where models are nested."""
-    source = io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5")) if path.suffix == ".keras" else path
+    source = io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5")) if path.suffix.lower() == ".keras" else path
     tensors = {}
 
     def add(name, group):
@@ -241,15 +245,18 @@ def _stated(path: Path) -> dict:
     where = path if "config" in metadata else beside
     try:
         config = json.loads(metadata.get("config") or (beside.read_text() if beside.exists() else "{}"))
+        stated = config.get("num_classes")  # that of `pretrained_cfg` may be from before a fine-tuning
         config |= config.get("pretrained_cfg", {})
         architecture = config.get("architecture", "")
         if not architecture:
             return {"note": _unknown(path)}
-        ours = re.fullmatch(r"tf_efficientnet_(b[0-7]|nano)(?:_(aa|ap|ns))?", architecture)
-        tag = config.get("tag") or (ours and ours[2]) or ""
+        name = r"(?:.*[/:])?tf_efficientnet_(b[0-7]|nano)(?:_(aa|ap|ns))?(?:\.(\w+))?"
+        ours = re.fullmatch(name, architecture.lower())
+        tag = config.get("tag") or (ours and (ours[3] or ours[2])) or ""
         wrong = [] if ours else [f"is {architecture}, with other layers, padding or batch-norm epsilon"]
-        other = sorted({*config.get("model_args", {})} - {"num_classes", "drop_rate", "drop_path_rate"})
-        wrong += [f"was built with another {name}" for name in other]
+        other = {*config.get("model_args", {})} - {"num_classes", "drop_rate", "drop_path_rate"}
+        other |= {"global_pool"} if (config.get("global_pool") or "avg") != "avg" else set()
+        wrong += [f"was built with another {name}" for name in sorted(other)]
         for name, values in (("mean", MEAN_RGB), ("std", STDDEV_RGB)):
             values = np.round(np.divide(values, 255), 3).tolist()
             theirs = config.get(name, 0.5 if tag.startswith("ap") else values)  # AdvProp's
@@ -260,6 +267,7 @@ def _stated(path: Path) -> dict:
         variant = ours[1] if ours else "b*"
         size = int(config["input_size"][-1]) if "input_size" in config else None
         known = {"variant": variant, "image_size": size, "class_names": tuple(map(str, labels)), "tag": tag}
+        known |= {"num_classes": int(stated or 0), "note": str(config.get("note") or "")}
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise EffnetlibError(f"{where} is damaged, or no config of timm's: {first_line(error)}") from None
     if wrong:
@@ -293,11 +301,12 @@ def read(path: Path | str) -> tuple[str, int, Weights, dict]:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        suffix = path.suffix.lower()
+        if suffix == ".safetensors":
             tensors, known, from_theirs, name_of, dot = load_file(path), _stated(path), from_timm, _timm_name, "."
             stem, ends, head = "conv_stem.weight", "conv_dw.weight", ("conv_head.weight", 0)
             classifier = "classifier.weight"
-        elif path.suffix in (".h5", ".hdf5", ".keras"):
+        elif suffix in (".h5", ".hdf5", ".keras"):
             tensors, known, from_theirs, name_of, dot = _read_keras(path), {}, from_keras, _keras_name, "/"
             stem, ends, head = "stem_conv/kernel", "dwconv/kernel", ("top_conv/kernel", -1)
             classifier = "predictions/kernel"
@@ -336,10 +345,10 @@ def read(path: Path | str) -> tuple[str, int, Weights, dict]:
             + (f"under another head ({listed(other)})" if other else "without any head")
             + ": what can be imported has the head it was published with"
         )
-    if len(known.get("class_names", ())) not in (0, num_classes):
-        raise EffnetlibError(
-            f"{path} has {num_classes} logits, and {len(known['class_names'])} names of classes are stated"
-        )
+    counts = {"classes": known.pop("num_classes", 0), "names of classes": len(known.get("class_names", ()))}
+    for what, count in counts.items():
+        if count not in (0, num_classes):
+            raise EffnetlibError(f"{path} has {num_classes} logits, and {count} {what} are stated")
     notes = [known["note"]] if "note" in known else []
     if outer:
         notes.append(f"of the model around {variant} in {path.name}, {listed(outer)} is left out")
@@ -362,6 +371,7 @@ def write(path: Path | str, weights: Weights, variant: str, num_classes: int = 1
     size = known.get("image_size", VARIANTS[variant].resolution)
     config = {"architecture": f"tf_efficientnet_{variant}", "num_classes": num_classes, "tag": known.get("tag")}
     config |= {"input_size": [3, size, size], "mean": mean, "std": std, "label_names": known.get("class_names")}
+    config["note"] = known.get("note")
     tensors = to_timm(weights, variant, num_classes)
     write_atomically(Path(path), to_bytes(tensors, {"config": json.dumps({k: v for k, v in config.items() if v})}))
 

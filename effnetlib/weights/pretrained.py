@@ -90,9 +90,10 @@ class Pretrained:
           EffnetlibError: the suffix is another, or the file cannot be written.
         """
         file = user_path(file, "the file")
-        if file.suffix != ".safetensors":
+        if file.suffix.lower() != ".safetensors":
             raise EffnetlibError(f"{file} does not end in .safetensors")
-        known = {"image_size": self.image_size, "class_names": self.class_names, "tag": self.origin.get("tag")}
+        known = {"image_size": self.image_size, "class_names": self.class_names}
+        known |= {name: self.origin.get(name) for name in ("tag", "note")}
         try:
             weights.write(file, self.weights, self.variant, self.num_classes, **known)
         except OSError as error:

@@ -99,7 +99,7 @@ def _steps(sample, scratch: Path, size: int) -> dict[str, Callable[[int], object
         loose.append(Photo(path.name, label, str(path), len(encoded)))
         writer.write(encode_record(encoded, label, path.name))
     writer.close()
-    records = ShardedRecords([(scratch / "all.array_record", len(sample))])
+    records = ShardedRecords([(scratch / "all.array_record", len(sample))], 1000)
 
     def pipeline(augmentation, read):
         return lambda index: train_image(decode(read(index), ""), size, augmentation, example_rng(0, 0, index))

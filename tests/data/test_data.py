@@ -281,7 +281,12 @@ def test_other_names_of_the_folders(train, tmp_path):
 @pytest.mark.parametrize(
     ("paths", "sentence"),
     [
-        (("test/ant/*1", "test/bee/*1", "holdout/ant/*1"), "has no val folder, and holdout holds classes of train just as test does"),
+        (("test/ant/*1", "test/bee/*1", "holdout/ant/*1"), "has no val folder, and holdout could be evaluated on just as test could: unpack archives, and rename"),
+        (("test/ant/*1", "test/bee/*1", "extra/val/ant/*1"), "and extra could be evaluated on just as test could"),
+        (("test/ant/*1", "test/bee/*1", "holdout/images/bee/*1"), "and holdout could be evaluated on"),
+        (("test/ant/*1", "test/bee/*1", "holdout/Ant/*1", "holdout/BEE/*1"), "and holdout could be evaluated on"),
+        (("test/ant/*1", "test/bee/*1", "val.zip", "Validation.tar.gz", "train.zip", "val.csv"),
+         "and Validation.tar.gz, val.zip could be evaluated on"),
         (("val/ant/*1", "val/bee/*1", "valid/ant/*1"), "has val and valid, and each could be the eval split"),
         (("test/*4",), r"has no eval split \(seen: test/\*.jpg \(4\), train/\): wanted is val/CLASS/\*.jpg .* or the setting subset=minival"),
         (("test/Ant/*4", "test/Bee/*4"), r"has no eval split \(seen: test/Ant/, test/Bee/, train/"),
@@ -367,6 +372,18 @@ def test_links_are_followed_and_one_to_nothing_is_refused(tmp_path):
     assert len(load(name, "eval")) == 3 and load(name, "eval").origin == "val/"
 
 
+def test_only_files_are_photographs_and_a_recycle_bin_is_no_class(tmp_path):
+    name = photos(
+        tmp_path / "in", *TRAIN_AND, "val/ant/*1", "val/bee/*1", "train/$RECYCLE.BIN/", "val/$Recycle.Bin/S-1/"
+    )
+    os.mkfifo(tmp_path / "in/train/ant/p.jpg")
+    train = load(name, "train")
+    assert (len(train), train.class_names, train.unused) == (5, ("ant", "bee"), {"train/**/*.jpg": 1})
+    (tmp_path / "in/train/ant/q.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(EffnetlibError, match="train/ant/q.jpg cannot be read: No such file"):
+        load(name, "train")
+
+
 def test_a_folder_is_listed_once_until_it_changes(tmp_path, monkeypatch):
     name = photos(tmp_path / "in", "train/ant/*80", "train/bee/*80", "val/ant/*1", "val/bee/*1")
     for folder, *_ in os.walk(name):
@@ -385,6 +402,10 @@ def test_a_folder_is_listed_once_until_it_changes(tmp_path, monkeypatch):
     assert len(load(name, "train")) == 160
 
 
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def test_cifar10_has_its_pixels_and_labels_in_place(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.KNOWN, "cifar10", sources.DataInfo(10, 2, 10))
     folder = tmp_path / "data/cifar10"
@@ -394,6 +415,9 @@ def test_cifar10_has_its_pixels_and_labels_in_place(tmp_path, monkeypatch):
     rows = np.concatenate([[[3], [9]], red_first.reshape(2, 3072)], axis=1).astype(np.uint8)
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
         rows.tofile(folder / name)
+    pixels, labels = red_first.transpose(0, 2, 3, 1).tobytes(), np.int32([3, 9]).tobytes()
+    for split, files in (("train", 5), ("eval", 1)):
+        monkeypatch.setitem(sources.CIFAR10_FINGERPRINTS, split, sha256(pixels * files + labels * files))
     train, evaluation = load("cifar10", "train"), load("cifar10", "eval")
     assert (len(train), len(evaluation)) == (10, 2) and [train.class_names[i] for i in labels_of(train)[:2]] == [
         "cat",
@@ -588,6 +612,8 @@ def cifar10_folder(monkeypatch, keep=slice(None)):
     """CIFAR-10 of two examples a file, whose sums pass for the official ones; of its files `keep` are there."""
     monkeypatch.setitem(sources.KNOWN, "cifar10", sources.DataInfo(10, 2, 10))
     content = bytes(2 * 3073)
+    for split, examples in (("train", 10), ("eval", 2)):
+        monkeypatch.setitem(sources.CIFAR10_FINGERPRINTS, split, sha256(bytes((3072 + 4) * examples)))
     monkeypatch.setattr(fetching, "CIFAR10_MD5", dict.fromkeys(fetching.CIFAR10_MD5, hashlib.md5(content).hexdigest()))
     folder = sources.cache_folder() / "cifar10"
     folder.mkdir(parents=True)
@@ -610,6 +636,11 @@ def test_fetching_asks_the_files_and_mends_what_is_not_whole(damage, tmp_path, m
     if damage in ("one missing", "one cut off", "empty folder"):
         with pytest.raises(
             EffnetlibError, match=r"data_batch_\d.bin is (missing|not whole): get CIFAR-10 with `effnetlib data fetch"
+        ):
+            load("cifar10", "train")
+    if damage == "one damaged":
+        with pytest.raises(
+            EffnetlibError, match="train split in .* is damaged, or not CIFAR-10: .*`effnetlib data fetch"
         ):
             load("cifar10", "train")
     asked = []

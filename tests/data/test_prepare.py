@@ -216,18 +216,37 @@ def test_two_versions_of_tfds_are_refused_by_name(tmp_path):
 def test_tfds_without_validation_is_evaluated_on_test_and_says_so(tmp_path):
     tfds(tmp_path / "in")
     folder = tmp_path / "in/imagenet2012/5.1.0"
-    about = (folder / "dataset_info.json").read_text()
-    more = [{"name": "extra", "shardLengths": ["7"]}]
-    about = json.loads(about.replace('"validation"', '"test"'))
-    (folder / "dataset_info.json").write_text(json.dumps(about | {"splits": about["splits"] + more}))
+    about = (folder / "dataset_info.json").read_text().replace('"validation"', '"test"')
+    (folder / "dataset_info.json").write_text(about)
     for path in folder.glob("*-validation.*"):
         path.rename(path.with_name(path.name.replace("validation", "test")))
     (folder / "notes.txt").write_text("")
     found = load(str(tmp_path / "in"), "eval")
     assert len(found) == 6 and found.origin == "test"
-    assert found.unused == {"the split extra": 7, "imagenet2012/5.1.0/*.txt": 1}
+    assert found.unused == {"imagenet2012/5.1.0/*.txt": 1}
     with pytest.raises(EffnetlibError, match="has no test split"):
         load(str(tmp_path / "in"), "test")
+    more = [{"name": "validation_v2", "shardLengths": ["7"]}]
+    about = json.loads(about)
+    (folder / "dataset_info.json").write_text(json.dumps(about | {"splits": about["splits"] + more}))
+    assert load(str(tmp_path / "in"), "train").unused["the split validation_v2"] == 7
+    with pytest.raises(
+        EffnetlibError, match="no validation split, and validation_v2 could be evaluated on just as test"
+    ):
+        load(str(tmp_path / "in"), "eval")
+
+
+def test_names_of_classes_that_do_not_fit_the_shards_of_tfds(tmp_path):
+    tfds(tmp_path / "in")
+    names = tmp_path / "in/imagenet2012/5.1.0/label.labels.txt"
+    names.write_text(f"{WNIDS[0]}\n")
+    train = load(str(tmp_path / "in"), "train")
+    assert train.example(0)[1] == 0
+    with pytest.raises(FailedError, match="label 1, where 1 classes are named"):
+        contents(train)
+    names.write_bytes("Käfer\n".encode("latin-1"))
+    with pytest.raises(EffnetlibError, match="label.labels.txt is not UTF-8"):
+        load(str(tmp_path / "in"), "train")
 
 
 def tiny_imagenet(root):
@@ -410,6 +429,58 @@ def test_preparing_again_mends_adds_and_keeps(tmp_path, monkeypatch):
     assert manifest["splits"].keys() == {"train", "eval"} and check(tmp_path / "out") == []
     kept = {name for name, time in times.items() if (tmp_path / "out" / name).stat().st_mtime_ns == time}
     assert kept == {"train-00000-of-00004.array_record", "train-00003-of-00004.array_record"}
+
+
+def test_what_others_put_into_the_destination_stays(tmp_path, monkeypatch):
+    by_class(tmp_path / "in")
+    for name in ("mine.array_record", "train-00000-of-00009.array_record", ".mine.array_record"):
+        put(tmp_path / "out" / name, b"precious")
+    prepare(tmp_path / "in", tmp_path / "out")
+    prepare(tmp_path / "in", tmp_path / "out")
+    kept = [path for path in (tmp_path / "out").iterdir() if path.read_bytes() == b"precious"]
+    assert len(kept) == 3
+    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)  # of our own, the former are taken away
+    prepare(tmp_path / "in", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").glob("train-*")}
+    assert names == {f"train-{i:05}-of-00004.array_record" for i in range(4)} | {"train-00000-of-00009.array_record"}
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "3", '{"file": '])
+def test_a_note_that_a_crash_cut_off_is_passed_over(text, tmp_path):
+    by_class(tmp_path / "in")
+    prepare(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out/manifest.json").unlink()
+    put(tmp_path / "out/.prepare/train-00000-of-00001.array_record.json", text.encode())
+    prepare(tmp_path / "in", tmp_path / "out")
+    assert check(tmp_path / "out") == [] and not (tmp_path / "out/.prepare").exists()
+
+
+def test_counts_of_a_manifest_that_contradict_each_other(tmp_path):
+    by_class(tmp_path / "in")
+    path = tmp_path / "out/manifest.json"
+    prepare(tmp_path / "in", tmp_path / "out")
+    text = path.read_text()
+    for wrong in (11, "12"):
+        for place in ("split", "shard"):
+            manifest = json.loads(text)
+            about = manifest["splits"]["train"]
+            (about if place == "split" else about["shards"][0])["examples"] = wrong
+            path.write_text(json.dumps(manifest))
+            with pytest.raises(EffnetlibError, match="manifest.json is damaged"):
+                load(str(tmp_path / "out"), "train")
+
+
+def test_a_refused_photograph_in_a_folder_whose_name_is_not_utf8(tmp_path):
+    try:
+        source = tmp_path / os.fsdecode(b"lat\xe4")
+        source.mkdir()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    by_class(source)
+    put(source / "train" / WNIDS[0] / "bad.jpg", b"x")
+    with pytest.raises(FailedError, match="1 photographs are refused"):
+        prepare(source, tmp_path / "out")
+    assert (tmp_path / "out/refused.txt").read_bytes().startswith(os.fsencode(source))
 
 
 def test_replacing_a_refused_photograph_keeps_the_other_shards(tmp_path, monkeypatch):

@@ -34,18 +34,20 @@ def test_a_path_is_absolute_from_where_the_user_stands(here):
     assert user_path("~/photos", "x") == here.parent / "home/photos"
     assert user_path("lamb", "x", here / "outputs") == here / "outputs/lamb"
     assert user_path("/lamb", "x", here / "outputs") == Path("/lamb")
-    assert user_path("a:b/c", "x") == here / "a:b/c"  # no address
+    for given in ("./a:b/c", "photos/12:30", "a b: c", "price$list", "Mum's", "50%/x"):
+        assert user_path(given, "x") == here / given
+    Path("a:b").mkdir()
+    assert user_path("a:b/c", "x") == here / "a:b/c"  # no address, as it is there
 
 
 @pytest.mark.parametrize(
     "address",
     ["gs://bucket/run", "s3://bucket", "https://example.org/x.tar", "file:///tmp/x", "hdfs://h:1/x", "abfs://c@a/x", "az://c/x",
-     "gs:/bucket/run", "GS://bucket", " gs://bucket", "gs://", "gs:", Path("gs://bucket"), "outputs/gs:/bucket", "/here/s3://bucket"],
+     "gs:/bucket/run", "GS://bucket", " gs://bucket", "gs://", "gs:", Path("gs://bucket"), "outputs/gs:/bucket", "/here/s3://bucket",
+     "me@vm:/data/x", r"C:\Users\me\shards", "D:/photos", "gs:bucket/x", "host:data/x"],
 )  # fmt: skip
 def test_an_address_is_refused_in_one_sentence_that_says_what_to_do(here, address):
-    sentence = (
-        rf"^--to '{re.escape(os.fspath(address))}' is an address: mount it, or copy what it holds, and give the path"
-    )
+    sentence = rf"^--to {re.escape(repr(os.fspath(address)))} is an address: mount it, or copy what it holds, and give the path"
     with pytest.raises(EffnetlibError, match=sentence) as refused:
         user_path(address, "--to")
     assert "\n" not in str(refused.value)
@@ -62,6 +64,15 @@ def test_an_address_is_refused_in_one_sentence_that_says_what_to_do(here, addres
         ("$HOME/photos", r"x '\$HOME/photos' holds a variable, which no shell has replaced"),
         ("${DATA}", "holds a variable"),
         ("/data/$USER/x", "holds a variable"),
+        ("$(pwd)/x", "holds a variable"),
+        ("`pwd`/x", "holds a variable"),
+        ("pre${X}", "holds a variable"),
+        ("%HOME%/x", "holds a variable"),
+        ("{{x}}/y", "holds a variable"),
+        (" /data/x", "begins and ends with quotes, or has a blank at an end: leave them out"),
+        ("/data/x\n", "has a blank at an end"),
+        ('"/data/x"', "begins and ends with quotes"),
+        ("'~/x'", "begins and ends with quotes"),
         ("~nobody-of-that-name/x", "names a user who has no home folder here"),
         ("file/below", "x 'file/below' cannot be used: .*here/file is a file, where a folder is wanted"),
     ],
@@ -70,6 +81,13 @@ def test_what_is_no_path_is_refused(here, given, sentence):
     Path("file").write_text("")
     with pytest.raises(EffnetlibError, match=sentence):
         user_path(given, "x")
+
+
+def test_a_working_directory_that_was_deleted(here):
+    here.rmdir()
+    assert user_path("/photos", "x") == Path("/photos")
+    with pytest.raises(EffnetlibError, match="x 'photos' begins in the working directory, which was deleted"):
+        user_path("photos", "x")
 
 
 def test_a_file_is_no_folder(here):

@@ -120,6 +120,9 @@ def test_an_import_says_what_nothing_states_and_keeps_it(nano, tmp_path):
     note = "nothing beside tf_nano_ap.safetensors states which network of timm's it holds (its name speaks of AdvProp)"
     assert done.exit_code == 0 and note in done.output, done.output
     assert Pretrained.load(tmp_path / "a").origin["note"].startswith(note)
+    for source, target in (("a", "b.safetensors"), ("b.safetensors", "c.SAFETENSORS")):
+        assert run("weights", "export", tmp_path / source, tmp_path / target).exit_code == 0
+        assert Pretrained.load(tmp_path / target).origin["note"].startswith(note)
 
 
 def test_image_size_classes_and_tag_go_through_import_and_export(nano, tmp_path):

@@ -304,6 +304,9 @@ def test_what_a_config_says_is_known(timm, b0, tmp_path):
     (config(top={"model_args": {"bn_eps": 1e-5}}), "built with another bn_eps"),
     (config("tf_efficientnet_b1"), "does not hold b1 with 10 classes: blocks.0.1.conv_dw.weight is missing"),
     (config(label_names=["a"]), "has 10 logits, and 1 names of classes are stated"),
+    (config(top={"num_classes": 7}), "has 10 logits, and 7 classes are stated"),
+    (config(top={"global_pool": "max"}), "built with another global_pool"),
+    ({"architecture": "hf-hub:timm/tf_efficientnet_b0.ap_in1k"}, "mean 0.5"),
     ("{", "config.json is damaged, or no config of timm's"), ("[]", "config.json is damaged"), ('{"architecture": 3}', "is damaged"),
     ({"architecture": "tf_efficientnet_b0", "input_size": "big"}, "is damaged"),
 ])  # fmt: skip
@@ -314,6 +317,26 @@ def test_what_has_our_names_and_shapes_and_is_another_network_is_refused(timm, c
     assert "\n" not in str(caught.value)
     if " is not ours" in str(caught.value):
         assert re.search(r"timm's tf_efficientnet_b[0*]\.aa_in1k, for one, would do", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_b0.aa_in1k", "hf-hub:timm/tf_efficientnet_b0.aa_in1k", "TF_EfficientNet_B0.aa_in1k"]
+)
+def test_a_tag_a_prefix_and_upper_case_are_no_other_network(timm, name, tmp_path):
+    path = save_timm(
+        tmp_path / "model.SAFETENSORS", timm, config(name, None, top={"global_pool": "avg"}, num_classes=1000)
+    )
+    assert weights.read(path)[0] == "b0" and weights.read(path)[3]["tag"] == "aa_in1k"
+
+
+@pytest.mark.parametrize(("name", "change", "sentence"), [
+    ("bn1.weight", lambda value: value * np.nan, "bn1.weight holds values that are not finite"),
+    ("bn1.running_var", lambda value: value - 9, "bn1.running_var holds values that are not finite, or variances below 0"),
+    ("conv_stem.weight", lambda value: value.astype(np.int8), "conv_stem.weight is of int8, no floating-point numbers"),
+])  # fmt: skip
+def test_what_are_no_weights_is_refused(timm, name, change, sentence, tmp_path):
+    with pytest.raises(EffnetlibError, match=sentence):
+        weights.read(save_timm(tmp_path / "model.safetensors", timm | {name: change(timm[name])}, config()))
 
 
 @pytest.mark.parametrize(("name", "hint"), [
