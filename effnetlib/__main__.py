@@ -32,14 +32,16 @@ class _Commands(click.Group):
 def main():
     """EfficientNet at supercomputer scale (arXiv 2011.00071): suites of notebooks, their reports, and data."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # a standard stream that is closed would be the number of the next file that is opened
+        pass  # if a standard stream is closed, the next file that is opened would take its number
     os.close(number)
     with contextlib.suppress(locale.Error):
-        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # all text files of ours are UTF-8, whatever the shell says
-    os.environ["MPLBACKEND"] = "agg"  # no window is opened here; an unknown name would end the import of matplotlib
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # all our text files are UTF-8, whatever the shell says
+    os.environ["MPLBACKEND"] = "agg"  # no windows; an IDE's own name would end the import of matplotlib
 
 
-_set = click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Another value; repeatable.")
+_set = click.option(
+    "--set", "changes", metavar="KEY=VALUE", multiple=True, help="Another value of a setting; repeatable."
+)
 _price = click.option("--price", type=click.FloatRange(0), help="Dollars per chip and hour.")
 
 
@@ -95,10 +97,10 @@ def report(directories, price):
 @_price
 @click.option("--json", "as_json", is_flag=True, help="All figures, as JSON.")
 def plan(preset, topology, changes, price, as_json):
-    """Predict what PRESET (b0-1024-lars, or any other) does on a TPU slice that need not be there: memory, time, collectives.
+    """Predict what PRESET (such as b0-1024-lars) needs on a TPU slice that need not be there: memory, time, collectives.
 
-    Compiles the very train and evaluation steps, which takes minutes the first time. Needs pip install 'effnetlib[plan]'.
-    --set changes a field of the recipe."""
+    It compiles the real train and evaluation steps, which takes minutes the first time. --set changes a setting of the
+    recipe. Needs pip install 'effnetlib[plan]'."""
     import jax
 
     from effnetlib.planning.plan import plan
@@ -161,7 +163,7 @@ def check(dest):
 
 @main.group()
 def weights():
-    """Bring published weights in, take ours out."""
+    """Import published weights, export ours."""
 
 
 @weights.command("import")
@@ -173,8 +175,8 @@ def import_(file, to):
     from effnetlib.runs.paths import outputs_folder
     from effnetlib.weights.pretrained import import_weights
 
-    name = Path(file).stem.removesuffix(".weights")
-    to = user_path(to or outputs_folder() / "weights" / name, "--to", folder=True)
+    to = to or outputs_folder() / "weights" / Path(file).stem.removesuffix(".weights")
+    to = user_path(to, "--to", folder=True)
     pretrained = import_weights(file, to)
     say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
     if "note" in pretrained.origin:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import queue
+import random
 import subprocess
 import sys
 import time
@@ -84,7 +85,8 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
 
         settled = []
         for cores, group in itertools.groupby(entries, key=lambda entry: entry.cores):
-            with _pool(cores) as pool:
+            group = list(group)
+            with _pool(cores, len(group)) as pool:
                 settled += pool.map(settle, group)
         render_index(suite.directory, suite.directory.name)
     begun = [outcome for outcome in settled if outcome]
@@ -94,18 +96,20 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
     return begun
 
 
-def _pool(cores: int | None) -> ThreadPoolExecutor:
-    """Threads that each have so many cores of their own, as many threads as there are cores for; or one that has all cores.
+def _pool(cores: int | None, entries: int) -> ThreadPoolExecutor:
+    """Threads for so many entries, as many as there are cores for. Each thread has an equal share of the cores, and at least
+    `cores` of them. None: one thread has all.
 
-    What a thread starts has its cores, and a record says how many: so speeds are measured though others run beside.
+    What a thread starts runs on its share, and a record says how many cores that is: so speeds can still be compared.
     """
     if cores is None or not hasattr(os, "sched_setaffinity"):  # macOS has none
         return ThreadPoolExecutor(1)
     there = sorted(os.sched_getaffinity(0))
+    there = random.sample(there, min(len(there), usable_cores()))  # any of them, where a quota allows fewer
+    count = max(1, min(entries, len(there) // cores))
     shares = queue.SimpleQueue()
-    count = max(1, usable_cores() // cores)
     for number in range(count):
-        shares.put(there[number * cores : (number + 1) * cores])
+        shares.put(there[number::count])
     return ThreadPoolExecutor(count, initializer=lambda: os.sched_setaffinity(0, shares.get()))
 
 

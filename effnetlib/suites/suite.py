@@ -5,7 +5,7 @@ The file::
     runs:                                   # each trains; skipped when its record is completed
       - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
         parameters: {preset: digits-64-rmsprop}
-        cores: 1                            # on the CPU, on one core: as many such runs at a time as there are cores
+        cores: 1                            # on the CPU; as many such runs at a time as there are cores for
       - name: lars-64-{seed}                # several runs: one for each value, or combination of values
         parameters: {preset: digits-64-lars}
         tuned: {lr_per_256: search-lars-64} # the rate of the best run named search-lars-64-RATE; or peak_lr: its peak
@@ -40,7 +40,7 @@ KEYS = {"runs": ("name", "parameters", "tuned", "each", "cores"), "reports": ("n
 class Entry:
     """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ.
 
-    `cores` is how many cores of the CPU it gets; other entries run beside it. None: it has the machine to itself.
+    `cores` is how many cores it gets at least, on the CPU, while others run beside it. None: it has the machine to itself.
     `tuned` is the search that a run's learning rate comes from, if any (see `effnetlib.suites.tuning`).
     """
 
