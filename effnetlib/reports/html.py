@@ -43,7 +43,9 @@ def render_html(directory: Path, name: str) -> Path:
     """
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = read_notebook(executed)
-    notebook.cells = _code_at_the_end(cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
+    cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
+    answers = [cell for cell in cells if "answer" in cell.metadata.get("tags", ())]  # they stand under the title
+    notebook.cells = _code_at_the_end([*cells[:1], *answers, *(cell for cell in cells[1:] if cell not in answers)])
     for cell in notebook.cells[:1]:  # the badges are images from the network
         cell.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", cell.source)
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
