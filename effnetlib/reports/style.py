@@ -30,7 +30,8 @@ def use_style() -> None:
 def palette(names: Iterable) -> dict:
     """A colour for each name: an optimizer's and the paper's own, and one that is free for any other."""
     free = itertools.cycle(OTHERS)
-    return {name: COLOURS.get(name) or next(free) for name in dict.fromkeys(names)}
+    known = COLOURS | {NAMES[name]: colour for name, colour in COLOURS.items()}
+    return {name: known.get(name) or next(free) for name in dict.fromkeys(names)}
 
 
 def percent(axes) -> None:
