@@ -29,9 +29,10 @@ def use_style() -> None:
 
 def palette(names: Iterable) -> dict:
     """A colour for each name: an optimizer's and the paper's own, and one that is free for any other."""
-    free = itertools.cycle(OTHERS)
     known = COLOURS | {NAMES[name]: colour for name, colour in COLOURS.items()}
-    return {name: known.get(name) or next(free) for name in dict.fromkeys(names)}
+    found = {name: known.get(name) for name in names}
+    free = itertools.cycle(colour for colour in OTHERS if colour not in found.values())
+    return {name: colour or next(free) for name, colour in found.items()}
 
 
 def percent(axes) -> None:
