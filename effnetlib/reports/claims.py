@@ -62,17 +62,17 @@ class Verdict:
         if self.effect is None:
             return self.why
         interval = f"95 % interval {self.low:+.2f} to {self.high:+.2f}"
-        return f"{self.measured}: {self.effect:+.2f} {self.unit} ({interval}, n = {self.n} seeds each)"
+        return f"{self.measured} is {self.effect:+.2f} {self.unit} ({interval}, n = {self.n} seeds each)"
 
     def _repr_mimebundle_(self, **_):
         shown = {name: getattr(self, name) for name in ("claim", "paper", "ours", "verdict", "why")}
         cell = '<td style="text-align: left; white-space: normal">'
         rows = "".join(f"<tr><th>{name}</th>{cell}{escape(value)}</td></tr>" for name, value in shown.items())
         name = f"{SYMBOLS[self.verdict]} {self.verdict.capitalize()}"
-        said = f'<p class="verdict"><strong class="{self.verdict}">{name}.</strong> {escape(self.finding)}.</p>'
+        said = f'<p class="verdict"><strong class="{self.verdict}">{name}</strong>: {escape(self.finding)}.</p>'
         details = f"<details><summary>how this was judged</summary><table>{rows}</table></details>"
         text = "\n".join(f"{name:8}{value}" for name, value in shown.items())
-        return {"text/plain": f"{name}. {self.finding}.\n{text}", "text/html": said + details, MIME: asdict(self)}
+        return {"text/plain": f"{name}: {self.finding}.\n{text}", "text/html": said + details, MIME: asdict(self)}
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ NAMED_POINTS = 3  # of a comparison, in the name of its folder
 
 
 def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
-    """Renders the executed reports of a suite's folder anew, and its index. Where it has records and no executed report, or
-    that of the paper against ours, this one is executed, unless it is as new as the records.
+    """Renders the executed reports of a suite's folder anew, and its index. Where there are records and no executed report, the
+    paper against ours is executed first. So it is where it was executed before, unless it is as new as the records.
 
     Args:
       directory: the suite's folder, or `runs` in it.
-      chip_hour: dollars a chip and hour, for the paper against ours.
+      chip_hour: dollars per chip and hour, for the paper against ours.
 
     Returns:
       The index page.
@@ -45,9 +45,9 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
     if has_records and (not reports or AGAINST_PAPER in reports):
         if not any(record.status == "completed" for record in load_records(directory / "runs")):
             raise EffnetlibError(f"{directory} holds records, but no completed one that can be read")
-        _execute(
-            report_alone(_name(directory), AGAINST_PAPER, **({} if chip_hour is None else {"chip_hour": chip_hour}))
-        )
+        outputs = outputs_folder()  # a suite is called by the path below it, or else by the whole
+        name = str(directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory)
+        _execute(report_alone(name, AGAINST_PAPER, **({} if chip_hour is None else {"chip_hour": chip_hour})))
     elif not executed:
         raise EffnetlibError(
             f"{directory} holds no executed notebooks and no records (runs/NAME/run.json): run a suite first"
@@ -80,9 +80,3 @@ def _execute(suite: Suite) -> None:
     (settled,) = execute.execute(suite)
     if settled.error:
         raise FailedError(f"the report {settled.name} failed: {settled.error}")
-
-
-def _name(directory: Path) -> str:
-    """What a suite in this folder is called: the path below outputs/, or else the whole."""
-    outputs = outputs_folder()
-    return str(directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory)

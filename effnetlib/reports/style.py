@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Iterable
 
 import seaborn as sns
-from matplotlib.ticker import PercentFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"lars": "#0072b2", "rmsprop": "#d55e00", "momentum": "#009e73", "lamb": "#9b4f96", "paper": "#6b6b6b"}
 OTHERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d1f")
 NAMES = {"lars": "LARS", "rmsprop": "RMSProp", "momentum": "momentum", "lamb": "LAMB", "paper": "the paper"}
 SETTINGS = {
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],  # the first is drawn with, the others are as wide
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 11,
@@ -29,13 +29,15 @@ def use_style() -> None:
 
 def palette(names: Iterable) -> dict:
     """A colour for each name: an optimizer's and the paper's own, and one that is free for any other."""
-    free = itertools.cycle(OTHERS)
-    return {name: COLOURS.get(name) or next(free) for name in dict.fromkeys(names)}
+    known = COLOURS | {NAMES[name]: colour for name, colour in COLOURS.items()}
+    found = {name: known.get(name) for name in names}
+    free = itertools.cycle(colour for colour in OTHERS if colour not in found.values())
+    return {name: colour or next(free) for name, colour in found.items()}
 
 
 def percent(axes) -> None:
     """Writes the shares of the vertical axis as percentages."""
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol=" %"))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g} %")
 
 
 def log_ticks(axes, values: Iterable[float]) -> None:

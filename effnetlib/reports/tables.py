@@ -31,6 +31,9 @@ HEADINGS = {
     "lr_per_256": "learning rate per 256",
     "warmup_epochs": "warm-up, epochs",
     "total_steps": "steps",
+    "train_seconds": "training, s",
+    "eval_seconds": "evaluation, s",
+    "eval_devices": "devices that evaluate",
     "raw_final_top1": "final top-1 of the raw weights",
     "eval_examples": "images evaluated",
     "seconds_to_peak": "time to peak, s",
@@ -123,7 +126,7 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
     def text(column):
         share = column.name.endswith(SHARES)
         column = 100 * column if share else column
-        digits = 2 if share else 1 if column.abs().max() >= 10 else 4
+        digits = 2 if share else 1 if column.name.endswith("seconds") or column.abs().max() >= 10 else 4
         spread = f" ± {column.std():,.{digits}f}" if len(column) > 1 else ""
         return f"{column.mean():,.{digits}f}{spread}"
 

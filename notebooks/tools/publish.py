@@ -248,7 +248,7 @@ def _claims(found: list[dict]) -> Iterator[str]:
 
 def _plans(published: Path) -> Iterator[str]:
     plans = load_plans(published / "plans")
-    yield "| recipe | slice | GiB a device | step, ms | all-reduce | images/s | minutes |"
+    yield "| recipe | slice | GiB per device | step, ms | all-reduce | images/s | minutes |"
     yield "|---|---|---|---|---|---|---|"
     for preset, topology in README_PLANS:
         plan = find_plan(plans, Recipe.preset(preset), topology)

@@ -9,6 +9,7 @@ import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
 from effnetlib.reports.html import render_html, render_index
+from effnetlib.reports.style import COLOURS, label_lines, palette, percent
 from effnetlib.reports.tables import (
     best_rates,
     conditions,
@@ -64,8 +65,9 @@ def test_tables_hold_recipe_environment_and_result():
     assert list(table["peak_top1"]) == [0.5, 0.5] and list(table["images_per_second"]) == [32.0, 32.0]
     long = curves(records, "eval")
     assert list(long["run"]) == ["a", "a", "b", "b"] and set(long["optimizer"]) == {"lars"}
-    said = conditions(records)
-    assert said.startswith("2 runs of nano at 32 px on digits, epochs: 10; seeds 0, 1; on made up (devices: cpu)")
+    assert conditions(records).startswith(
+        "2 runs of nano at 32 px on digits, epochs: 10; seeds 0, 1; on made up (devices: cpu)"
+    )
 
 
 def test_reports_read_completed_records_only():
@@ -110,7 +112,7 @@ def test_a_table_over_seeds_gives_mean_spread_and_count():
     table = pd.DataFrame({"point": ["a", "a", "b"], "top1": [0.5, 0.7, 0.9], "seconds": [1000.0, 1002.0, 5.0]})
     found = over_seeds(table, ["point"], ["top1", "seconds"])
     assert found.loc[0].tolist() == ["a", "60.00 ± 14.14", "1,001.0 ± 1.4", 2]  # top-1 in percent
-    assert found.loc[1].tolist() == ["b", "90.00", "5.0000", 1]
+    assert found.loc[1].tolist() == ["b", "90.00", "5.0", 1]
 
 
 def test_html_is_one_file_that_asks_the_network_for_nothing():
@@ -122,10 +124,35 @@ def test_html_is_one_file_that_asks_the_network_for_nothing():
     )
     html = render_html(page, "page").read_text()
     assert "<title>A title</title>" in html and 'name="viewport"' in html
-    assert re.search(r"<details[^>]*><summary>show code</summary>.*secret", html, re.S)  # folded
+    assert re.search(r"<details class=.code.><summary>show code</summary>.*secret", html, re.S)  # folded
     assert 'alt="one pixel"' in html and f"base64,{PIXEL}" in html
     assert not re.findall(r"""(?:src|<link[^>]*href|url\()\s*=?\s*["'(]?(?:https?:)?//""", html)
     assert "<script" not in html
+
+
+def test_the_answer_stands_under_the_title_and_a_section_shows_its_code_once():
+    def code(source, said, tags=()):
+        return nbformat.v4.new_code_cell(
+            source, metadata={"tags": list(tags)}, outputs=[nbformat.v4.new_output("stream", text=said)]
+        )
+
+    markdown = nbformat.v4.new_markdown_cell
+    setup = code("install = 1", "installed")
+    setup.id = "setup"
+    cells = [
+        markdown("# Title"),
+        setup,
+        markdown("## Evidence"),
+        code("first = 1", "figure"),
+        code("second = 2", "table"),
+    ]
+    cells += [markdown("## Answer"), code("third = 3", "held", ["answer"])]
+    html = render_html(notebook("page", *cells), "page").read_text()
+    places = [
+        html.index(word) for word in ("Title</", "held", "third", "Evidence", "figure", "table", "first", "second")
+    ]
+    assert places == sorted(places) and html.count("show code") == 2
+    assert "install" not in html
 
 
 def test_a_failed_run_says_so_at_the_top():
@@ -150,7 +177,7 @@ def test_index_lists_runs_reports_and_status():
     assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
 
 
-def test_figures_are_kept_with_their_text_in_256_colours_or_as_photographs():
+def test_figures_are_kept_with_their_text_in_256_colours_as_drawings_or_as_photographs():
     figure, axes = plt.subplots()
     axes.set_facecolor("#123456")
     image = show(figure, "suite/figures/x.png", "nothing but a colour")
@@ -159,6 +186,8 @@ def test_figures_are_kept_with_their_text_in_256_colours_or_as_photographs():
         assert kept.mode == "P"
         middle, corner = (kept.width // 2, kept.height // 2), (0, 0)
         assert [kept.convert("RGB").getpixel(at) for at in (middle, corner)] == [(0x12, 0x34, 0x56), (255, 255, 255)]
+    drawing = show(plt.figure(), "suite/figures/x.svg", "nothing")
+    assert drawing._repr_svg_()[1] == {"alt": "nothing"} and (outputs_folder() / "suite/figures/x.svg").exists()
     photograph = show(plt.figure(), "suite/figures/x.jpg", "black")
     assert photograph.data.startswith(b"\xff\xd8") and (outputs_folder() / "suite/figures/x.jpg").exists()
 
@@ -192,3 +221,33 @@ def test_a_notebook_that_was_saved_without_ids_renders(minor):
 def test_integers_stay_integers_in_a_table_that_lacks_some():
     html = styled(pd.DataFrame([{"devices": 1024, "step ms": 34.567}, {"step ms": 1.0}]), missing="none").to_html()
     assert all(f">{cell}</td>" in html for cell in ("1,024", "34.57", "none", "1.00"))
+
+
+def test_a_table_to_read_has_headings_with_units_percent_and_no_index():
+    table = pd.DataFrame({"optimizer": ["lars", "rmsprop"], "final_top1": [0.4474, None], "global_batch_size": [2048, 128],
+                          "peak_lr": [15.104, 0.064], "eval_seconds": [1234.5, 1.0], "name_of_mine": ["<b>", "x"]})  # fmt: skip
+    html = styled(table).to_html()
+    assert re.findall(r"<th[^>]*>([^<]*)</th>", html) == [
+        "optimizer", "final top-1, %", "batch", "peak learning rate", "evaluation, s", "name of mine"
+    ]  # fmt: skip
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", html) == [
+        "LARS", "44.74", "2,048", "15.1", "1,234", "&lt;b&gt;", "RMSProp", "-", "128", "0.064", "1", "x"
+    ]  # fmt: skip
+
+
+def test_a_figure_has_one_colour_per_optimizer_and_names_beside_its_lines():
+    assert palette(["rmsprop", "mine", "lars"])["lars"] == palette(["LARS"])["LARS"] == COLOURS["lars"]
+    assert len({*palette(["lars", "rmsprop", "paper", "momentum"]).values()}) == 4
+    colours = palette(["mine", "lars", "rmsprop"])
+    assert len({*colours.values()}) == 3
+    figure, axes = plt.subplots()
+    for name, end in (("lars", 0.5), ("rmsprop", 0.501), ("mine", 0.1)):
+        axes.plot([1, 2], [0, end], label=name, color=colours[name])
+    axes.legend()
+    percent(axes)
+    label_lines(axes)
+    places = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert list(places) == ["mine", "LARS", "RMSProp"] and axes.get_legend() is None
+    assert places["RMSProp"] - places["LARS"] >= 0.07  # apart, although the lines end at almost the same place
+    assert axes.yaxis.get_major_formatter()(0.425, 0) == "42.5 %"
+    plt.close(figure)
