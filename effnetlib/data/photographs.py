@@ -262,7 +262,7 @@ class _Walk:
         return f"{folder.relative_to(self.root).as_posix()}/"
 
     def _folders(self, base: Path) -> Listing:
-        (folders, _, files), split = self._scan(base), self.split
+        (folders, _, beneath), split = self._scan(base), self.split
         places: dict[str, Path] = {}
         for entry in folders:
             if kind := split_of(entry.name):
@@ -287,7 +287,7 @@ class _Walk:
             above, _, more = self._scan(self.root)
             others = {Path(entry.path) for entry in (*folders, *above)} - {base, *base.parents, *places.values()}
             rivals = {folder.name for folder in others if self._may_be_eval(folder, classes)}
-            rivals |= {e.name for e in (*files, *more) if e.name.lower().endswith(ARCHIVES)
+            rivals |= {e.name for e in (*beneath, *more) if e.name.lower().endswith(ARCHIVES)
                        and split_of(e.name.partition(".")[0]) == "eval"}  # fmt: skip
             if rivals:
                 raise EffnetlibError(
