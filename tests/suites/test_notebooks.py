@@ -317,7 +317,8 @@ def test_an_optimizer_that_only_a_notebook_knows_trains_beside_lars(tmp_path):
     notebook = _execute("15_adding_an_optimizer", tmp_path, **settings)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert _drawn(notebook)
-    assert not [output for output in outputs if output.get("name") == "stderr"]
+    said = "".join(output["text"] for output in outputs if output.get("name") == "stderr")
+    assert not [line for line in said.splitlines() if "Waiting for previous save" not in line]  # Orbax, on a busy disk
     runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "outputs/mine/runs").glob("*/run.json"))]
     assert [(run["recipe"]["optimizer"], run["status"]) for run in runs] == [
         ("lamb", "completed"),
