@@ -55,7 +55,7 @@ def label_lines(axes) -> None:
     axes.get_ylim()  # settles the limits
     for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
         colour = handle.get_color()
-        line = [line for line in axes.lines if line.get_color() == colour and len(line.get_xdata()) > 1][-1]
+        line = max((line for line in axes.lines if line.get_color() == colour), key=lambda line: len(line.get_xdata()))
         ends.append((to_fraction.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], name, colour))
     for height, name, colour in sorted(ends):
         lowest = max(height, lowest + 0.075)

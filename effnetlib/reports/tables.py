@@ -218,7 +218,7 @@ def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> St
     table = table.rename(columns=lambda name: _heading(str(name)))
     style = Styler(table, cell_ids=False, thousands=",", na_rep=missing, escape="html").hide()
     for name in table.select_dtypes("Float64"):
-        most = table[name].abs().max()
+        most = table[name].abs().fillna(0).max()
         digits = min(precision, 0 if most >= 1000 else 1 if most >= 100 and not name.endswith("%") else precision)
         form = "{:.4g}" if "learning rate" in name else f"{{:,.{digits}f}}"
         style = style.format(form, [name], na_rep=missing)

@@ -200,7 +200,7 @@ import os, pathlib, time
 from effnetlib.runs.stopping import PreemptedError, Stop
 with Stop(None) as stop:
     pathlib.Path(f"ready-{os.getpid()}").touch()
-    while not stop.asked():
+    while not stop.requested():
         time.sleep(0.05)
     pathlib.Path(f"saved-{os.getpid()}").touch()
 raise PreemptedError("saved")
