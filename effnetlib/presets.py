@@ -7,9 +7,9 @@ from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.mesh import nearest_group_size
 from effnetlib.model import VARIANTS
 
-# Table 2 of the paper, as rules. RMSProp: 0.016 per 256, with exponential decay. LARS, with polynomial decay: a peak of 15.104
-# for batches of 16,384 and 32,768, and of 20.736 beyond. The paper has no LARS below 16,384. There our rule lets the peak fall
-# with the square root of the batch: a constant peak would be 32 times the paper's per 256 at a batch of 1,024.
+# Table 2 of the paper as rules. RMSProp: 0.016 per 256, with exponential decay. LARS, with polynomial decay: a peak of 15.104
+# for batches of 16,384 and 32,768, and of 20.736 beyond. The paper has no LARS below 16,384. There our peak falls with the
+# square root of the batch: a constant one would be 32 times the paper's per 256 at a batch of 1,024.
 _PAPER_VARIANTS = tuple(name for name in VARIANTS if name != "nano")
 PAPER_PRESETS = tuple(
     f"{variant}-{rest}"
@@ -89,32 +89,18 @@ def _session_rules(batch: int, epochs: float, **changes) -> dict:
 def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
     epochs, augmentation, image_size = _SMALL_SETS[dataset]
     shared = dict(
-        dataset=dataset,
-        variant="nano",
-        image_size=image_size,
-        augmentation=augmentation,
-        global_batch_size=batch,
-        batch_norm_batch_size=nearest_group_size(batch, 32),
-        # Hundreds of steps, not the paper's thousands: 0.99 would leave the running statistics at their start.
-        batch_norm_momentum=0.9,
-        epochs=epochs,
+        dataset=dataset, variant="nano", image_size=image_size, augmentation=augmentation, global_batch_size=batch,
+        batch_norm_batch_size=nearest_group_size(batch, 32), epochs=epochs, warmup_epochs=epochs / 5, optimizer=optimizer,
         eval_every_epochs=max(epochs / 8, batch / KNOWN[dataset].train_examples if dataset in KNOWN else 0.0),
-        optimizer=optimizer,
-        drop_path=0.0,
-        precision="float32",
-    )
+        # Hundreds of steps, not the paper's thousands: 0.99 would leave the running statistics at their start.
+        batch_norm_momentum=0.9, drop_path=0.0, precision="float32",
+    )  # fmt: skip
     if optimizer == "lars":
         # LARS gives biases, gamma and beta the full learning rate. A run of a few hundred steps does not recover from that. So
         # it is a tenth here, with ten times the trust coefficient: the kernels move as far. As in the paper, the peak is the
         # same for every batch.
-        return shared | dict(
-            lr_per_256=0.5 * 256 / batch,
-            lars_trust_coefficient=0.01,
-            decay="polynomial",
-            warmup_epochs=epochs / 5,
-            end_lr=0.0,
-        )
+        return shared | dict(lr_per_256=0.5 * 256 / batch, lars_trust_coefficient=0.01, decay="polynomial", end_lr=0.0)
     if optimizer == "momentum":
-        return shared | dict(lr_per_256=0.2, decay="polynomial", warmup_epochs=epochs / 5, end_lr=0.0)
+        return shared | dict(lr_per_256=0.2, decay="polynomial", end_lr=0.0)
     # The paper's stairs (2.4 of 350 epochs) end at 1 % of the peak: so short a run would stop moving early. These end at 8 %.
-    return shared | dict(lr_per_256=0.032, decay="exponential", warmup_epochs=epochs / 5, decay_epochs=0.012 * epochs)
+    return shared | dict(lr_per_256=0.032, decay="exponential", decay_epochs=0.012 * epochs)

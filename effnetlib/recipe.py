@@ -37,7 +37,7 @@ def check_parameters(names: Iterable[str], known: Iterable[str], sentence: str =
 
 
 def typed(name: str, value, hint):
-    """`value` as the type `hint`, which may be Optional; a float may be given as an integer. Else an EffnetlibError."""
+    """`value` as the type `hint`, which may be Optional. An integer may stand for a float. Else an EffnetlibError."""
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
@@ -110,13 +110,11 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str) -> "Recipe":
-        """A recipe by name.
+        """A recipe by name, `BASE-BATCH-OPTIMIZER`, or `colab` or `kaggle`: what fits one session of theirs.
 
-        `b0…b7-BATCH-rmsprop|lars` is the paper's Table 2 where it has that row, and else follows the same rules;
-        `digits-`, `cifar10-` and `photos-BATCH-rmsprop|lars` are small ones, and their names alone mean
-        `-64-rmsprop`. `photos` is any set of photographs under that name, at 128 pixels. `-momentum` instead is LARS'
-        recipe with Nesterov momentum, which the paper has not.
-        `colab` is B0 on CIFAR-10 in ten minutes of one v5e chip, and `kaggle` B0 on ImageNet in a session of eight.
+        The base `b0` to `b7` is the paper's Table 2 where that has the row, and follows the same rules elsewhere.
+        `digits`, `cifar10` and `photos` (photographs cached under that name) are small. Their names alone mean
+        `-64-rmsprop`. The optimizer is `rmsprop`, `lars`, or `momentum`, which the paper does not have.
         """
         return cls(**preset_fields(name))
 
@@ -138,11 +136,6 @@ class Recipe:
         return cls.preset(parameters["preset"]).replace(**changes, **settings)
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
-        """The inverse of `to_json`; unknown fields are an EffnetlibError."""
-        return cls().replace(**json.loads(text))
-
-    @classmethod
     def recorded(cls, fields: Mapping, hash: str | None) -> "Recipe":
         """The recipe of a record that any version wrote. Nothing is checked, and the hash is the one given, if any.
 
@@ -152,10 +145,6 @@ class Recipe:
         vars(recipe).update({field.name: fields.get(field.name, field.default) for field in dataclasses.fields(cls)})
         vars(recipe).update({"hash": hash} if hash else {})
         return recipe
-
-    def to_json(self) -> str:
-        """All fields, in order, as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
 
     def replace(self, **changes) -> "Recipe":
         """A copy with some fields changed, validated anew."""
@@ -184,7 +173,7 @@ class Recipe:
         ]  # fmt: skip
         return pd.DataFrame(rows).set_index("setting").style.set_properties(**{"text-align": "left"})
 
-    # Derived values. Those that count examples need the data set's size, which is a listing for a folder.
+    # Derived values. Those that count examples need the size of the data set. For a folder that is a listing.
 
     @functools.cached_property
     def data(self) -> DataInfo:
@@ -258,36 +247,23 @@ class Recipe:
                 inside &= of.get("above", -math.inf) < value < of.get("below", math.inf)
                 require(inside, f"{field.name} must be {_accepted(field)}, and is {value}")
         batch, group = self.global_batch_size, self.batch_norm_batch_size
-        require(
-            batch % group == 0,
-            f"global_batch_size {batch} does not divide into batch-norm groups of {group}: the nearest "
-            f"batch_norm_batch_size that fits is {nearest_group_size(batch, group)}",
-        )
-        require(
-            self.warmup_epochs < self.epochs,
-            f"warmup_epochs {self.warmup_epochs:g} must be shorter than the run of {self.epochs:g} epochs",
-        )
-        require(
-            self.decay != "polynomial" or self.end_lr <= self.peak_lr,
-            f"end_lr {self.end_lr:g} is above the peak learning rate {self.peak_lr:g} "
-            f"(lr_per_256 {self.lr_per_256:g} x {batch} / 256)",
-        )
+        wrong = f"global_batch_size {batch} does not divide into batch-norm groups of {group}: the nearest "
+        require(batch % group == 0, f"{wrong}batch_norm_batch_size that fits is {nearest_group_size(batch, group)}")
+        wrong = f"warmup_epochs {self.warmup_epochs:g} must be shorter than the run of {self.epochs:g} epochs"
+        require(self.warmup_epochs < self.epochs, wrong)
+        wrong = f"end_lr {self.end_lr:g} is above the peak learning rate {self.peak_lr:g} "
+        wrong += f"(lr_per_256 {self.lr_per_256:g} x {batch} / 256)"
+        require(self.decay != "polynomial" or self.end_lr <= self.peak_lr, wrong)
         if num_devices is not None:
-            require(
-                batch % num_devices == 0,
-                f"global_batch_size {batch} does not divide over {num_devices} devices: use a multiple of {num_devices}",
-            )
-            require(
-                groups_fit(self.num_groups, num_devices),
-                f"{self.num_groups} batch-norm groups do not fit {num_devices} devices (one number must divide the "
-                f"other): try batch_norm_batch_size {nearest_group_size(batch, group, num_devices)}",
-            )
+            wrong = f"global_batch_size {batch} does not divide over {num_devices} devices"
+            require(batch % num_devices == 0, f"{wrong}: use a multiple of {num_devices}")
+            wrong = f"{self.num_groups} batch-norm groups do not fit {num_devices} devices (one number must divide the "
+            nearest = nearest_group_size(batch, group, num_devices)
+            require(groups_fit(self.num_groups, num_devices), f"{wrong}other): try batch_norm_batch_size {nearest}")
         if num_devices is not None or self.dataset in KNOWN:  # a folder is not listed before it is used
+            wrong = f"eval_every_epochs {self.eval_every_epochs:g} is less than a step: the least is "
             least = 1 / self.steps_per_epoch
-            require(
-                self.eval_every_epochs > 0.9999 * least,
-                f"eval_every_epochs {self.eval_every_epochs:g} is less than a step: the least is {least:.6g}",
-            )
+            require(self.eval_every_epochs > 0.9999 * least, f"{wrong}{least:.6g}")
 
 
 def _accepted(field: dataclasses.Field) -> str:
@@ -300,11 +276,5 @@ def _accepted(field: dataclasses.Field) -> str:
 _HINTS = typing.get_type_hints(Recipe)
 
 # What train.ipynb takes: a preset, what is not part of a recipe, and every setting.
-TRAIN_OPTIONS = {
-    "directory": str,
-    "settings": dict,
-    "simulated_devices": int,
-    "eval_devices": int,
-    "max_minutes": float,
-}
+TRAIN_OPTIONS = dict(directory=str, settings=dict, simulated_devices=int, eval_devices=int, max_minutes=float)
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *_HINTS)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,30 +58,15 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
     return -jnp.mean((1.0 - smoothing) * right + smoothing * log_probs.mean(-1))
 
 
-class TrainStep(NamedTuple):
-    """``init(key) -> TrainState``, ``step(state, batch, key, lr) -> (TrainState, metrics)``, and the model's graphdef.
+def make_train_step(recipe: Recipe) -> tuple[Callable, Callable, nnx.GraphDef]:
+    """The pure functions of a recipe, not yet jitted, and the model's graphdef::
+
+        init(key) -> TrainState                       step(state, batch, key, lr) -> (TrainState, metrics)
 
     The batch holds uint8 "images" ``[batch, size, size, 3]`` and int32 "labels" ``[batch]``. The key is the run's, the
     same at every step. The learning rate is a float32 scalar. It is an argument so that recipes which differ only in
     their schedule share one compiled program.
     """
-
-    init: Callable
-    step: Callable
-    graphdef: nnx.GraphDef
-
-
-class LoweredTrainStep(NamedTuple):
-    """`init` jitted, the step lowered, the shapes of the state, and the model's graphdef."""
-
-    init: Callable
-    step: jax.stages.Lowered
-    state: TrainState
-    graphdef: nnx.GraphDef
-
-
-def make_train_step(recipe: Recipe) -> TrainStep:
-    """The pure functions of a recipe, not yet jitted."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(recipe, jax.random.key(0))))
     optimizer = OPTIMIZERS[recipe.optimizer]
 
@@ -115,11 +99,11 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         metrics = {"loss": loss, "top1": top1, **norms}
         return TrainState(done, params, batch_stats, opt_state, *averages), metrics
 
-    return TrainStep(init, step, graphdef)
+    return init, step, graphdef
 
 
-def lower_train_step(recipe: Recipe, mesh: Mesh) -> LoweredTrainStep:
-    """The train step for a mesh, whose devices need not exist.
+def lower_train_step(recipe: Recipe, mesh: Mesh) -> tuple[Callable, jax.stages.Lowered, TrainState, nnx.GraphDef]:
+    """For a mesh, whose devices need not exist: `init` jitted, the step lowered, the state's shapes, and the graphdef.
 
     The state is donated, the batch is sharded, and everything else is on every device.
     """
@@ -130,11 +114,9 @@ def lower_train_step(recipe: Recipe, mesh: Mesh) -> LoweredTrainStep:
     key = shapes_of(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
     state = init.eval_shape(key)
     size, batch = recipe.resolution, recipe.global_batch_size
-    batch_shapes = {
-        "images": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8, sharding=sharded),
-        "labels": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=sharded),
-    }
+    shapes = {"images": ((batch, size, size, 3), jnp.uint8), "labels": ((batch,), jnp.int32)}
+    batch_shapes = {name: jax.ShapeDtypeStruct(*shape, sharding=sharded) for name, shape in shapes.items()}
     options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
     step = jax.jit(step, donate_argnums=0, out_shardings=everywhere, compiler_options=options)
     lowered = step.lower(shapes_of(state, everywhere), batch_shapes, key, shapes_of(jnp.float32(0), everywhere))
-    return LoweredTrainStep(init, lowered, state, graphdef)
+    return init, lowered, state, graphdef
