@@ -8,7 +8,7 @@ import effnetlib
 ROOT = Path(effnetlib.__file__).parent
 METHOD = sorted(path for path in ROOT.glob("*.py") if path.name != "__main__.py")  # the command line calls everything
 BESIDE = {"ops", "data", "runs"}
-METHOD_LINES, ALL_LINES = 1_650, 9_000
+METHOD_LINES, ALL_LINES = 1_600, 9_000
 
 
 def imported(path):
@@ -40,4 +40,4 @@ def test_the_library_is_small():
     def lines(paths):
         return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
-    assert lines(METHOD) <= METHOD_LINES and lines(ROOT.rglob("*.py")) <= ALL_LINES
+    assert lines(ROOT.glob("*.py")) <= METHOD_LINES and lines(ROOT.rglob("*.py")) <= ALL_LINES

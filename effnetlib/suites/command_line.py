@@ -199,7 +199,3 @@ def export_(source, file, best):
     pretrained.export(file)
     say(f"{pretrained.variant}, {pretrained.num_classes:,} classes")
     say(file)
-
-
-if __name__ == "__main__":
-    main()
