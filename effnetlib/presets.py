@@ -17,11 +17,13 @@ PAPER_PRESETS = tuple(
     for rest in ("4096-rmsprop", "8192-rmsprop", "16384-rmsprop", "16384-lars", "32768-lars", *largest)
 )
 
-# Epochs of the small sets, their augmentation and size. A digit that is flipped is another sign.
+# Small sets: variant, epochs, augmentation and size of each. A digit that is flipped is another sign.
 _SMALL_SETS = {
-    "digits": (10.0, "shift", None),
-    "cifar10": (30.0, "shift_flip", None),
-    "photos": (16.0, "inception", 128),
+    "digits": ("nano", 10.0, "shift", None),
+    "cifar10": ("nano", 30.0, "shift_flip", None),
+    "photos": ("nano", 16.0, "inception", 128),
+    "imagenette": ("nano", 20.0, "inception", 128),
+    "imagenette-b0": ("b0", 20.0, "inception", 128),
 }
 
 # One session on a hosted notebook: B0 by the paper's RMSProp rules, with the schedule shortened in proportion. The chips need a
@@ -48,7 +50,7 @@ def preset_fields(name: str) -> dict:
     if name in _SESSIONS:
         return _session_rules(**_SESSIONS[name])
     text = f"{name}-64-rmsprop" if name in _SMALL_SETS else name
-    match = re.fullmatch(r"([a-z0-9_]+)-([1-9]\d*)-(rmsprop|lars|momentum)", text)
+    match = re.fullmatch(r"([a-z0-9_-]+)-([1-9]\d*)-(rmsprop|lars|momentum)", text)
     if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
         small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop", "momentum")]
         raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *_SESSIONS, *small])}")
@@ -86,10 +88,10 @@ def _session_rules(batch: int, epochs: float, **changes) -> dict:
     return _paper_rules("b0", batch, "rmsprop") | dict(epochs=epochs, decay_epochs=2.4 * epochs / 350) | changes
 
 
-def _small_rules(dataset: str, batch: int, optimizer: str) -> dict:
-    epochs, augmentation, image_size = _SMALL_SETS[dataset]
+def _small_rules(base: str, batch: int, optimizer: str) -> dict:
+    dataset, (variant, epochs, augmentation, image_size) = base.removesuffix("-b0"), _SMALL_SETS[base]
     shared = dict(
-        dataset=dataset, variant="nano", image_size=image_size, augmentation=augmentation, global_batch_size=batch,
+        dataset=dataset, variant=variant, image_size=image_size, augmentation=augmentation, global_batch_size=batch,
         batch_norm_batch_size=nearest_group_size(batch, 32), epochs=epochs, warmup_epochs=epochs / 5, optimizer=optimizer,
         eval_every_epochs=max(epochs / 8, batch / KNOWN[dataset].train_examples if dataset in KNOWN else 0.0),
         # Hundreds of steps, not the paper's thousands: 0.99 would leave the running statistics at their start.

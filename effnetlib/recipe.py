@@ -113,8 +113,8 @@ class Recipe:
         """A recipe by name, `BASE-BATCH-OPTIMIZER`, or `colab` or `kaggle`: what fits one session of theirs.
 
         The base `b0` to `b7` is the paper's Table 2 where that has the row, and follows the same rules elsewhere.
-        `digits`, `cifar10` and `photos` (photographs cached under that name) are small. Their names alone mean
-        `-64-rmsprop`. The optimizer is `rmsprop`, `lars`, or `momentum`, which the paper does not have.
+        `digits`, `cifar10`, `imagenette`, `imagenette-b0` and `photos` (photographs cached under that name) are small. Their
+        names alone mean `-64-rmsprop`. The optimizer is `rmsprop`, `lars`, or `momentum`, which the paper does not have.
         """
         return cls(**preset_fields(name))
 

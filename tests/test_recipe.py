@@ -61,6 +61,12 @@ def test_the_presets_of_a_session_are_b0_by_the_papers_rules_and_short():
     assert set(SESSION_MINUTES) == {"kaggle"} and 0 < SESSION_MINUTES["kaggle"] < 9 * 60
 
 
+def test_imagenette_is_trained_at_128_pixels_by_nano_or_b0():
+    nano, b0 = Recipe.preset("imagenette-256-lars"), Recipe.preset("imagenette-b0-256-lars")
+    assert (nano.dataset, nano.variant, nano.resolution, nano.augmentation) == ("imagenette", "nano", 128, "inception")
+    assert b0 == nano.replace(variant="b0")
+
+
 def test_any_other_name_of_that_form_is_a_preset():
     assert Recipe.preset("b7-2048-lars").variant == "b7"
     assert Recipe.preset("b0-1024-rmsprop").resolution == 224
@@ -72,7 +78,11 @@ def test_json_and_hash_survive_another_process():
     assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
     code = "import json, sys, effnetlib; print(effnetlib.Recipe(**json.load(sys.stdin)).hash)"
     other = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(dataclasses.asdict(recipe)), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        input=json.dumps(dataclasses.asdict(recipe)),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert other.stdout.strip() == recipe.hash != DIGITS.hash
     assert recipe.replace(epochs=3.0).hash == recipe.hash
