@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from effnetlib.data.images import normalize
 from effnetlib.data.loader import eval_batches
 from effnetlib.data.sources import Split
-from effnetlib.mesh import batch_sharding, make_mesh, replicated, shapes_of
+from effnetlib.mesh import batch_sharding, make_mesh, on_every_device, replicated, shapes_of
 from effnetlib.runs.machine import pinned
 from effnetlib.runs.progress import Progress
 
@@ -118,7 +118,7 @@ class Evaluator:
             self.compile(weights[0])
         everywhere = replicated(self.mesh)
         weights = jax.device_put(weights, everywhere)
-        sums = [jax.device_put(ZEROS, everywhere) for _ in weights]
+        sums = [on_every_device(ZEROS, everywhere) for _ in weights]
         for number, batch in enumerate(eval_batches(self.split, **self.batches), 1):
             for i, each in enumerate(weights):
                 sums[i] = self.step(each, sums[i], batch)

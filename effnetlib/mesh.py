@@ -116,6 +116,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_every_device(tree, sharding: NamedSharding):
+    """Arrays of the host, the same on every process, as arrays on all devices of a replicated sharding.
+
+    `jax.device_put` would first compare them across the processes, with one collective per array.
+    """
+
+    def place(x):
+        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
+
+    return jax.tree.map(place, tree)
+
+
 def shapes_of(tree, sharding: NamedSharding):
     """The shapes of a tree's arrays, with a sharding: enough to lower a program for, without any array or device."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

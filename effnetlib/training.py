@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from effnetlib import data
 from effnetlib.evaluation import Evaluator
-from effnetlib.mesh import batch_sharding, make_mesh, replicated
+from effnetlib.mesh import batch_sharding, make_mesh, on_every_device, replicated
 from effnetlib.recipe import Recipe
 from effnetlib.runs.hosts import wait_for_all
 from effnetlib.runs.record import Record
@@ -71,7 +71,7 @@ def train(
         ### Restore, or begin ###
 
         if restored := run.begin(vars(state), learning_rates, compile_seconds):
-            state = jax.device_put(TrainState(**restored), everywhere)
+            state = on_every_device(TrainState(**restored), everywhere)
         start, meter = int(state.step), run.meter
         evaluated = {row["step"] for row in run.record.metrics if row["kind"] == "eval"}
         if start in recipe.eval_steps and start not in evaluated:  # stopped between a step and its evaluation

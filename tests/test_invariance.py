@@ -190,6 +190,7 @@ def test_the_stream_is_the_same_for_one_two_and_four_processes(tmp_path):
 
 WORKER = """
 import sys, jax
+import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 from effnetlib.runs import hosts
@@ -199,6 +200,13 @@ sys.path.insert(0, sys.argv[3])
 import test_norm
 for groups in test_norm.GROUPS:
     test_norm.check_against_numpy(groups, test_norm.on_mesh(groups, jax.devices()))
+from jax.experimental import multihost_utils
+from effnetlib.mesh import make_mesh, on_every_device, replicated
+multihost_utils.assert_equal = None  # nothing is compared across processes
+placed = on_every_device({"a": np.arange(3.0), "b": np.int32(7)}, replicated(make_mesh(8)))
+for shard in placed["a"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, [0, 1, 2])
+assert placed["b"].shape == () and placed["b"].is_fully_replicated and placed["b"].addressable_data(0) == 7
 """
 
 
