@@ -1,6 +1,6 @@
 """EfficientNet at supercomputer scale (arXiv 2011.00071): the method as a small library; the results are notebooks.
 
-Recipe -> train -> Record -> report.
+Recipe -> run -> record -> report.
 """
 
 import importlib

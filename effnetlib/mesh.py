@@ -25,13 +25,14 @@ LARGEST_CONTIGUOUS_GROUP = 16
 def replica_groups(num_replicas: int, group_size: int, torus: Sequence[int] | None = None) -> np.ndarray:
     """Which replicas share batch-norm statistics: ids ``[num_replicas // group_size, group_size]``.
 
-    Up to 16 replicas, groups are contiguous: ``arange.reshape(-1, group_size)``. Larger groups are boxes of chips
+    Groups of up to 16 replicas are contiguous: ``arange.reshape(-1, group_size)``. Larger groups are boxes of chips
     that fill the torus, with sides as equal as possible: 32 replicas are 4x4 chips of two cores, or 2x4x4 of one.
-    Inside a box, ids go from chip to neighbour: along one row, and back along the next. Two kinds of large groups
-    stay contiguous: those that share a chip, and those of other sizes than 32 and 64 on a slice of Google's entry.
+    Inside a box, ids go from chip to neighbour: along one row, and back along the next. A large group is contiguous
+    where no box fits, and where Google's entry has it so: on its slices, all sizes but 32 and 64.
 
     Args:
-      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``; ids count through it row by row.
+      group_size: replicas per group.
+      torus: chips in each direction and cores per chip, such as ``(32, 16, 2)``. Ids count through it row by row.
         None is the slice of Google's entry with that many replicas, or a line where it has none.
     """
     contiguous = np.arange(num_replicas).reshape(-1, group_size)
@@ -60,7 +61,7 @@ def groups_fit(num_groups: int, num_devices: int) -> bool:
 
 
 def nearest_group_size(batch: int, size: int, num_devices: int = 1) -> int:
-    """The batch-norm batch size nearest to `size` that divides the batch into groups which fit the devices.
+    """Examples per group: the number nearest to `size` that divides the batch into groups which fit the devices.
 
     >>> nearest_group_size(96, 30), nearest_group_size(96, 30, num_devices=8)
     (32, 24)

@@ -76,7 +76,7 @@ class GroupedBatchNorm(nnx.Module):
         return self.gamma[...] * jax.lax.rsqrt(var + self.epsilon)
 
     def _statistics(self, grouped, train):
-        """Mean and variance of each group, which also move the running ones; or the running ones."""
+        """In training, mean and variance of each group, and the running ones are updated. Else the running ones."""
         if not train:
             return self.mean[...], self.var[...]
         axes = tuple(range(1, grouped.ndim - 1))

@@ -97,7 +97,7 @@ class Recipe:
     loss_weight_decay: float = setting(1e-5, "of sum(|v|^2 / 2), all but batch norm's gamma and beta", least=0)
     label_smoothing: float = setting(0.1, "share of the target spread over all classes", least=0, below=1)
     dropout: float | None = setting(None, "rate before the classifier; None is the variant's own", least=0, below=1)
-    drop_path: float = setting(0.2, "rate of stochastic depth at the last block", least=0, below=1)
+    drop_path: float = setting(0.2, "stochastic depth: block i of N is dropped at drop_path * i / N", least=0, below=1)
     ema_decay: float = setting(0.9999, "upper bound of the moving average's decay", least=0, below=1)
     precision: str = setting("bfloat16", "of convolutions; all else is float32", choices=("bfloat16", "float32"))
     seed: int = setting(0, "of initialisation, order, augmentation, dropout and stochastic depth", least=0, below=2**32)

@@ -36,11 +36,11 @@ def warmup_polynomial_decay(
         lr = (peak_lr - end_lr) * (1 - s / D) ** power + end_lr
 
     As in the reference, s is 1 both at ``t = warmup_steps`` and one step later, so `peak_lr` itself is never used, and
-    the last step (``total_steps - 1``) only approaches `end_lr`, which is absolute and not scaled with the batch.
+    the last step (``total_steps - 1``) stays above `end_lr`. That is absolute, and not scaled with the batch.
 
     >>> schedule = warmup_polynomial_decay(peak_lr=2.0, warmup_steps=2, total_steps=5, power=1.0, end_lr=0.0)
-    >>> [float(schedule(t)) for t in range(6)]
-    [0.0, 1.0, 1.5, 1.5, 1.0, 0.5]
+    >>> [float(schedule(t)) for t in range(5)]
+    [0.0, 1.0, 1.5, 1.5, 1.0]
     """
     decay_steps = total_steps - warmup_steps + 1
 

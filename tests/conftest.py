@@ -6,6 +6,9 @@ import signal
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile many programs that run a few steps each. Without the costly passes XLA compiles them three times as fast.
+# `make reproduce` and the benchmarks run what users run. Processes that a test starts inherit this.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 

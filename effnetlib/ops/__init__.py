@@ -2,7 +2,7 @@
 
 Each file starts with the plain formula. All forms compute it, and tests hold them to it.
 
-| op                | platform | form                              | gain over the form before it            |
+| op                | platform | form                              | without it, and with it                 |
 |-------------------|----------|-----------------------------------|-----------------------------------------|
 | `depthwise_conv`  | CPU      | sums of shifted products          | about four times faster, whole B0 step  |
 |                   | GPU      | the same where cuDNN is slow      | 39.7 to 35.5 ms of kernels per step [1] |

@@ -52,7 +52,7 @@ CUDNN_CHANNELS = 32
 
 # Bytes of an array that a CPU's cores keep in their caches.
 CPU_CACHE_BYTES = 2**21
-# The batch is summed in this many parts: as many devices can share it, and meet once.
+# The batch is summed in this many parts. So up to that many devices add up their sums in one all-reduce.
 CPU_BATCH_PARTS = 8
 
 
