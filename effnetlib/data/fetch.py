@@ -21,13 +21,10 @@ from effnetlib.runs.progress import say
 
 # Address, md5, and the folder inside. The sums are those of https://www.cs.toronto.edu/~kriz/cifar.html and of torchvision
 # (torchvision/datasets/imagenette.py, which checks its downloads against them).
+_CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2"
 ARCHIVES = {
-    "cifar10": (
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c32a1d4ab5d03f1284b67883e8d87530",
-        "cifar-10-batches-bin",
-    ),
+    "cifar10": (_CIFAR10, "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin"),
     "imagenette": (f"{_IMAGENETTE}-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412", "imagenette2-160"),
     "imagenette-320": (f"{_IMAGENETTE}-320.tgz", "3df6f0d01a2c9592104656642f5e78a3", "imagenette2-320"),
 }

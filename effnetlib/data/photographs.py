@@ -1,21 +1,17 @@
 """Where photographs lie: the layouts in which people keep ImageNet, and any folder of the form `split/class/*.jpg`.
 
-The files that are there say which layout it is, in this order:
+* The official archives: `ILSVRC2012_img_train.tar` (one tar per class inside), `ILSVRC2012_img_val.tar` (flat).
+* Folders: `train/CLASS/*` and `val/CLASS/*` (or `valid`, `dev`, …; see `split_of`), also one level down, and where the Kaggle
+  competition has them. `images` between the two is passed through. `test` is evaluated on where nothing else could be.
 
-* the official archives: `ILSVRC2012_img_train.tar` (one tar per class inside), `ILSVRC2012_img_val.tar` (flat);
-* the Kaggle competition: `ILSVRC/Data/CLS-LOC/{train/WNID,val}/*.JPEG` (or `Data/…`) with `LOC_val_solution.csv`;
-* folders: `train/CLASS/*` and `val/CLASS/*` (or `valid`, `validation`, …; see `split_of`), also one level down, in
-  `images`, in `data` or in the only folder; `CLASS/images/*` and `val/images/*` with `val_annotations.txt` as in Tiny
-  ImageNet. `test` is evaluated on where nothing else could be.
-
-A flat validation split takes its labels from such a table, or from ImageNet's development kit
-(`ILSVRC2012_devkit_t12.tar.gz`). Classes are numbered in the sorted order of their names, which for ImageNet's synsets is
-the standard 0 … 999; where all names are whole numbers, in the order of the numbers. What lies there and is not used is
-counted. `skip.txt` beside the splits names photographs to leave out.
+A flat validation split takes its labels from Kaggle's table, Tiny ImageNet's, or ImageNet's development kit. Classes are
+numbered in the sorted order of their names; where all are whole numbers, in the order of the numbers. What lies there and
+is not used is counted. `skip.txt` beside the splits names photographs to leave out, one path per line.
 """
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import os
@@ -24,26 +20,26 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from effnetlib.data.split import Split
 from effnetlib.errors import EffnetlibError, first_line, shown
 
 # The suffixes of photographs, and the format that each promises.
-FORMATS = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | {
-    ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}  # fmt: skip
-SUFFIXES = tuple(FORMATS)
+FORMATS = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | dict.fromkeys((".tif", ".tiff"), "TIFF")
+FORMATS |= {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "eval": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-# What systems put between the photographs.
-JUNK = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin")
+JUNK = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin")  # what systems put between them
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 WNID = re.compile(r"n\d{8}")
 WHOLE = 1000  # synsets
 TARS = {"train": "ILSVRC2012_img_train.tar", "eval": "ILSVRC2012_img_val.tar"}
+KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 DEVKIT = "ILSVRC2012_devkit_t12"
 SOLUTION = "LOC_val_solution.csv"
 ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's
@@ -60,8 +56,7 @@ class MissingSplit(EffnetlibError):
     """The layout is recognised, but this split of it is not there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Photo:
+class Photo(NamedTuple):
     """One file (`offset` 0), or a part of an archive: `name` is what to call it, `size` its bytes when it was listed."""
 
     name: str
@@ -83,29 +78,9 @@ class Photo:
             raise EffnetlibError(f"{self.name} cannot be read: {error.strerror}") from None
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The photographs of a split in canonical order (class by class, by name), before any is opened.
-
-    ``listing[index]`` is a photograph's bytes, label and name. `fingerprint` is over names and sizes, `names` over names
-    alone; `is_imagenet` says whether it must be the whole of ILSVRC 2012; `origin` is the folder or archive of the split;
-    `unused` counts what lies in it or beside the splits and is not used, such as `{"valid/**/*.gif": 12, "extras/": 1}`.
-    """
-
-    class_names: tuple[str, ...]
-    photos: list[Photo]
-    fingerprint: str
-    names: str
-    is_imagenet: bool
-    origin: str
-    unused: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
-        photo = self.photos[index]
-        return photo.read(), photo.label, photo.name
+def _encoded(photos: list[Photo], index: int) -> tuple[bytes, int, str]:
+    photo = photos[index]
+    return photo.read(), photo.label, photo.name
 
 
 def split_of(name: str) -> str | None:
@@ -137,41 +112,37 @@ def check_classes(place: object, classes: dict[str, tuple[str, ...]]) -> None:
     """Refuses splits whose classes differ; `classes` has the names of each split's."""
     (first, wanted), *others = classes.items()
     for other, found in others:
-        if found != wanted:
-            only = {first: sorted(set(wanted) - set(found)), other: sorted(set(found) - set(wanted))}
-            raise EffnetlibError(
-                f"the classes of {place} differ: "
-                f"{'; '.join(f'only {split} has {_some(names)}' for split, names in only.items() if names)} (for a class "
-                "without photographs to evaluate on, make an empty folder)"
-            )
+        only = {first: sorted(set(wanted) - set(found)), other: sorted(set(found) - set(wanted))}
+        if differ := "; ".join(f"only {split} has {_some(names)}" for split, names in only.items() if names):
+            hint = "for a class without photographs to evaluate on, make an empty folder"
+            raise EffnetlibError(f"the classes of {place} differ: {differ} ({hint})")
 
 
-_KEPT: dict[tuple[Path, str], tuple[dict[Path, int], Listing]] = {}
+_KEPT: dict[tuple[Path, str], tuple[dict[Path, int], Split]] = {}
 
 
-def kept_listing(root: Path, split: str) -> Listing | None:
-    """What `list_photographs` returned last, while no folder that it read has changed since: listing a million files takes
-    minutes. (A file that is written over under its own name changes no folder. Only its size in the listing is then old.)
-    """
-    changed, listing = _KEPT.get((root, split), ({}, None))
-    with contextlib.suppress(OSError):
-        if listing and all(os.stat(place).st_mtime_ns == when for place, when in changed.items()):
-            return listing
-    return list_photographs(root, split)
+def list_photographs(root: Path, split: str) -> Split | None:
+    """Lists a split ("train", "eval" or "test") of the data set at `root`, class by class, by name; None where no layout is
+    recognised. No photograph is opened. `unused` is such as `{"valid/**/*.gif": 12, "extras/": 1}`.
 
-
-def list_photographs(root: Path, split: str) -> Listing | None:
-    """Lists a split ("train", "eval" or "test") of the data set at `root`; None where no layout is recognised.
+    Listing a million files takes minutes, so the last listings are kept while no folder that was read has changed. (A file that
+    is written over under its own name changes no folder. Only its size in the listing is then old.)
 
     Raises:
       MissingSplit: a layout is recognised, and has no such split.
       EffnetlibError: what is missing or wrong in it.
     """
+    changed, listing = _KEPT.get((root, split), ({}, None))
+    with contextlib.suppress(OSError):
+        if listing and all(os.stat(place).st_mtime_ns == when for place, when in changed.items()):
+            return listing
     walk = _Walk(root, split)
     try:
         listing = walk.find()
     except UnicodeError as error:
         raise EffnetlibError(f"a file in {root} has a name or a text that is not UTF-8: {error}") from None
+    except tarfile.TarError as error:
+        raise EffnetlibError(f"an archive in {root} is damaged, or not whole: {error}") from None
     except OSError as error:
         raise EffnetlibError(f"{error.filename or root} cannot be read: {error.strerror}") from None
     # Times in a file system have steps of up to 10 ms: a change within the step of the last one would not be seen.
@@ -218,82 +189,74 @@ class _Walk:
         self.skip: set[str] = set()
         self.skipped: set[str] = set()
 
-    def find(self) -> Listing | None:
+    def find(self) -> Split | None:
         root = self.root
         for path in (root, *(root / name for name in (*TARS.values(), *BESIDE))):
             if path.exists():
                 self.changed[path] = path.stat().st_mtime_ns
-        if (root / SKIP).is_file():
+        if (root / SKIP) in self.changed:
             lines = (root / SKIP).read_bytes().decode(errors="surrogateescape").splitlines()
             self.skip = {str(root / line.partition("\t")[0]) for line in lines if line.strip()}
-        tars = {split: root / name for split, name in TARS.items() if (root / name).is_file()}
-        kaggle = [base for base in (root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") if base.is_dir()]
-        bases = [root] if tars else kaggle or self._bases()
-        if len(bases) > 1:
-            raise EffnetlibError(f"{root} holds several data sets: name one of {', '.join(map(str, bases))}")
-        if not bases:
+        folders = [entry.name for entry in self._scan(root)[0]]
+        inner = [name for name in folders if len(folders) == 1 or name.lower() in ("images", "data", "dataset")]
+        bases = [root, *(root / name for name in (*KAGGLE, *inner))]
+        found = {base: self._places(base) for base in bases if base.is_dir()}
+        tars = {split: root / name for split, name in TARS.items() if root / name in self.changed}
+        found = {root: tars or found[root]} if tars or found[root] else {base: at for base, at in found.items() if at}
+        if len(found) > 1:
+            raise EffnetlibError(f"{root} holds several data sets: name one of {', '.join(map(str, found))}")
+        if not found:
             return None
-        places = tars or self._places(bases[0])
+        ((base, places),) = found.items()
         used = {place.name for place in places.values()} | set(BESIDE)
-        self.unused.update(beside(root, bases[0], used.__contains__))
-        classes = _numbered(self._classes(places["train"])) if "train" in places else []
+        self.unused.update(beside(root, base, used.__contains__))
+        classes = self._classes(places["train"]) if "train" in places else []
         if "test" in places:
-            self._settle_test(bases[0], places, classes)
+            self._settle_test(base, places, classes)
         if self.split not in places:
             there = in_words(self.unused + Counter(map(self._where, places.values())))
-            wanted = ({**WANTED, **TARS} if tars else WANTED)[self.split]
-            raise MissingSplit(f"{bases[0]} has no {self.split} split (seen: {there}): wanted is {wanted}")
-        return self._listing(places[self.split], classes, bool(tars or kaggle))
-
-    def _bases(self) -> list[Path]:
-        folders = self._scan(self.root)[0]
-        if any(split_of(entry.name) for entry in folders):
-            return [self.root]
-        likely = [e for e in folders if len(folders) == 1 or e.name.lower() in ("images", "data", "dataset")]
-        return [Path(e.path) for e in likely if any(split_of(i.name) == "train" for i in self._scan(Path(e.path))[0])]
+            wanted = (WANTED | (TARS if tars else {}))[self.split]
+            raise MissingSplit(f"{base} has no {self.split} split (seen: {there}): wanted is {wanted}")
+        return self._listing(places[self.split], classes)
 
     def _places(self, base: Path) -> dict[str, Path]:
         places: dict[str, Path] = {}
-        for entry in self._scan(base)[0]:
-            if kind := split_of(entry.name):
-                if kind in places:
-                    both = f"{shown(places[kind].name)} and {shown(entry.name)}"
-                    raise EffnetlibError(
-                        f"{base} has {both}, and each could be the {kind} split: leave one of them there"
-                    )
-                places[kind] = Path(entry.path)
+        for name in (entry.name for entry in self._scan(base)[0]):
+            if (kind := split_of(name)) in places:
+                both = f"{shown(places[kind].name)} and {shown(name)}"
+                raise EffnetlibError(f"{base} has {both}, and each could be the {kind} split: leave one of them there")
+            if kind:
+                places[kind] = base / name
         return places
 
     def _settle_test(self, base: Path, places: dict[str, Path], classes: list[str]) -> None:
         """Takes `test` out of `places` where its folders are no classes; makes it "eval" where nothing else could be."""
-        inside, *files = self._open(places["test"])
+        test = places["test"]
+        inside, *files = self._open(test)
         names = {entry.name for entry in inside}
         if not names & set(classes or names):
-            test = places.pop("test")
+            del places["test"]
             self.unused.update(_tally(self._where(test), sum(files, inside)) or {self._where(test): 0})
-            return
-        if "eval" in places or self.split == "train":
-            return
-        test = places["test"]
-        if self.split == "test":
+        elif "eval" not in places and self.split == "test":
             raise MissingSplit(f"{test} is what {self.root} evaluates on: it has no test split beside it")
-        near = [entry for folder in {base, self.root} for kind in self._scan(folder) for entry in kind]
-        known = {base, *base.parents, *places.values()}
-        rivals = {e.name for e in near if e.is_dir() and Path(e.path) not in known and self._may_be_eval(e, classes)}
-        archives = (e.name for e in near if e.name.lower().endswith(ARCHIVES))
-        rivals |= {name for name in archives if split_of(name.partition(".")[0]) == "eval"}
-        if rivals:
-            raise EffnetlibError(
-                f"{base} has no val folder, and {', '.join(map(shown, sorted(rivals)))} could be evaluated on just as "
-                f"{test.name} could: unpack archives, and rename the folder to evaluate on to val"
-            )
-        places["eval"] = test
+        elif "eval" not in places and self.split == "eval":
+            near = {Path(e.path): e for folder in (self.root, base) for kind in self._scan(folder) for e in kind}
+            others = near.keys() - {base, *base.parents, *places.values()}
+            if rivals := ", ".join(
+                sorted(shown(each.name) for each in others if self._may_be_eval(near[each], classes))
+            ):
+                could = f"{rivals} could be evaluated on just as {test.name} could"
+                hint = "unpack archives, and rename the folder to evaluate on to val"
+                raise EffnetlibError(f"{base} has no val folder, and {could}: {hint}")
+            places["eval"] = test
 
-    def _may_be_eval(self, folder: os.DirEntry, classes: list[str]) -> bool:
-        """Whether a folder, or one in it, holds folders with names of classes, in whatever case."""
-        inside = [entry for entry in self._scan(Path(folder.path))[0] if entry.is_dir()]
-        below = [entry for place in inside for entry in self._scan(Path(place.path))[0]]
-        return not {entry.name.casefold() for entry in inside + below}.isdisjoint(map(str.casefold, classes))
+    def _may_be_eval(self, entry: os.DirEntry, classes: list[str]) -> bool:
+        """Whether a folder, or one in it, holds folders with names of classes; whether an archive has the name of the split."""
+        if not entry.is_dir():
+            return entry.name.lower().endswith(ARCHIVES) and split_of(entry.name.partition(".")[0]) == "eval"
+        inside = self._scan(Path(entry.path))[0]
+        below = [e for place in inside if place.is_dir() for e in self._scan(Path(place.path))[0]]
+        return not {e.name.casefold() for e in inside + below}.isdisjoint(map(str.casefold, classes))
 
     def _scan(self, folder: Path) -> tuple[list[os.DirEntry], list[os.DirEntry], list[os.DirEntry]]:
         """(folders, photographs, other files), each sorted. A link to nothing is a folder: it cannot be passed over."""
@@ -302,7 +265,9 @@ class _Walk:
         with os.scandir(folder) as entries:
             for entry in sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name):
                 lost = entry.is_symlink() and not os.path.exists(entry.path)
-                if entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or lost):
+                if entry.path in self.skip:
+                    self.skipped.add(entry.path)
+                elif entry.name.lower().endswith(tuple(FORMATS)) and (entry.is_file() or lost):
                     photos.append(entry)  # no pipe or socket, but a link to nothing, which reading names
                 else:
                     (folders if entry.is_dir() or lost else others).append(entry)
@@ -319,74 +284,64 @@ class _Walk:
     def _where(self, place: Path) -> str:
         return place.relative_to(self.root).as_posix() + "/" * (not place.is_file())
 
-    def _classes(self, place: Path) -> Iterable[str]:
-        return _archived(place, inside=False)[0] if place.is_file() else (e.name for e in self._open(place)[0])
-
-    def _keep(self, name: str) -> bool:
-        if name in self.skip:
-            self.skipped.add(name)
-        return name not in self.skip
-
-    def _files(self, entries: Iterable[os.DirEntry]) -> list[tuple]:
-        return [(e.name, e.path, e.path, e.stat().st_size, 0) for e in entries if self._keep(e.path)]
-
-    def _groups(self, place: Path) -> tuple[dict[str, list[tuple]], list[tuple]]:
-        """The photographs of a split by class, and those in no class, each (file name, name, path, bytes, offset)."""
+    def _classes(self, place: Path) -> list[str]:
         if place.is_file():
-            groups, loose = _archived(place)
-            groups = {name: [file for file in files if self._keep(file[1])] for name, files in groups.items()}
-            return groups, [file for file in loose if self._keep(file[1])]
-        groups, where = {}, self._where(place)
-        folders, loose, others = self._open(place)
-        for entry in folders:
-            nested, found, rest = self._open(Path(entry.path))
-            if not found:
-                if self.split == "train":
-                    raise EffnetlibError(
-                        f"the class folder {entry.path} holds no {', '.join(SUFFIXES)} (seen: {seen(Path(entry.path))}): "
-                        "fill it, or take it away"
-                    )
-                self.unused[f"{where}{entry.name}/"] = 0
-            groups[entry.name] = self._files(found)
-            self.unused.update(_tally(f"{where}**/", nested + rest))
-        self.unused.update(_tally(where, (entry for entry in others if entry.name != ANNOTATIONS)))
-        return groups, self._files(loose)
+            return _numbered(name for name, _ in _archived(place, inside=False))
+        return _numbered(entry.name for entry in self._open(place)[0])
 
-    def _listing(self, place: Path, classes: list[str], is_imagenet: bool) -> Listing:
+    def _groups(self, place: Path) -> tuple[dict[str, list[Photo]], list[Photo]]:
+        """The photographs of a split by class, and those in no class; their labels are not known yet."""
+        groups, where = {}, self._where(place)
+        if place.is_file():
+            for class_name, photo in _archived(place):
+                if photo.name in self.skip:
+                    self.skipped.add(photo.name)
+                else:
+                    groups.setdefault(class_name, []).append(photo)
+            return groups, groups.pop("", [])
+        folders, loose, others = self._open(place)
+        for folder in folders:
+            nested, found, rest = self._open(Path(folder.path))
+            if not found and self.split == "train":
+                there = f"{', '.join(FORMATS)} (seen: {seen(Path(folder.path))})"
+                raise EffnetlibError(f"the class folder {folder.path} holds no {there}: fill it, or take it away")
+            groups[folder.name] = [Photo(e.path, 0, e.path, e.stat().st_size) for e in found]
+            self.unused.update(_tally(f"{where}**/", nested + rest) | ({} if found else {f"{where}{folder.name}/": 0}))
+        self.unused.update(_tally(where, (entry for entry in others if entry.name != ANNOTATIONS)))
+        return groups, [Photo(e.path, 0, e.path, e.stat().st_size) for e in loose]
+
+    def _listing(self, place: Path, classes: list[str]) -> Split:
         groups, loose = self._groups(place)
         if loose and self.split == "eval" and not any(groups.values()):
-            class_of = _validation_labels(self.root, place, [name for name, *_ in loose], classes)
-            class_names, groups = classes or sorted(set(class_of.values())), {}
-            for file in loose:
-                groups.setdefault(class_of[file[0]], []).append(file)
+            class_of = _validation_labels(self.root, place, [photo.file_name for photo in loose], classes)
+            groups = {name: [] for name in classes or class_of.values()}
+            for photo in loose:
+                groups[class_of[photo.file_name]].append(photo)
         else:
-            class_names = _numbered(groups)
-            self.unused.update(self._where(place) + _kind(name) for name, *_ in loose)
-        photos = [
-            Photo(name, label, path, size, offset)
-            for label, class_name in enumerate(class_names)
-            for _, name, path, size, offset in sorted(groups.get(class_name, ()))
-        ]
-        if not photos:
+            self.unused.update(self._where(place) + _kind(photo.name) for photo in loose)
+        if not any(groups.values()):
             there = f" in class folders (seen: {seen(place)}): wanted is CLASS/*.jpg in it" if place.is_dir() else ""
             raise EffnetlibError(f"{place} holds no photographs{there}")
         if strays := sorted(name for name in self.skip - self.skipped if name.startswith(f"{place}/")):
             raise EffnetlibError(f"{self.root / SKIP} names {strays[0]}, which is no photograph: take the line out")
         if self.skipped:
             self.unused[f"photographs that {SKIP} names"] = len(self.skipped)
+        class_names, photos = _numbered(groups), []
         fingerprint, names = hashlib.sha256(), hashlib.sha256()
-        for photo in photos:
-            name = f"{class_names[photo.label]}/{photo.file_name}"
-            fingerprint.update(f"{name} {photo.size}\n".encode())
-            names.update(f"{name}\n".encode())
-        return Listing(
-            class_names=tuple(class_names),
-            photos=photos,
-            fingerprint=fingerprint.hexdigest()[:16],
-            names=names.hexdigest()[:16],
-            is_imagenet=is_imagenet or (len(class_names) == WHOLE and all(map(WNID.fullmatch, class_names))),
+        for label, class_name in enumerate(class_names):
+            for photo in sorted(groups[class_name]):
+                photos.append(photo._replace(label=label))
+                fingerprint.update(f"{class_name}/{photo.file_name} {photo.size}\n".encode())
+                names.update(f"{class_name}/{photo.file_name}\n".encode())
+        return Split.of_photographs(
+            len(photos),
+            class_names,
+            fingerprint.hexdigest()[:16],
+            functools.partial(_encoded, photos),
             origin=self._where(place),
             unused=dict(self.unused),
+            names=names.hexdigest()[:16],
+            photos=photos,
         )
 
 
@@ -396,58 +351,43 @@ def _numbered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
-def _archived(path: Path, inside: bool = True) -> tuple[dict[str, list[tuple]], list[tuple]]:
-    """What `_Walk._groups` says of an archive: each archive in it is a class, which is read only if `inside`."""
-    groups, loose = {}, []
-
-    def files(archive, prefix, offset, into):
+def _archived(path: Path, class_name: str = "", inner=None, offset: int = 0, inside: bool = True):
+    """(class name, photograph) of an archive. An archive in it is a class, of which one photograph is None if not `inside`."""
+    with tarfile.open(path, "r:", inner) as archive:
         for member in archive:
             name = member.name.rpartition("/")[2]
-            if name.endswith(".tar"):
-                class_name = name.removesuffix(".tar")
-                groups[class_name] = []
-                if inside:
-                    with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                        files(inner, f"{prefix}/{class_name}", member.offset_data, groups[class_name])
-            elif member.isfile() and name.lower().endswith(SUFFIXES):
-                into.append((name, f"{prefix}/{name}", str(path), member.size, offset + member.offset_data))
+            if name.endswith(".tar") and inside:
+                yield from _archived(path, name[:-4], archive.extractfile(member), member.offset_data)
+            elif name.endswith(".tar"):
+                yield name[:-4], None
+            elif member.isfile() and name.lower().endswith(tuple(FORMATS)):
+                where = os.path.join(path, class_name, name)
+                yield class_name, Photo(where, 0, str(path), member.size, offset + member.offset_data)
             archive.members.clear()  # or it keeps a million of them
-
-    try:
-        with tarfile.open(path, "r:") as outer:
-            files(outer, path, 0, loose)
-    except tarfile.TarError as error:
-        raise EffnetlibError(f"{path} is damaged, or not whole: {error}") from None
-    return groups, loose
-
-
-# Labels of a flat validation split
 
 
 def _validation_labels(root: Path, place: Path, names: list[str], classes: list[str]) -> dict[str, str]:
-    """The class of each file name in `place`.
+    """The class of each file name in `place`, a split without class folders.
 
     Raises:
       EffnetlibError: no file of labels was found, or it cannot be read, or does not fit the photographs or the classes.
     """
-    tables = [(place / ANNOTATIONS, _from_table), *((root / name, _from_table) for name in BESIDE[:2])]
-    known = None
-    for path, labels in (*tables, (root / f"{DEVKIT}.tar.gz", _from_kit)):
-        if path.is_file():
-            try:
-                known = labels(path)
-            except Exception as error:  # text that is none, a damaged archive or matrix: each library has its own kinds
-                raise EffnetlibError(f"the validation labels in {path} cannot be read: {first_line(error)}") from None
-            break
-    if known is None:
+    kit = root / f"{DEVKIT}.tar.gz"
+    path = next(
+        (path for path in (place / ANNOTATIONS, *(root / name for name in BESIDE[:2]), kit) if path.is_file()), None
+    )
+    if path is None:
         wanted = f"wanted is {place.name}/CLASS/*.jpg with the classes of train" + f" ({_some(classes)})" * bool(
             classes
         )
         if names[0].startswith("ILSVRC2012_val_"):
-            wanted = f"put {SOLUTION} (Kaggle) or {DEVKIT}.tar.gz (official) into {root}"
-        raise EffnetlibError(
-            f"the {len(names):,} photographs in {place} lie in no class folders, and nothing says what they show: {wanted}"
-        )
+            wanted = f"put {SOLUTION} (Kaggle) or {kit.name} (official) into {root}"
+        there = f"the {len(names):,} photographs in {place} lie in no class folders, and nothing says what they show"
+        raise EffnetlibError(f"{there}: {wanted}")
+    try:
+        known = _from_kit(path) if path == kit else _from_table(path)
+    except Exception as error:  # text that is none, a damaged archive or matrix: each library raises its own kinds
+        raise EffnetlibError(f"the validation labels in {path} cannot be read: {first_line(error)}") from None
     found = {name: known.get(name) or known.get(name.rpartition(".")[0]) for name in names}
     if missing := [name for name in names if not found[name]]:
         raise EffnetlibError(f"{path} has no label for {len(missing):,} of {len(names):,} photographs: {missing[:3]}")
@@ -474,4 +414,7 @@ def _from_kit(path: Path) -> dict[str, str]:
         )
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
     wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    return {f"ILSVRC2012_val_{n:08}": wnids[int(number)] for n, number in enumerate(truth.split(), 1)}
+    return {
+        f"ILSVRC2012_val_{n:08}": wnids.get(int(number), f"number {int(number)}")
+        for n, number in enumerate(truth.split(), 1)
+    }

@@ -133,13 +133,8 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for split, about in manifest["splits"].items():
-            counts = {about["examples"], sum(s["examples"] for s in about["shards"]), sum(about["examples_a_class"])}
-            if (
-                manifest["schema"] != SCHEMA
-                or len(counts) > 1
-                or len(about["examples_a_class"]) != len(manifest["classes"])
-            ):
-                raise ValueError(f"the schema or the counts of {split} are wrong")
+            if manifest["schema"] != SCHEMA or about["examples"] != sum(shard["examples"] for shard in about["shards"]):
+                raise ValueError(f"the counts of {split} contradict each other")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EffnetlibError(f"{folder / MANIFEST} is damaged, or of another version: {error}") from None
     return manifest
@@ -186,13 +181,9 @@ def _open_ours(root: Path, split: str) -> Split:
     unused = beside(root, root, used.__contains__)
     if skipped:
         unused["unreadable photographs that were left out"] = len(skipped)
-    return Split.of_photographs(
-        ShardedRecords(shards, len(manifest["classes"]), order, remedy),
-        tuple(manifest["classes"]),
-        about["fingerprint"],
-        origin=about.get("origin", split),
-        unused=unused,
-    )
+    records = ShardedRecords(shards, len(manifest["classes"]), order, remedy)
+    about = {"fingerprint": about["fingerprint"], "origin": about.get("origin", split), "unused": unused}
+    return Split.of_photographs(len(records), manifest["classes"], encoded=records.__getitem__, **about)
 
 
 def _open_tfds(root: Path, info: Path, split: str) -> Split:
@@ -206,12 +197,6 @@ def _open_tfds(root: Path, info: Path, split: str) -> Split:
     name = known.get(split) or (known.get("test") if split == "eval" else None)
     if name is None or (split == "test" and "eval" not in known):
         raise EffnetlibError(f"{folder} has no {split} split, only {', '.join(named)}")
-    unread = [each for each in named if each not in known.values()]
-    if split == "eval" and "eval" not in known and unread:
-        raise EffnetlibError(
-            f"{folder} has no validation split, and {', '.join(unread)} could be evaluated on just as {name} could: set "
-            f"subset=minival, which holds out a part of train, or take what is not meant out of {INFO}"
-        )
     lengths = named[name]
     pattern = re.compile(rf".+-{re.escape(name)}\.array_record-(\d+)-of-0*{len(lengths)}")
     files = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
@@ -231,6 +216,9 @@ def _open_tfds(root: Path, info: Path, split: str) -> Split:
     for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
     written = re.compile(r".+\.array_record-\d+-of-\d+|.+\.(json|labels\.txt)")
-    unused = beside(root, folder, written.fullmatch) | {f"the split {each}": sum(named[each]) for each in unread}
+    unused = beside(root, folder, written.fullmatch) | {
+        f"the split {each}": sum(counts) for each, counts in named.items() if each not in known.values()
+    }
     records = ShardedRecords(list(zip(files, lengths, strict=True)), len(classes))
-    return Split.of_photographs(records, classes, digest.hexdigest()[:16], origin=name, unused=unused)
+    about = {"fingerprint": digest.hexdigest()[:16], "origin": name, "unused": unused}
+    return Split.of_photographs(len(records), classes, encoded=records.__getitem__, **about)

@@ -1,12 +1,13 @@
 """Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from effnetlib.data.photographs import check_classes, in_words, kept_listing, seen
+from effnetlib.data.photographs import check_classes, in_words, list_photographs, seen
 from effnetlib.data.shards import JOURNAL, open_shards, shard_order
 from effnetlib.data.split import Split
 from effnetlib.errors import EffnetlibError, did_you_mean
@@ -43,10 +44,10 @@ def cache_folder() -> Path:
 def describe(name: str, subset: str = "all") -> DataInfo:
     """The sizes of a data set: constants for the known ones, a listing for photographs (nothing is decoded)."""
     if name in KNOWN:
-        info = KNOWN[name]
-        held_out = _held_out(info.train_examples, name) if subset == "minival" else info.eval_examples
-        rest = info.train_examples - held_out * (subset == "minival")
-        return DataInfo(rest, held_out, info.num_classes)
+        info, held_out = KNOWN[name], 0
+        if subset == "minival":
+            held_out = _held_out(info.train_examples, name)
+        return DataInfo(info.train_examples - held_out, held_out or info.eval_examples, info.num_classes)
     train, evaluation = load(name, "train", subset), load(name, "eval", subset)
     check_classes(data_folder(name), {"train": train.class_names, "eval": evaluation.class_names})
     return DataInfo(len(train), len(evaluation), len(train.class_names))
@@ -75,9 +76,9 @@ def load(name: str, split: str, subset: str = "all") -> Split:
     if name in KNOWN and split != "test":
         wanted = KNOWN[name].train_examples if split == "train" else KNOWN[name].eval_examples
         if len(data) != wanted:
+            hint = "complete it, or name its path as the data set, which takes what is there"
             raise EffnetlibError(
-                f"the {split} split of {name} should have {wanted:,} examples, and has {len(data):,}: complete it, or name its "
-                "path as the data set, which takes what is there"
+                f"the {split} split of {name} should have {wanted:,} examples, and has {len(data):,}: {hint}"
             )
     return data
 
@@ -108,41 +109,34 @@ CIFAR10_FILES = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "eval": 
 
 
 def _cifar10(split: str) -> Split:
-    folder, names = cache_folder() / "cifar10", CIFAR10_FILES[split]
-    examples = KNOWN["cifar10"].train_examples if split == "train" else KNOWN["cifar10"].eval_examples
-    for path in (folder / name for name in names):
-        if not path.is_file() or path.stat().st_size != 3073 * examples // len(names):
-            problem = "is not whole" if path.is_file() else "is missing"
-            raise EffnetlibError(f"{path} {problem}: get CIFAR-10 with `effnetlib data fetch cifar10`")
-    records = np.concatenate([np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in names])
-    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    classes = "airplane automobile bird cat deer dog frog horse ship truck"
-    data = Split.in_memory(np.ascontiguousarray(images), records[:, 0], classes.split())
-    if data.fingerprint != CIFAR10_FINGERPRINTS[split]:
-        damaged = f"the {split} split in {folder} is damaged, or not CIFAR-10"
-        raise EffnetlibError(f"{damaged}: get it with `effnetlib data fetch cifar10`")
-    return data
+    folder, classes = cache_folder() / "cifar10", "airplane automobile bird cat deer dog frog horse ship truck"
+    with contextlib.suppress(OSError, ValueError):
+        records = np.concatenate(
+            [np.fromfile(folder / name, np.uint8).reshape(-1, 3073) for name in CIFAR10_FILES[split]]
+        )
+        images = np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        data = Split.in_memory(images, records[:, 0], classes.split())
+        if data.fingerprint == CIFAR10_FINGERPRINTS[split]:
+            return data
+    get = "get CIFAR-10 with `effnetlib data fetch cifar10`"
+    raise EffnetlibError(f"the {split} split of CIFAR-10 in {folder} is missing or damaged: {get}")
 
 
 IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}
 
-KAGGLE_INPUT = Path("/kaggle/input")
-KAGGLE_IMAGENET = "imagenet-object-localization-challenge"
-
-
-def _places(name: str) -> list[Path]:
-    """Where photographs of this name may lie: the path itself, or a folder of the cache; ImageNet's also where Kaggle attaches its
-    competition, now and before."""
-    folder = user_path(name_or_path(name, "dataset"), "dataset", cache_folder(), folder=True)
-    kaggle = [KAGGLE_INPUT / "competitions" / KAGGLE_IMAGENET, KAGGLE_INPUT / KAGGLE_IMAGENET]
-    return [folder, *kaggle] if name == "imagenet" else [folder]
+_COMPETITION = "imagenet-object-localization-challenge"
+KAGGLE_IMAGENET = (
+    Path("/kaggle/input/competitions", _COMPETITION),
+    Path("/kaggle/input", _COMPETITION),
+)  # now, and before
 
 
 def data_folder(name: str) -> Path:
     """Where photographs of this name lie: the path itself, or a folder of the cache. On Kaggle, "imagenet" is the competition's
     where it is attached and the cache has none."""
-    places = _places(name)
-    return next((place for place in places if place.is_dir()), places[0])
+    folder = user_path(name_or_path(name, "dataset"), "dataset", cache_folder(), folder=True)
+    attached = KAGGLE_IMAGENET if name == "imagenet" and not folder.is_dir() else ()
+    return next((place for place in attached if place.is_dir()), folder)
 
 
 def _photographs(name: str, split: str) -> Split:
@@ -154,19 +148,16 @@ def _photographs(name: str, split: str) -> Split:
             raise EffnetlibError(
                 f"the preparation of {root} did not end: the same `effnetlib data prepare` goes on with it"
             )
-        if listing := kept_listing(root, split):
-            about = {name: getattr(listing, name) for name in ("origin", "unused", "names")}
-            return Split.of_photographs(listing, listing.class_names, listing.fingerprint, **about)
+        if found := list_photographs(root, split):
+            return found
     wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
     if root.exists():
         raise EffnetlibError(f"{root} holds no data set (seen: {seen(root)}): {wanted}")
     if os.sep not in name:
         wanted += " (EFFNETLIB_DATA names another place than the cache folder)"
     if name == "imagenet":
-        root, *others = _places(name)
-        raise EffnetlibError(
-            f"imagenet is not in {root} (nor, as on Kaggle, in {', '.join(map(str, others))}): {wanted}"
-        )
+        places = ", ".join(map(str, KAGGLE_IMAGENET))
+        raise EffnetlibError(f"imagenet is not in {root} (nor, as on Kaggle, in {places}): {wanted}")
     if name in KNOWN:
         raise EffnetlibError(f"{root} is missing: get it with `effnetlib data fetch {name}`")
     raise EffnetlibError(f"there is no data set {name!r} ({did_you_mean(name, KNOWN)}): {wanted}")

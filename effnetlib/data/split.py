@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +24,7 @@ class Split:
       origin: the folder or archive that photographs come from.
       unused: counts of what lies among or beside photographs and is not used.
       names: a SHA-256 over the names of loose files alone; empty for other sets.
+      photos: the loose files (see `effnetlib.data.photographs.Photo`); empty for other sets.
     """
 
     size: int
@@ -34,15 +35,17 @@ class Split:
     origin: str = ""
     unused: dict[str, int] = field(default_factory=dict, repr=False)
     names: str = ""
+    photos: Sequence = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return self.size
 
     @classmethod
-    def of_photographs(cls, records, class_names: tuple[str, ...], fingerprint: str, **about) -> "Split":
-        """A split of which ``records[index]`` is what `encoded` returns; `about` has the fields after that."""
-        example = functools.partial(_decoded, records)
-        return cls(len(records), class_names, fingerprint, example, records.__getitem__, **about)
+    def of_photographs(
+        cls, size: int, class_names: Sequence[str], fingerprint: str, encoded: Callable, **about
+    ) -> "Split":
+        """A split of which `encoded` is known; `about` has the fields after that."""
+        return cls(size, tuple(class_names), fingerprint, functools.partial(_decoded, encoded), encoded, **about)
 
     @classmethod
     def in_memory(cls, images: np.ndarray, labels: np.ndarray, class_names) -> "Split":
@@ -62,6 +65,7 @@ class Split:
             fingerprint=hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()[:16],
             example=functools.partial(_at, self.example, indices),
             encoded=self.encoded and functools.partial(_at, self.encoded, indices),
+            photos=(),
         )
 
 
@@ -69,8 +73,8 @@ def _pixels(images: np.ndarray, labels: np.ndarray, index: int) -> tuple[np.ndar
     return images[index], int(labels[index])
 
 
-def _decoded(records, index: int) -> tuple[np.ndarray, int]:
-    photograph, label, name = records[index]
+def _decoded(encoded: Callable, index: int) -> tuple[np.ndarray, int]:
+    photograph, label, name = encoded(index)
     return decode(photograph, name), label
 
 
