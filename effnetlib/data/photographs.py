@@ -14,6 +14,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import tarfile
@@ -29,12 +30,15 @@ from effnetlib.errors import EffnetlibError, first_line, shown
 # The suffixes of photographs, and the format that each promises.
 FORMATS = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | dict.fromkeys((".tif", ".tiff"), "TIFF")
 FORMATS |= {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+SUFFIXES = tuple(FORMATS)
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "eval": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-JUNK = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin")  # what systems put between them
+ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's
+# What is passed over: what systems put between the photographs, and that table.
+JUNK = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin", ANNOTATIONS)
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 WNID = re.compile(r"n\d{8}")
 WHOLE = 1000  # synsets
@@ -42,7 +46,6 @@ TARS = {"train": "ILSVRC2012_img_train.tar", "eval": "ILSVRC2012_img_val.tar"}
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 DEVKIT = "ILSVRC2012_devkit_t12"
 SOLUTION = "LOC_val_solution.csv"
-ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's
 SKIP = "skip.txt"
 BESIDE = (SOLUTION, f"ILSVRC/{SOLUTION}", f"{DEVKIT}.tar.gz", SKIP)
 WANTED = {
@@ -164,19 +167,26 @@ def beside(root: Path, base: Path, used: Callable[[str], object]) -> Counter:
     for step in (*base.relative_to(root).parts, None):
         with os.scandir(place) as entries:
             others = [e for e in entries if e.name != step and not e.name.startswith(JUNK) and not used(e.name)]
-            counts += _tally(where, others)
+            folders = [entry.name for entry in others if entry.is_dir()]
+            counts += _tally(where, folders, (), (entry.name for entry in others if entry.name not in folders))
         if step:
             place, where = place / step, f"{where}{step}/"
     return counts
 
 
-def _tally(where: str, entries: Iterable[os.DirEntry]) -> Counter:
+def _tally(where: str, folders: Iterable[str], photos: Iterable[Photo], others: Iterable[str]) -> Counter:
     """Counts folders by their names, and files by their suffixes."""
-    return Counter(where + (f"{entry.name}/" if entry.is_dir() else _kind(entry.name)) for entry in entries)
+    files = (os.path.splitext(name)[1].lower() for name in (*(photo.name for photo in photos), *others))
+    kinds = [*(f"{name}/" for name in folders), *(f"*{suffix or ' without a suffix'}" for suffix in files)]
+    return Counter(where + kind for kind in kinds)
 
 
-def _kind(name: str) -> str:
-    return f"*{os.path.splitext(name)[1].lower() or ' without a suffix'}"
+class _Place(NamedTuple):
+    """A folder; or the archive that begins at `offset` of the file `tar`, and that is called `path`."""
+
+    path: Path
+    tar: Path | None = None
+    offset: int = 0
 
 
 class _Walk:
@@ -197,20 +207,20 @@ class _Walk:
         if (root / SKIP) in self.changed:
             lines = (root / SKIP).read_bytes().decode(errors="surrogateescape").splitlines()
             self.skip = {str(root / line.partition("\t")[0]) for line in lines if line.strip()}
-        folders = [entry.name for entry in self._scan(root)[0]]
+        folders = self._scan(_Place(root))[0]
         inner = [name for name in folders if len(folders) == 1 or name.lower() in ("images", "data", "dataset")]
-        bases = [root, *(root / name for name in (*KAGGLE, *inner))]
-        found = {base: self._places(base) for base in bases if base.is_dir()}
-        tars = {split: root / name for split, name in TARS.items() if root / name in self.changed}
+        bases = [base for base in (root, *(root / name for name in (*KAGGLE, *inner))) if base.is_dir()]
+        found = {base: self._places(base) for base in bases}
+        tars = {split: _Place(root / name, root / name) for split, name in TARS.items() if (root / name).is_file()}
         found = {root: tars or found[root]} if tars or found[root] else {base: at for base, at in found.items() if at}
         if len(found) > 1:
             raise EffnetlibError(f"{root} holds several data sets: name one of {', '.join(map(str, found))}")
         if not found:
             return None
         ((base, places),) = found.items()
-        used = {place.name for place in places.values()} | set(BESIDE)
+        used = {place.path.name for place in places.values()} | set(BESIDE)
         self.unused.update(beside(root, base, used.__contains__))
-        classes = self._classes(places["train"]) if "train" in places else []
+        classes = _numbered(self._open(places["train"])[0]) if "train" in places else []
         if "test" in places:
             self._settle_test(base, places, classes)
         if self.split not in places:
@@ -219,128 +229,137 @@ class _Walk:
             raise MissingSplit(f"{base} has no {self.split} split (seen: {there}): wanted is {wanted}")
         return self._listing(places[self.split], classes)
 
-    def _places(self, base: Path) -> dict[str, Path]:
-        places: dict[str, Path] = {}
-        for name in (entry.name for entry in self._scan(base)[0]):
+    def _places(self, base: Path) -> dict[str, _Place]:
+        places: dict[str, _Place] = {}
+        for name, place in self._scan(_Place(base))[0].items():
             if (kind := split_of(name)) in places:
-                both = f"{shown(places[kind].name)} and {shown(name)}"
+                both = f"{shown(places[kind].path.name)} and {shown(name)}"
                 raise EffnetlibError(f"{base} has {both}, and each could be the {kind} split: leave one of them there")
-            if kind:
-                places[kind] = base / name
+            places |= {kind: place} if kind else {}
         return places
 
-    def _settle_test(self, base: Path, places: dict[str, Path], classes: list[str]) -> None:
+    def _settle_test(self, base: Path, places: dict[str, _Place], classes: list[str]) -> None:
         """Takes `test` out of `places` where its folders are no classes; makes it "eval" where nothing else could be."""
         test = places["test"]
-        inside, *files = self._open(test)
-        names = {entry.name for entry in inside}
-        if not names & set(classes or names):
+        folders, photos, others = self._open(test)
+        if not folders.keys() & set(classes or folders):
             del places["test"]
-            self.unused.update(_tally(self._where(test), sum(files, inside)) or {self._where(test): 0})
+            where = self._where(test)
+            self.unused.update(_tally(where, folders, photos, others) or {where: 0})
         elif "eval" not in places and self.split == "test":
-            raise MissingSplit(f"{test} is what {self.root} evaluates on: it has no test split beside it")
+            raise MissingSplit(f"{test.path} is what {self.root} evaluates on: it has no test split beside it")
         elif "eval" not in places and self.split == "eval":
-            near = {Path(e.path): e for folder in (self.root, base) for kind in self._scan(folder) for e in kind}
-            others = near.keys() - {base, *base.parents, *places.values()}
-            if rivals := ", ".join(
-                sorted(shown(each.name) for each in others if self._may_be_eval(near[each], classes))
-            ):
-                could = f"{rivals} could be evaluated on just as {test.name} could"
+            rivals, known = set(), {base, *base.parents, *(place.path for place in places.values())}
+            for folders, _, files in (self._scan(_Place(self.root)), self._scan(_Place(base))):
+                rivals |= {n for n, place in folders.items() if place.path not in known and self._holds(place, classes)}
+                archives = (name for name in files if name.lower().endswith(ARCHIVES))
+                rivals |= {name for name in archives if split_of(name.partition(".")[0]) == "eval"}
+            if rivals:
+                could = f"{', '.join(map(shown, sorted(rivals)))} could be evaluated on just as {test.path.name} could"
                 hint = "unpack archives, and rename the folder to evaluate on to val"
                 raise EffnetlibError(f"{base} has no val folder, and {could}: {hint}")
             places["eval"] = test
 
-    def _may_be_eval(self, entry: os.DirEntry, classes: list[str]) -> bool:
-        """Whether a folder, or one in it, holds folders with names of classes; whether an archive has the name of the split."""
-        if not entry.is_dir():
-            return entry.name.lower().endswith(ARCHIVES) and split_of(entry.name.partition(".")[0]) == "eval"
-        inside = self._scan(Path(entry.path))[0]
-        below = [e for place in inside if place.is_dir() for e in self._scan(Path(place.path))[0]]
-        return not {e.name.casefold() for e in inside + below}.isdisjoint(map(str.casefold, classes))
+    def _holds(self, place: _Place, classes: list[str]) -> bool:
+        """Whether a folder, or one in it, holds folders with names of classes, in whatever case."""
+        folders = self._scan(place)[0] if place.path.is_dir() else {}
+        below = (self._scan(inner)[0] for inner in folders.values() if inner.path.is_dir())
+        names = {name.casefold() for name in itertools.chain(folders, *below)}
+        return not names.isdisjoint(map(str.casefold, classes))
 
-    def _scan(self, folder: Path) -> tuple[list[os.DirEntry], list[os.DirEntry], list[os.DirEntry]]:
-        """(folders, photographs, other files), each sorted. A link to nothing is a folder: it cannot be passed over."""
-        self.changed[folder] = os.stat(folder).st_mtime_ns
-        folders, photos, others = [], [], []
-        with os.scandir(folder) as entries:
+    def _scan(self, place: _Place) -> tuple[dict[str, _Place], list[Photo], list[str]]:
+        """(folders, photographs without their labels, names of other files), the folders sorted.
+
+        A link to nothing is a folder or a photograph: it cannot be passed over, and whoever reads it names it.
+        """
+        if place.tar:
+            return self._scan_archive(place)
+        self.changed[place.path] = os.stat(place.path).st_mtime_ns
+        folders, photos, others = {}, [], []
+        with os.scandir(place.path) as entries:
             for entry in sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name):
                 lost = entry.is_symlink() and not os.path.exists(entry.path)
-                if entry.path in self.skip:
-                    self.skipped.add(entry.path)
-                elif entry.name.lower().endswith(tuple(FORMATS)) and (entry.is_file() or lost):
-                    photos.append(entry)  # no pipe or socket, but a link to nothing, which reading names
+                if entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or lost):  # no pipe or socket
+                    if self._keep(entry.path):
+                        photos.append(Photo(entry.path, 0, entry.path, entry.stat().st_size))
+                elif entry.is_dir() or lost:
+                    folders[entry.name] = _Place(place.path / entry.name)
                 else:
-                    (folders if entry.is_dir() or lost else others).append(entry)
+                    others.append(entry.name)
         return folders, photos, others
 
-    def _open(self, folder: Path):
+    def _scan_archive(self, place: _Place) -> tuple[dict[str, _Place], list[Photo], list[str]]:
+        folders, photos, others = {}, [], []
+        with open(place.tar, "rb") as file:
+            file.seek(place.offset)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for member in archive:
+                    path = place.path / member.name.rpartition("/")[2]
+                    if path.suffix == ".tar":  # an archive in an archive is a folder
+                        folders[path.stem] = _Place(place.path / path.stem, place.tar, member.offset_data)
+                    elif member.isfile() and path.name.lower().endswith(SUFFIXES) and self._keep(str(path)):
+                        photos.append(Photo(str(path), 0, str(place.tar), member.size, member.offset_data))
+                    archive.members.clear()  # or it keeps a million of them
+        return folders, photos, others
+
+    def _keep(self, path: str) -> bool:
+        if path in self.skip:
+            self.skipped.add(path)
+        return path not in self.skip
+
+    def _open(self, place: _Place):
         """What `_scan` finds; where that is a folder `images` and no photographs, what is in there (as in Tiny ImageNet)."""
-        folders, photos, others = self._scan(folder)
-        if photos or [entry.name for entry in folders] != ["images"]:
+        folders, photos, others = self._scan(place)
+        if photos or folders.keys() != {"images"}:
             return folders, photos, others
-        folders, photos, more = self._scan(folder / "images")
+        folders, photos, more = self._scan(folders["images"])
         return folders, photos, others + more
 
-    def _where(self, place: Path) -> str:
-        return place.relative_to(self.root).as_posix() + "/" * (not place.is_file())
+    def _where(self, place: _Place) -> str:
+        return place.path.relative_to(self.root).as_posix() + "/" * (place.tar is None)
 
-    def _classes(self, place: Path) -> list[str]:
-        if place.is_file():
-            return _numbered(name for name, _ in _archived(place, inside=False))
-        return _numbered(entry.name for entry in self._open(place)[0])
-
-    def _groups(self, place: Path) -> tuple[dict[str, list[Photo]], list[Photo]]:
-        """The photographs of a split by class, and those in no class; their labels are not known yet."""
-        groups, where = {}, self._where(place)
-        if place.is_file():
-            for class_name, photo in _archived(place):
-                if photo.name in self.skip:
-                    self.skipped.add(photo.name)
-                else:
-                    groups.setdefault(class_name, []).append(photo)
-            return groups, groups.pop("", [])
+    def _listing(self, place: _Place, classes: list[str]) -> Split:
         folders, loose, others = self._open(place)
-        for folder in folders:
-            nested, found, rest = self._open(Path(folder.path))
-            if not found and self.split == "train":
-                there = f"{', '.join(FORMATS)} (seen: {seen(Path(folder.path))})"
-                raise EffnetlibError(f"the class folder {folder.path} holds no {there}: fill it, or take it away")
-            groups[folder.name] = [Photo(e.path, 0, e.path, e.stat().st_size) for e in found]
-            self.unused.update(_tally(f"{where}**/", nested + rest) | ({} if found else {f"{where}{folder.name}/": 0}))
-        self.unused.update(_tally(where, (entry for entry in others if entry.name != ANNOTATIONS)))
-        return groups, [Photo(e.path, 0, e.path, e.stat().st_size) for e in loose]
-
-    def _listing(self, place: Path, classes: list[str]) -> Split:
-        groups, loose = self._groups(place)
+        groups, where = {}, self._where(place)
+        for name, folder in folders.items():
+            nested, groups[name], rest = self._open(folder)
+            if not groups[name]:
+                if self.split == "train":
+                    there = f"{', '.join(SUFFIXES)} (seen: {in_words(_tally('', nested, (), rest))})"
+                    raise EffnetlibError(f"the class folder {folder.path} holds no {there}: fill it, or take it away")
+                self.unused[f"{where}{name}/"] = 0
+            self.unused.update(_tally(f"{where}**/", nested, (), rest))
         if loose and self.split == "eval" and not any(groups.values()):
-            class_of = _validation_labels(self.root, place, [photo.file_name for photo in loose], classes)
+            class_of = _validation_labels(self.root, place.path, [photo.file_name for photo in loose], classes)
             groups = {name: [] for name in classes or class_of.values()}
             for photo in loose:
                 groups[class_of[photo.file_name]].append(photo)
-        else:
-            self.unused.update(self._where(place) + _kind(photo.name) for photo in loose)
+            loose = []
         if not any(groups.values()):
-            there = f" in class folders (seen: {seen(place)}): wanted is CLASS/*.jpg in it" if place.is_dir() else ""
-            raise EffnetlibError(f"{place} holds no photographs{there}")
-        if strays := sorted(name for name in self.skip - self.skipped if name.startswith(f"{place}/")):
+            there = in_words(_tally("", folders, loose, others))
+            raise EffnetlibError(
+                f"{place.path} holds no photographs in class folders (seen: {there}): wanted is CLASS/*.jpg in it"
+            )
+        self.unused.update(_tally(where, (), loose, others))
+        if strays := sorted(name for name in self.skip - self.skipped if name.startswith(f"{place.path}/")):
             raise EffnetlibError(f"{self.root / SKIP} names {strays[0]}, which is no photograph: take the line out")
         if self.skipped:
             self.unused[f"photographs that {SKIP} names"] = len(self.skipped)
-        class_names, photos = _numbered(groups), []
-        fingerprint, names = hashlib.sha256(), hashlib.sha256()
-        for label, class_name in enumerate(class_names):
-            for photo in sorted(groups[class_name]):
-                photos.append(photo._replace(label=label))
-                fingerprint.update(f"{class_name}/{photo.file_name} {photo.size}\n".encode())
-                names.update(f"{class_name}/{photo.file_name}\n".encode())
+        class_names = _numbered(groups)
+        photos = [p._replace(label=label) for label, name in enumerate(class_names) for p in sorted(groups[name])]
+        names = [f"{class_names[photo.label]}/{photo.file_name}" for photo in photos]
+        sizes = [f"{name} {photo.size}" for name, photo in zip(names, photos, strict=True)]
+        fingerprint, names = (
+            hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()[:16] for lines in (sizes, names)
+        )
         return Split.of_photographs(
             len(photos),
             class_names,
-            fingerprint.hexdigest()[:16],
+            fingerprint,
             functools.partial(_encoded, photos),
-            origin=self._where(place),
+            origin=where,
             unused=dict(self.unused),
-            names=names.hexdigest()[:16],
+            names=names,
             photos=photos,
         )
 
@@ -349,21 +368,6 @@ def _numbered(names: Iterable[str]) -> list[str]:
     """Class names in the order of their labels: that of the numbers where all are whole numbers, else as text is sorted."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
-
-
-def _archived(path: Path, class_name: str = "", inner=None, offset: int = 0, inside: bool = True):
-    """(class name, photograph) of an archive. An archive in it is a class, of which one photograph is None if not `inside`."""
-    with tarfile.open(path, "r:", inner) as archive:
-        for member in archive:
-            name = member.name.rpartition("/")[2]
-            if name.endswith(".tar") and inside:
-                yield from _archived(path, name[:-4], archive.extractfile(member), member.offset_data)
-            elif name.endswith(".tar"):
-                yield name[:-4], None
-            elif member.isfile() and name.lower().endswith(tuple(FORMATS)):
-                where = os.path.join(path, class_name, name)
-                yield class_name, Photo(where, 0, str(path), member.size, offset + member.offset_data)
-            archive.members.clear()  # or it keeps a million of them
 
 
 def _validation_labels(root: Path, place: Path, names: list[str], classes: list[str]) -> dict[str, str]:

@@ -50,12 +50,9 @@ _Example = message_factory.GetMessageClass(_pool.FindMessageTypeByName("effnetli
 def encode_record(image: bytes, label: int, file_name: str) -> bytes:
     """A record as bytes."""
     example = _Example()
-    for key, kind, value in (
-        ("image", "bytes_list", image),
-        ("label", "int64_list", label),
-        ("file_name", "bytes_list", file_name.encode()),
-    ):
-        getattr(example.features.feature.add(key=key).value, kind).value.append(value)
+    for key, value in {"image": image, "label": label, "file_name": file_name.encode()}.items():
+        feature = example.features.feature.add(key=key).value
+        (feature.int64_list if key == "label" else feature.bytes_list).value.append(value)
     return example.SerializeToString(deterministic=True)
 
 
