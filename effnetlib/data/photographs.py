@@ -167,8 +167,8 @@ def beside(root: Path, base: Path, used: Callable[[str], object]) -> Counter:
     for step in (*base.relative_to(root).parts, None):
         with os.scandir(place) as entries:
             others = [e for e in entries if e.name != step and not e.name.startswith(JUNK) and not used(e.name)]
-            folders = [entry.name for entry in others if entry.is_dir()]
-            counts += _tally(where, folders, (), (entry.name for entry in others if entry.name not in folders))
+            folders, files = ([e.name for e in others if e.is_dir() is is_folder] for is_folder in (True, False))
+            counts += _tally(where, folders, (), files)
         if step:
             place, where = place / step, f"{where}{step}/"
     return counts

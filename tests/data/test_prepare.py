@@ -664,6 +664,11 @@ def test_photographs_that_are_named_to_be_skipped(tmp_path):
         assert found.unused == {"photographs that skip.txt names": 1}
     assert load(str(tmp_path / "in"), "train").fingerprint != before.fingerprint
     assert len(prepare(tmp_path / "in", tmp_path / "out")["unused"]) == 1
+    (tmp_path / "links").mkdir()  # as for a disk that cannot be written
+    for split in ("train", "val"):
+        (tmp_path / "links" / split).symlink_to(tmp_path / "in" / split)
+    (tmp_path / "links/skip.txt").write_text(lines[0])
+    assert load(str(tmp_path / "links"), "train").fingerprint == load(str(tmp_path / "in"), "train").fingerprint
     (tmp_path / "in/skip.txt").write_text("\n".join([*lines, f"train/{WNIDS[1]}/cat.jpg"]))
     with pytest.raises(EffnetlibError, match=f"skip.txt names .*/train/{WNIDS[1]}/cat.jpg, which is no photograph"):
         load(str(tmp_path / "in"), "train")
