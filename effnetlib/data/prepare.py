@@ -126,13 +126,11 @@ def _list(source: Path, partial: bool) -> dict[str, Split]:
     if "train" in missing and not (partial and listings):
         raise missing["train"]
     if not partial and _is_imagenet(listings["train"]):
-        complete = "complete it, or take what is there with --partial"
         for split, wanted in IMAGENET.items():
-            if split in missing:
-                raise EffnetlibError(f"{missing[split]}: {complete}")
-            if (count := len(listings[split])) != wanted:
-                should = f"should hold the {wanted:,} photographs of ImageNet's {split} split, and holds {count:,}"
-                raise EffnetlibError(f"{source} {should}: {complete}")
+            count = len(listings.get(split, ()))
+            short = f"{source} should hold the {wanted:,} photographs of ImageNet's {split} split, and holds {count:,}"
+            if count != wanted:
+                raise EffnetlibError(f"{missing.get(split, short)}: complete it, or take what is there with --partial")
     check_classes(source, {split: listing.class_names for split, listing in listings.items()})
     return listings
 

@@ -106,6 +106,9 @@ class ShardedRecords:
                 ) from None
             raise FailedError(f"the shard {path} is damaged ({reason[:100]}): {self.remedy}") from None
 
+    def split(self, class_names, fingerprint: str, origin: str, unused: dict[str, int]) -> Split:
+        return Split.of_photographs(len(self), class_names, fingerprint, self.__getitem__, origin=origin, unused=unused)
+
 
 def _allow_open_files(count: int) -> None:
     """The data source keeps every shard open, and the usual limit is 1,024."""
@@ -178,9 +181,8 @@ def _open_ours(root: Path, split: str) -> Split:
     unused = beside(root, root, used.__contains__)
     if skipped:
         unused["unreadable photographs that were left out"] = len(skipped)
-    records = ShardedRecords(shards, len(manifest["classes"]), order, remedy)
-    about = {"fingerprint": about["fingerprint"], "origin": about.get("origin", split), "unused": unused}
-    return Split.of_photographs(len(records), manifest["classes"], encoded=records.__getitem__, **about)
+    records, origin = ShardedRecords(shards, len(manifest["classes"]), order, remedy), about.get("origin", split)
+    return records.split(manifest["classes"], about["fingerprint"], origin, unused)
 
 
 def _open_tfds(root: Path, info: Path, split: str) -> Split:
@@ -217,5 +219,4 @@ def _open_tfds(root: Path, info: Path, split: str) -> Split:
         f"the split {each}": sum(counts) for each, counts in named.items() if each not in known.values()
     }
     records = ShardedRecords(list(zip(files, lengths, strict=True)), len(classes))
-    about = {"fingerprint": digest.hexdigest()[:16], "origin": name, "unused": unused}
-    return Split.of_photographs(len(records), classes, encoded=records.__getitem__, **about)
+    return records.split(classes, digest.hexdigest()[:16], name, unused)
