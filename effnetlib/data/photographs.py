@@ -14,7 +14,6 @@ import csv
 import functools
 import hashlib
 import io
-import itertools
 import os
 import re
 import tarfile
@@ -249,9 +248,13 @@ class _Walk:
         elif "eval" not in places and self.split == "test":
             raise MissingSplit(f"{test.path} is what {self.root} evaluates on: it has no test split beside it")
         elif "eval" not in places and self.split == "eval":
-            rivals, known = set(), {base, *base.parents, *(place.path for place in places.values())}
-            for folders, _, files in (self._scan(_Place(self.root)), self._scan(_Place(base))):
-                rivals |= {n for n, place in folders.items() if place.path not in known and self._holds(place, classes)}
+            rivals, lower = set(), set(map(str.casefold, classes))
+            known = {base, *base.parents, *(place.path for place in places.values())}
+            for folders, _, files in map(self._scan, (_Place(self.root), _Place(base))):
+                for name, place in folders.items():
+                    inside = self._open(place)[0] if place.path not in known and place.path.is_dir() else ()
+                    if any(inner.casefold() in lower or split_of(inner) == "eval" for inner in inside):
+                        rivals.add(name)
                 archives = (name for name in files if name.lower().endswith(ARCHIVES))
                 rivals |= {name for name in archives if split_of(name.partition(".")[0]) == "eval"}
             if rivals:
@@ -259,13 +262,6 @@ class _Walk:
                 hint = "unpack archives, and rename the folder to evaluate on to val"
                 raise EffnetlibError(f"{base} has no val folder, and {could}: {hint}")
             places["eval"] = test
-
-    def _holds(self, place: _Place, classes: list[str]) -> bool:
-        """Whether a folder, or one in it, holds folders with names of classes, in whatever case."""
-        folders = self._scan(place)[0] if place.path.is_dir() else {}
-        below = (self._scan(inner)[0] for inner in folders.values() if inner.path.is_dir())
-        names = {name.casefold() for name in itertools.chain(folders, *below)}
-        return not names.isdisjoint(map(str.casefold, classes))
 
     def _scan(self, place: _Place) -> tuple[dict[str, _Place], list[Photo], list[str]]:
         """(folders, photographs without their labels, names of other files), the folders sorted.
@@ -341,8 +337,11 @@ class _Walk:
                 f"{place.path} holds no photographs in class folders (seen: {there}): wanted is CLASS/*.jpg in it"
             )
         self.unused.update(_tally(where, (), loose, others))
-        if strays := sorted(name for name in self.skip - self.skipped if name.startswith(f"{place.path}/")):
-            raise EffnetlibError(f"{self.root / SKIP} names {strays[0]}, which is no photograph: take the line out")
+        inside, rest = f"{self.root}/", self.skip - self.skipped
+        if strays := sorted(name for name in rest if name.startswith(f"{place.path}/") or not name.startswith(inside)):
+            raise EffnetlibError(
+                f"{self.root / SKIP} names {strays[0]}, which is no photograph here: take the line out"
+            )
         if self.skipped:
             self.unused[f"photographs that {SKIP} names"] = len(self.skipped)
         class_names = _numbered(groups)

@@ -69,14 +69,11 @@ def decode_record(record: bytes) -> tuple[bytes, int, str]:
 class ShardedRecords:
     """Records by index over several shards. `order[i]` is where example i lies; None means where it is counted.
 
-    Threads may share it. Reading a damaged shard, or a label of `classes` or more, is a FailedError that names the shard and
-    says `remedy`.
+    Threads may share it. Reading a damaged shard, or a label of `classes` or more, is a FailedError that names the shard.
     """
 
-    def __init__(
-        self, shards: list[tuple[Path, int]], classes: int, order: np.ndarray | None = None, remedy="write it anew"
-    ):
-        self.shards, self.classes, self.order, self.remedy = shards, classes, order, remedy
+    def __init__(self, shards: list[tuple[Path, int]], classes: int, order: np.ndarray | None = None):
+        self.shards, self.classes, self.order = shards, classes, order
         self.starts = np.cumsum([0, *(count for _, count in shards)])
 
     @functools.cached_property
@@ -104,7 +101,7 @@ class ShardedRecords:
                 raise FailedError(
                     f"{len(self.shards)} shards need as many open files: raise the limit (ulimit -n)"
                 ) from None
-            raise FailedError(f"the shard {path} is damaged ({reason[:100]}): {self.remedy}") from None
+            raise FailedError(f"the shard {path} is damaged ({reason[:100]}): delete it, and write it anew") from None
 
     def split(self, class_names, fingerprint: str, origin: str, unused: dict[str, int]) -> Split:
         return Split.of_photographs(len(self), class_names, fingerprint, self.__getitem__, origin=origin, unused=unused)
@@ -176,12 +173,11 @@ def _open_ours(root: Path, split: str) -> Split:
     order = np.argsort(
         order[~np.isin(order, skipped)]
     )  # skipped photographs leave no gap, in the shards or in the order
-    remedy = "`effnetlib data check` lists what is; delete those, and preparing again mends it"
     used = {shard["file"] for each in manifest["splits"].values() for shard in each["shards"]} | {MANIFEST}
     unused = beside(root, root, used.__contains__)
     if skipped:
         unused["unreadable photographs that were left out"] = len(skipped)
-    records, origin = ShardedRecords(shards, len(manifest["classes"]), order, remedy), about.get("origin", split)
+    records, origin = ShardedRecords(shards, len(manifest["classes"]), order), about.get("origin", split)
     return records.split(manifest["classes"], about["fingerprint"], origin, unused)
 
 
