@@ -1,13 +1,13 @@
 """From photographs in any layout to ArrayRecord shards with a manifest, and the check of such a folder.
 
-A shard is written beside its final name and renamed when it is whole; then a line of a journal says what is in it. So a run
-that was killed goes on where it stood, and nothing that is there is ever damaged. The manifest comes last.
+A shard is written beside its final name and renamed when it is whole; then the manifest names it. So a run that was killed
+goes on where it stood, and nothing that is there is ever damaged.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +22,7 @@ from PIL import Image
 from effnetlib.data import photographs
 from effnetlib.data.images import Unreadable, read
 from effnetlib.data.photographs import FORMATS, KAGGLE, SPLIT_NAMES, TARS, MissingSplit, Photo, check_classes
-from effnetlib.data.shards import JOURNAL, MANIFEST, SCHEMA, encode_record, read_manifest, shard_order
+from effnetlib.data.shards import MANIFEST, SCHEMA, UNFINISHED, encode_record, read_manifest, shard_order
 from effnetlib.data.split import Split
 from effnetlib.errors import EffnetlibError, FailedError, first_line
 from effnetlib.runs.files import exclusive_lock, write_atomically
@@ -72,7 +72,6 @@ def accept(photo: Photo, convert: bool) -> tuple[bytes, bool]:
 
 
 class _Shard(NamedTuple):
-    split: str
     file: str
     places: list[int]  # of its photographs in canonical order
     photos: list[Photo]
@@ -147,59 +146,65 @@ def _divide(split: str, photos: list[Photo]) -> Iterator[_Shard]:
         members = [photos[place] for place in places]
         text = "\n".join(f"{photo.label}/{photo.file_name} {photo.size}" for photo in members)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-        yield _Shard(split, f"{split}-{number:05}-of-{of:05}.array_record", places, members, digest)
+        yield _Shard(f"{split}-{number:05}-of-{of:05}.array_record", places, members, digest)
 
 
 def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, skip_unreadable: bool) -> dict:
-    """Writes the shards that are not there yet and the manifest; `name` is what the source calls `dest`."""
-    shards = [shard for split, listing in listings.items() for shard in _divide(split, listing.photos)]
+    """Writes the shards that are not there yet, and the manifest after each; `name` is what the source calls `dest`."""
+    shards = {split: list(_divide(split, listing.photos)) for split, listing in listings.items()}
     before = read_manifest(dest)["splits"] if (dest / MANIFEST).is_file() else {}
-    if any(split not in listings or listings[split].fingerprint != before[split]["listing"] for split in before):
-        raise EffnetlibError(f"{dest} holds another data set: name another folder, or delete that one")
+    for split, about in before.items():
+        if about["whole"] and (split not in listings or listings[split].fingerprint != about["listing"]):
+            raise EffnetlibError(f"{dest} holds another data set: name another folder, or delete that one")
     known = {about["file"]: about for split in before.values() for about in split["shards"]}
-    (dest / JOURNAL).touch()
-    for line in (dest / JOURNAL).read_text().splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a crash cut the line off: its shard is made again
-            about = json.loads(line)
-            known[about["file"]] = about
-    for leftover in dest.glob(".*-?????-of-?????.array_record*"):
-        leftover.unlink()
-
-    def is_whole(shard):
-        path, about = dest / shard.file, known.get(shard.file)
-        return about and about["members"] == shard.members and path.is_file() and path.stat().st_size == about["bytes"]
-
-    todo = [shard for shard in shards if not is_whole(shard)]
+    done, todo = {}, []
+    for shard in itertools.chain(*shards.values()):
+        path, about = dest / shard.file, known.pop(shard.file, None)
+        if about and about["members"] == shard.members and path.is_file() and path.stat().st_size == about["bytes"]:
+            done[shard.file] = about
+        else:
+            todo.append(shard)
     needed, free = sum(photo.size for shard in todo for photo in shard.photos), shutil.disk_usage(dest).free
     if needed > free:
         raise FailedError(f"the shards need {needed / 2**30:.1f} GiB, and {dest} has {free / 2**30:.1f} GiB free")
-    write = functools.partial(_write_shard, dest, convert=convert, skip_unreadable=skip_unreadable)
+    manifest = {
+        "schema": SCHEMA,
+        "unused": {kind: count for each in listings.values() for kind, count in each.unused.items() if kind != name},
+        "classes": list(next(iter(listings.values())).class_names),
+    }
+
+    def save():
+        manifest["splits"] = {split: _describe(listings[split], shards[split], done) for split in listings}
+        write_atomically(dest / MANIFEST, json.dumps(manifest) + "\n")
+
+    save()
+    # Of an earlier, unfinished preparation of fewer or more photographs. What else lies there is not ours.
+    for stale in (*(dest / file for file in known), *dest.glob(".*-?????-of-?????.array_record*")):
+        stale.unlink(missing_ok=True)
     refused = []
+    write = functools.partial(_write_shard, dest, convert=convert, skip_unreadable=skip_unreadable)
     for about, wrong in _each(write, todo, [len(shard.photos) for shard in todo]):
         refused += wrong
-        known |= {about["file"]: about} if about else {}
+        if about:
+            done[about["file"]] = about
+            save()
     (dest / "refused.txt").unlink(missing_ok=True)
     if refused:
         _refuse(dest / "refused.txt", refused)
-    splits = {}
-    for split, listing in listings.items():
-        abouts = [known[shard.file] for shard in shards if shard.split == split]
-        splits[split] = {
-            "examples": sum(about["examples"] for about in abouts),
-            "fingerprint": hashlib.sha256("".join(about["records"] for about in abouts).encode()).hexdigest()[:16],
-            "listing": listing.fingerprint,
-            "origin": listing.origin,
-            "shards": abouts,
-        }
-    unused = {kind: count for each in listings.values() for kind, count in each.unused.items() if kind != name}
-    classes = next(iter(listings.values())).class_names
-    manifest = {"schema": SCHEMA, "unused": unused, "splits": splits, "classes": list(classes)}
-    write_atomically(dest / MANIFEST, json.dumps(manifest) + "\n")
-    # Of an earlier, unfinished preparation of fewer or more photographs. What else lies there is not ours.
-    for stale in known.keys() - {shard.file for shard in shards}:
-        (dest / stale).unlink(missing_ok=True)
-    (dest / JOURNAL).unlink()
     return manifest
+
+
+def _describe(listing: Split, shards: list[_Shard], done: dict[str, dict]) -> dict:
+    """What the manifest says of a split of which some shards are done."""
+    abouts = [done[shard.file] for shard in shards if shard.file in done]
+    return {
+        "whole": len(abouts) == len(shards),
+        "examples": sum(about["examples"] for about in abouts),
+        "fingerprint": hashlib.sha256("".join(about["records"] for about in abouts).encode()).hexdigest()[:16],
+        "listing": listing.fingerprint,
+        "origin": listing.origin,
+        "shards": abouts,
+    }
 
 
 def _each(work, shards: list, sizes: list[int]) -> Iterator:
@@ -227,8 +232,8 @@ def _refuse(path: Path, refused: list[tuple[str, Refused]]) -> None:
 
 
 def _write_shard(dest: Path, shard: _Shard, *, convert: bool, skip_unreadable: bool) -> tuple[dict | None, list]:
-    """Writes one shard, and into the journal what the manifest is to say of it, and returns that. The other part is (name,
-    reason) of each photograph that is refused: then there is no shard."""
+    """Writes one shard, and returns what the manifest says of it. The other part is (name, reason) of each photograph that is
+    refused: then there is no shard."""
     temporary, path = dest / f".{shard.file}", dest / shard.file
     refused, skipped, converted, records = [], [], [], hashlib.sha256()
     try:
@@ -271,8 +276,6 @@ def _write_shard(dest: Path, shard: _Shard, *, convert: bool, skip_unreadable: b
         "skipped": skipped,
     }
     os.replace(temporary, path)
-    with open(dest / JOURNAL, "a") as journal:
-        journal.write(f"\n{json.dumps(about)}")  # the line's end first: a crash may have cut it off
     return about, []
 
 
@@ -288,8 +291,10 @@ def check(dest: Path) -> list[str]:
       EffnetlibError: there is no readable manifest.
     """
     if not (dest / MANIFEST).is_file():
-        hint = "its preparation did not end: run it again" if (dest / JOURNAL).exists() else "prepare it first"
-        raise EffnetlibError(f"{dest} has no {MANIFEST}: {hint}")
+        raise EffnetlibError(f"{dest} has no {MANIFEST}: prepare it first")
+    splits = read_manifest(dest)["splits"]
+    if not all(split["whole"] for split in splits.values()):
+        raise EffnetlibError(UNFINISHED.format(dest))
 
     def problem(about):
         path = dest / about["file"]
@@ -298,5 +303,5 @@ def check(dest: Path) -> list[str]:
         is_right = path.stat().st_size == about["bytes"] and _sha256(path) == about["sha256"]
         return None if is_right else f"{path} is damaged: its bytes are not those that were written"
 
-    shards = [about for split in read_manifest(dest)["splits"].values() for about in split["shards"]]
+    shards = [about for split in splits.values() for about in split["shards"]]
     return list(filter(None, _each(problem, shards, [about["examples"] for about in shards])))

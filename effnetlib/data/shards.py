@@ -22,7 +22,7 @@ from effnetlib.data.split import Split
 from effnetlib.errors import EffnetlibError, FailedError
 
 MANIFEST = "manifest.json"
-JOURNAL = ".prepare.jsonl"  # a file that is there while shards are being written
+UNFINISHED = "the preparation of {} did not end: the same `effnetlib data prepare` goes on with it"
 SCHEMA = 1
 INFO = "dataset_info.json"  # of TFDS
 
@@ -130,6 +130,7 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for split, about in manifest["splits"].items():
+            about.setdefault("whole", True)  # manifests were written only at the end once
             if manifest["schema"] != SCHEMA or about["examples"] != sum(shard["examples"] for shard in about["shards"]):
                 raise ValueError(f"the counts of {split} contradict each other")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -165,6 +166,8 @@ def _open_ours(root: Path, split: str) -> Split:
             f"source and prepare again{hint}"
         )
     about = manifest["splits"][split]
+    if not about["whole"]:
+        raise EffnetlibError(UNFINISHED.format(root))
     shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]
     if missing := [path for path, _ in shards if not path.is_file()]:
         raise FailedError(f"the shard {missing[0]} is missing: preparing again mends it")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from effnetlib.data.photographs import check_classes, in_words, list_photographs, seen
-from effnetlib.data.shards import JOURNAL, open_shards, shard_order
+from effnetlib.data.shards import open_shards, shard_order
 from effnetlib.data.split import Split
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.runs.paths import name_or_path, user_path
@@ -144,10 +144,6 @@ def _photographs(name: str, split: str) -> Split:
     if root.is_dir():
         if found := open_shards(root, split):
             return found
-        if (root / JOURNAL).exists():
-            raise EffnetlibError(
-                f"the preparation of {root} did not end: the same `effnetlib data prepare` goes on with it"
-            )
         if found := list_photographs(root, split):
             return found
     wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
