@@ -134,13 +134,9 @@ def fetch(name, archive):
 @data.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option(
-    "--convert", is_flag=True, help="Make RGB JPEGs of what is no JPEG or PNG, CMYK, or named as another format."
-)
+@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs, other formats, and misnamed files.")
 @click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
-@click.option(
-    "--skip-unreadable", is_flag=True, help="Leave out photographs that cannot be read; the manifest names them."
-)
+@click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; the manifest names it.")
 def prepare(source, dest, convert, partial, skip_unreadable):
     """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
     folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
