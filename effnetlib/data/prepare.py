@@ -59,7 +59,7 @@ def accept(photo: Photo, convert: bool) -> tuple[bytes, bool]:
     except Unreadable as error:
         raise Refused(f"unreadable, or cut off ({error})" if encoded else "an empty file") from None
     named = FORMATS[os.path.splitext(photo.name)[1].lower()]
-    if kind in KEPT and kind == named or kind == "JPEG" and convert:
+    if (kind in KEPT and kind == named) or (kind == "JPEG" and convert):
         return encoded, False
     if not convert:
         posing = "a CMYK photograph" if kind.startswith("CMYK") else f"a {kind} posing as a {named}"
