@@ -124,7 +124,8 @@ def data():
 @click.argument("name")
 @click.option("--archive", metavar="FILE", help="An archive that you have already.")
 def fetch(name, archive):
-    """Fetch cifar10 into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5."""
+    """Fetch NAME into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5: cifar10, imagenette (160
+    pixels), imagenette-320."""
     from effnetlib.data import fetch
 
     say(fetch(name, archive and user_path(archive, "--archive")))
@@ -133,19 +134,22 @@ def fetch(name, archive):
 @data.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs and of formats with another's name.")
+@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs, other formats, and misnamed files.")
 @click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
-def prepare(source, dest, convert, partial):
+@click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; the manifest names it.")
+def prepare(source, dest, convert, partial, skip_unreadable):
     """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
     folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
     from effnetlib.data.photographs import in_words
     from effnetlib.data.prepare import prepare
 
     source, dest = user_path(source, "SOURCE", folder=True), user_path(dest, "DEST", folder=True)
-    manifest = prepare(source, dest, convert_odd=convert, partial=partial)
+    manifest = prepare(source, dest, convert=convert, partial=partial, skip_unreadable=skip_unreadable)
     for name, split in manifest["splits"].items():
         shards = f"{len(split['shards'])} shards, {split['fingerprint']}"
         say(f"{name}: {split['examples']:,} photographs of {split['origin']} in {shards}")
+        for _, photograph, reason in (skipped for shard in split["shards"] for skipped in shard.get("skipped", ())):
+            say(f"left out: {photograph}: {reason}")
     say(f"not used: {in_words(manifest['unused'])}")
     say(dest)
 
