@@ -1,7 +1,9 @@
 """Eight simulated devices for every test, and one compilation cache, so that equal programs are compiled once."""
 
+import functools
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +15,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu
 import jax
 
 import effnetlib
+from effnetlib import evaluation, training
 
 effnetlib.simulate_devices(8)
 # In the background of a shell it is ignored, by this process and by all that it starts.
@@ -25,6 +28,37 @@ def compiled(tmp_path_factory):
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one for all workers
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(shared / "compiled"))
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs():
+    """Equal programs are also traced once in a process. `train` then compiles what it compiled before in no time."""
+
+    class Once:
+        def __init__(self, lowered):
+            self.compile = functools.cache(lowered.compile)
+
+    @functools.cache
+    def lower_train(recipe, mesh):
+        init, lowered, state, graphdef = lower_train_step(recipe, mesh)
+
+        @functools.cache
+        def compiled_init(options):
+            return init.lower(jax.random.key(0)).compile(dict(options))
+
+        start = SimpleNamespace(compile=lambda options: compiled_init(tuple(options.items())))
+        return SimpleNamespace(lower=lambda key: start), Once(lowered), state, graphdef
+
+    def lower_eval(graphdef, weights, **where):
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(weights))
+        key = (graphdef, shapes, *where.items())
+        if key not in lowered_evaluations:
+            lowered_evaluations[key] = Once(lower_eval_step(graphdef, weights, **where))
+        return lowered_evaluations[key]
+
+    lowered_evaluations = {}
+    lower_train_step, lower_eval_step = training.lower_train_step, evaluation.lower_eval_step
+    training.lower_train_step, evaluation.lower_eval_step = lower_train, lower_eval
 
 
 @pytest.fixture(autouse=True)
