@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -176,6 +177,12 @@ def test_keras_files_of_both_kinds(tmp_path, b0):
         variant, num_classes, found, known = weights.read(tmp_path / name)
         assert (variant, num_classes, known) == ("b0", CLASSES, {})
         jax.tree.map(np.testing.assert_array_equal, found, b0)
+
+
+def test_without_h5py_a_sentence_says_how_to_have_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(EffnetlibError, match=r"x\.keras takes h5py to read: pip install 'effnetlib\[keras\]'$"):
+        weights.read(tmp_path / "x.keras")
 
 
 def test_the_variant_is_recognised_by_its_blocks_and_width():
