@@ -170,8 +170,10 @@ def weights():
 @click.argument("file")
 @click.option("--to", metavar="FOLDER", help="The folder to write; outputs/weights/NAME if not given.")
 def import_(file, to):
-    """Read FILE into a checkpoint: timm's tf_efficientnet_b*.safetensors with its config.json beside it, or Keras' .weights.h5,
-    .h5 or .keras (needs pip install 'effnetlib[keras]')."""
+    """Check FILE and write it into a folder, as a model.safetensors of ours.
+
+    FILE is timm's tf_efficientnet_b*.safetensors with its config.json beside it, or Keras' .weights.h5, .h5 or .keras
+    (needs pip install 'effnetlib[keras]')."""
     from effnetlib.runs.paths import outputs_folder
     from effnetlib.weights.pretrained import import_weights
 
