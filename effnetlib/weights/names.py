@@ -5,6 +5,7 @@ Sources: timm's `tf_efficientnet_b*` and `keras.applications.EfficientNetB*`, wh
 layers of its own that normalise images and that pad before a strided convolution, with the result of TensorFlow's SAME.
 """
 
+import functools
 import string
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -58,7 +59,8 @@ class Tensor(NamedTuple):
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def tensors(variant: str, num_classes: int = 1000) -> list[Tensor]:
+@functools.cache
+def tensors(variant: str, num_classes: int) -> list[Tensor]:
     """Every tensor of a variant."""
     specs, found = block_specs(variant), []
     places = [(stage, repeat) for stage, repeats in enumerate(stage_repeats(variant)) for repeat in range(repeats)]
