@@ -93,7 +93,7 @@ class Plan:
         By default that is what `make bench-input` measured on photographs with the recipe's augmentation. Recipes whose
         images lie in memory have no such figure."""
         images_per_core = images_per_core or measured_images_per_core().get(recipe.augmentation)
-        if images_per_core is None or not self.fits:
+        if images_per_core is None or self.step_seconds is None:
             return self
         host = host_of(self.topology)
         hosts = math.ceil(self.chips / host.chips)
