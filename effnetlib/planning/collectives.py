@@ -44,11 +44,8 @@ def replica_groups(line: str) -> list[list[int]]:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
     meeting = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    return (
-        np.moveaxis(grid, meeting, range(-len(meeting), 0))
-        .reshape(-1, math.prod(grid.shape[a] for a in meeting))
-        .tolist()
-    )
+    members = math.prod(grid.shape[axis] for axis in meeting)
+    return np.moveaxis(grid, meeting, range(-len(meeting), 0)).reshape(-1, members).tolist()
 
 
 def shapes(line: str) -> list[tuple[str, list[int]]]:

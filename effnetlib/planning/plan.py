@@ -78,14 +78,8 @@ class Plan:
     host_bytes_per_second: float | None = None  # of photographs to read
     images_per_core: float | None = None  # per second, decoded and augmented
     input_seconds: float | None = None  # what a step takes where all cores of all hosts are the limit
-    versions: dict = dataclasses.field(
-        default_factory=dict
-    )  # of jax, jaxlib, libtpu, flax and optax; "flags" where set
-
-    @property
-    def waits(self) -> bool:
-        """Whether the devices wait for images."""
-        return self.input_seconds is not None and self.input_seconds > self.step_seconds
+    waits: bool | None = None  # whether the devices wait for images: input_seconds > step_seconds
+    versions: dict = dataclasses.field(default_factory=dict)  # of jax and so on; "flags" where they are set
 
     def supplied(self, recipe: Recipe, images_per_core: float | None) -> "Plan":
         """With what its hosts must supply where each core makes so many images per second, and the time that follows.
@@ -104,7 +98,8 @@ class Plan:
         return dataclasses.replace(
             self, hosts=hosts, host_cores=host.cores, host_cores_needed=wanted / images_per_core,
             host_images_per_second=wanted, host_bytes_per_second=wanted * PHOTOGRAPH_BYTES,
-            images_per_core=images_per_core, input_seconds=step, minutes=(steps + evaluations) / 60,
+            images_per_core=images_per_core, input_seconds=step, waits=step > self.step_seconds,
+            minutes=(steps + evaluations) / 60,
         )  # fmt: skip
 
     def priced(self, chip_hour: float | None) -> "Plan":
@@ -123,16 +118,16 @@ class Plan:
 
     def table(self) -> str:
         """The figures as lines of text."""
+        memory = f"{(self.hbm_bytes or 0) / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB per device"
         lines = [
             ("slice", f"{self.topology}, {self.devices:,} devices on {self.chips:,} chips"),
             ("batch", f"{self.global_batch_size:,}, {self.batch_per_device:,} per device"),
         ]
-        memory = f"{(self.hbm_bytes or 0) / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB per device"
         if self.fits:
             lines += self._figures(memory)
         else:
-            lines.append(("memory", "does not fit" + (f": {memory}" if self.hbm_bytes else "")))
-            lines.append(("what fits", f"{self.largest_batch:,}, of half the batch, a quarter and so on"))
+            lines += [("memory", "does not fit" + (f": {memory}" if self.hbm_bytes else "")),
+                      ("what fits", f"{self.largest_batch:,}, of half the batch, a quarter and so on")]  # fmt: skip
         return "\n".join(f"{name:18}{value}" for name, value in lines)
 
     def _figures(self, memory: str) -> Iterator[tuple[str, str]]:
@@ -149,13 +144,15 @@ class Plan:
         yield "step", f"{1e3 * self.step_seconds:,.2f} ms"
         yield "speed", f"{self.images_per_second:,.0f} images/s, model flops utilisation {self.mfu:.2%}"
         if self.hosts:
-            rate = f"{self.host_images_per_second:,.0f} images/s, {self.host_bytes_per_second / 1e6:,.0f} MB/s to read"
-            yield "each of the hosts", f"{rate} ({self.hosts:,} hosts)"
-            cores = (
-                f"{self.host_cores_needed:,.1f} of {self.host_cores} cores at {self.images_per_core:,.0f} images/s each"
+            to_read = f"{self.host_bytes_per_second / 1e6:,.0f} MB/s to read"
+            yield (
+                "hosts",
+                f"{self.hosts:,}, each with {self.host_images_per_second:,.0f} images/s to make and {to_read}",
             )
-            limit = f"{1e3 * self.input_seconds:,.2f} ms per step with all of them"
-            yield "its cores", f"{cores}; {limit}{': the devices wait for images' if self.waits else ''}"
+            needed = f"{self.host_cores_needed:,.1f} of {self.host_cores} cores per host"
+            yield "input", f"{needed}, at {self.images_per_core:,.0f} images/s per core"
+            waits = ": the devices wait" if self.waits else ""
+            yield "step of input", f"{1e3 * self.input_seconds:,.2f} ms with all cores{waits}"
         yield "whole run", f"{self.minutes:,.1f} min for {self.epochs:g} epochs and their evaluations"
         if self.dollars is not None:
             yield "price", f"{self.dollars:,.2f} dollars"
@@ -169,13 +166,9 @@ def measured_images_per_core() -> dict[str, float]:
 
 @pinned()
 def plan(
-    recipe: Recipe,
-    topology: str,
-    *,
-    chip_hour: float | None = None,
-    images_per_core: float | None = None,
+    recipe: Recipe, topology: str, *, chip_hour: float | None = None, images_per_core: float | None = None,
     folder: Path | str | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Compiles a recipe's train and evaluation steps for a slice that need not be there, and says what to expect.
 
     Takes minutes. The result is kept under the recipe's hash, the topology, the versions of the compiler and of our program,
@@ -231,7 +224,7 @@ def _key(recipe: Recipe, topology: str) -> str:
     """A hash of all that decides a plan. To hash the lowered program instead would take B5 a minute to find a kept plan."""
     digest = hashlib.sha256(json.dumps([recipe.hash, topology, _versions()]).encode())
     for path in sorted(
-        [*ROOT.glob("*.py"), *ROOT.glob("ops/*.py"), *ROOT.glob("planning/*.py"), ROOT / "data/images.py"]
+        path for places in ("*.py", "ops/*.py", "planning/*.py", "data/images.py") for path in ROOT.glob(places)
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -257,21 +250,11 @@ def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
     eval_seconds = 2 * eval_steps * _step_timing(evaluation, chip)["compute_seconds"]
     of_model = 6 * multiply_adds(recipe.variant, recipe.resolution, recipe.data.num_classes)
     return Plan(
-        fits=True,
-        largest_batch=batch,
-        hbm_bytes=hbm,
-        temp_bytes=train.memory_analysis().temp_size_in_bytes,
-        **timing,
-        collectives=exchanged,
-        collective_seconds=exchanging,
-        step_seconds=step,
-        all_reduce_share=exchanging / step,
-        images_per_second=batch / step,
-        mfu=batch / step * of_model / (chips * chip.flops),
-        eval_seconds=eval_seconds,
-        minutes=(recipe.total_steps * step + len(recipe.eval_steps) * eval_seconds) / 60,
-        **known,
-    )
+        fits=True, largest_batch=batch, hbm_bytes=hbm, temp_bytes=train.memory_analysis().temp_size_in_bytes, **timing,
+        collectives=exchanged, collective_seconds=exchanging, step_seconds=step, all_reduce_share=exchanging / step,
+        images_per_second=batch / step, mfu=batch / step * of_model / (chips * chip.flops), eval_seconds=eval_seconds,
+        minutes=(recipe.total_steps * step + len(recipe.eval_steps) * eval_seconds) / 60, **known,
+    )  # fmt: skip
 
 
 def _compile_train(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
@@ -324,11 +307,7 @@ def _step_timing(compiled, chip) -> dict:
     roofline = max(arithmetic, costs["bytes accessed"] / (chip.hbm_bandwidth / chip.cores))
     estimate = costs.get("optimal_seconds")
     sane = estimate is not None and arithmetic <= estimate <= 10 * roofline
-    return {
-        "flops": costs["flops"],
-        "bytes_accessed": costs["bytes accessed"],
-        "compiler_seconds": estimate,
-        "roofline_seconds": roofline,
-        "compute_seconds": estimate if sane else roofline,
-        "compute_source": "compiler" if sane else "roofline",
-    }
+    return dict(
+        flops=costs["flops"], bytes_accessed=costs["bytes accessed"], compiler_seconds=estimate, roofline_seconds=roofline,
+        compute_seconds=estimate if sane else roofline, compute_source="compiler" if sane else "roofline",
+    )  # fmt: skip

@@ -96,14 +96,9 @@ def devices_of(topology: str) -> list:
     # Without these libtpu looks for a TPU VM's metadata, writes that it found none, and keeps a second process out. The type of
     # the machine is any that exists: what is compiled for is the topology. libtpu would set the last two itself.
     no_tpu_vm = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v3-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "CLOUD_TPU_TASK_ID": "0",
-        "CLOUD_TPU_ACCELERATOR_TYPE": "v3-8",
-    }
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v3-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "CLOUD_TPU_TASK_ID": "0", "CLOUD_TPU_ACCELERATOR_TYPE": "v3-8",
+    }  # fmt: skip
     from jax.experimental import topologies
 
     added = {name: value for name, value in no_tpu_vm.items() if name not in os.environ}
@@ -115,18 +110,15 @@ def devices_of(topology: str) -> list:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception:  # jaxlib raises one kind for all that is wrong
-        raise EffnetlibError(
-            f"the topology {topology!r} is not one that the compiler knows: the nearest that is named is {_nearest(topology)}"
-        ) from None
+        nearest = f"the nearest that is named is {_nearest(topology)}"
+        raise EffnetlibError(f"the topology {topology!r} is not one that the compiler knows: {nearest}") from None
     finally:
         # A TPU of this process, or of one that it starts, must not read them.
         for name in added:
             del os.environ[name]
     chips = _chips(topology)
     if len(found) != chips * chip.cores:
-        raise EffnetlibError(
-            f"{topology} has {len(found)} devices to the compiler, and should have {chips * chip.cores}"
-        )
+        raise EffnetlibError(f"{topology} has {len(found)} devices to the compiler, not {chips * chip.cores}")
     return list(found)
 
 

@@ -333,9 +333,8 @@ def test_hosts_with_too_few_cores_set_the_time_and_the_price(pod):
     assert found.input_seconds == pytest.approx(0.0533333, rel=1e-5)
     assert found.minutes == pytest.approx((13_684 * 0.0533333 + 88 * 0.0813802) / 60, rel=1e-5)
     assert found.dollars == pytest.approx(2.0 * 512 * found.minutes / 60)
-    assert (
-        "64.0 of 48 cores at 100 images/s each; 53.33 ms per step with all of them: the devices wait" in found.table()
-    )
+    assert "64.0 of 48 cores per host, at 100 images/s per core\n" in found.table()
+    assert "step of input     53.33 ms with all cores: the devices wait\n" in found.table()
     assert Plan.from_json(found.to_json()) == found
 
 
