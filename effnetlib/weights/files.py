@@ -28,17 +28,14 @@ KERNELS = (  # of the stem, of each block's depthwise convolution, of the head a
 
 
 def read(path: Path) -> dict:
-    """What a file holds, as the fields of `effnetlib.weights.pretrained.Pretrained`.
+    """What timm's `.safetensors`, or Keras' `.weights.h5`, `.h5` or `.keras`, holds, as the fields of `Pretrained`.
 
     The variant is what timm's config says, or the one with the file's number of blocks and width. The network may be part
     of a larger one, if it has its own classifier.
 
-    Args:
-      path: timm's `.safetensors`, or Keras' `.weights.h5`, `.h5` or `.keras`.
-
     Raises:
-      EffnetlibError: the file is neither, cannot be read, or holds no variant as a whole; or timm's config says that the
-        network is another one, or takes images of another normalisation.
+      EffnetlibError: the file is neither, cannot be read, holds no variant as a whole, or its config says that the network
+        is another one, or takes images of another normalisation.
     """
     if path.suffix.lower() not in (".safetensors", ".h5", ".hdf5", ".keras"):
         raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 or .keras file (Keras)")
@@ -134,12 +131,8 @@ def _read_keras(path: Path) -> dict[str, np.ndarray]:
 
 
 def _stated(path: Path) -> dict:
-    """What a config of timm's form says of a `.safetensors` file, in its metadata (as in ours) or in `config.json` beside it:
-    variant, numbers of classes and pixels, class names and tag; or a note, where there is none.
-
-    Raises:
-      EffnetlibError: its network differs from ours, though its tensors may have the same names and shapes.
-    """
+    """What a config of timm's form says, in the file's metadata (as in ours) or in `config.json` beside it; or a note, where
+    there is none. Refuses a network that differs from ours, though its tensors may have the same names and shapes."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata() or {}
     beside = path.with_name("config.json")

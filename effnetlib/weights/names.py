@@ -60,12 +60,17 @@ class Tensor(NamedTuple):
 
 
 @functools.cache
+def skeleton(variant: str, num_classes: int, precision: str) -> tuple[nnx.GraphDef, nnx.State]:
+    """A model as `nnx.split` gives it, with shapes for arrays."""
+    return nnx.split(nnx.eval_shape(lambda: EfficientNet(variant, num_classes, dtype=jax.numpy.dtype(precision))))
+
+
+@functools.cache
 def tensors(variant: str, num_classes: int) -> list[Tensor]:
     """Every tensor of a variant."""
     specs, found = block_specs(variant), []
     places = [(stage, repeat) for stage, repeats in enumerate(stage_repeats(variant)) for repeat in range(repeats)]
-    state = nnx.state(nnx.eval_shape(lambda: EfficientNet(variant, num_classes)), (nnx.Param, nnx.BatchStat))
-    for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items():
+    for path, leaf in flatten_dict(nnx.to_pure_dict(skeleton(variant, num_classes, "float32")[1])).items():
         in_block = path[0] == "blocks"
         layer = ".".join(part for part in path[2 * in_block :] if part not in VARIABLES)
         timm, keras = LAYERS[layer]

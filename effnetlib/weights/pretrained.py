@@ -26,6 +26,7 @@ from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import say
 from effnetlib.runs.record import SCHEMA, Record, environment
 from effnetlib.weights import files
+from effnetlib.weights.names import skeleton
 
 MODEL = "model.safetensors"
 
@@ -82,8 +83,7 @@ class Pretrained:
 
     def model(self, precision: str = "float32") -> EfficientNet:
         """A model with these weights, whose convolutions compute in `precision`. Nothing is initialised first."""
-        dtype = jnp.dtype(precision)
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: EfficientNet(self.variant, self.num_classes, dtype=dtype)))
+        graphdef, _ = skeleton(self.variant, self.num_classes, precision)
         return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, self.weights))
 
     def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
@@ -155,15 +155,9 @@ def predict(
 
 
 def evaluate_pretrained(
-    pretrained: Pretrained,
-    dataset: str,
-    file: Path | str,
-    *,
-    batch: int = 256,
-    image_size: int | None = None,
-    augmentation: str = "inception",
-    precision: str = "float32",
-) -> EvalResult:
+    pretrained: Pretrained, dataset: str, file: Path | str, *, batch: int = 256, image_size: int | None = None,
+    augmentation: str = "inception", precision: str = "float32",
+) -> EvalResult:  # fmt: skip
     """Evaluates weights on the "eval" split of a data set, and writes what was counted, and on what, to a JSON file.
 
     Args:

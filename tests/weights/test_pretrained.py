@@ -8,11 +8,10 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import run_once
 from flax import nnx
 from safetensors.numpy import save_file
 
-from effnetlib import EfficientNet, EffnetlibError, data
+from effnetlib import EffnetlibError, data
 from effnetlib.__main__ import main
 from effnetlib.runs import checkpoints
 from effnetlib.weights import files, names
@@ -21,11 +20,9 @@ from effnetlib.weights.pretrained import Pretrained, evaluate_pretrained, import
 
 @pytest.fixture(scope="module")
 def nano():
-    def init():
-        model = EfficientNet("nano", 10, rngs=nnx.Rngs(3))
-        return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
-
-    return jax.device_get(run_once(init))
+    rng, (_, state) = np.random.default_rng(3), names.skeleton("nano", 10, "float32")
+    kinds = (nnx.to_pure_dict(state.filter(kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), tuple(kinds))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from effnetlib import EfficientNet, EffnetlibError
 from effnetlib.model import VARIANTS, block_specs, head_filters
 from effnetlib.weights import files, names
 from effnetlib.weights.names import KERAS, TIMM, to_ours
+from effnetlib.weights.pretrained import Pretrained
 
 PAPER_VARIANTS = [name for name in VARIANTS if name != "nano"]
 CLASSES = 10
@@ -68,11 +69,6 @@ def named(model):
     return {variable.path: np.asarray(variable) for variable in model.variables}
 
 
-def ours(variant, found, **options):
-    model = nnx.eval_shape(lambda: EfficientNet(variant, CLASSES, dtype=jnp.float32, **options))
-    return nnx.merge(nnx.split(model)[0], *jax.tree.map(jnp.asarray, to_ours(found, KERAS, variant, CLASSES)))
-
-
 def images(batch, size):
     return np.random.default_rng(1).normal(size=(batch, size, size, 3)).astype(np.float32)
 
@@ -88,11 +84,11 @@ def test_logits_equal_keras(variant, efficientnet, tmp_path):
     wanted = np.asarray(
         run_once(lambda *args: model.stateless_call(*args, training=False)[0], trainable, fixed, 255 * x)
     )
-    got = run_once(lambda m, x: m(x), ours(variant, named(model)), x)
+    found = to_ours(named(model), KERAS, variant, CLASSES)
+    got = run_once(lambda m, x: m(x), Pretrained(found, variant, CLASSES, size, (), {}).model(), x)
     assert np.ptp(wanted) > 0.1
-    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
     if variant == "b0":  # and the files that Keras itself writes
-        found = to_ours(named(model), KERAS, variant, CLASSES)
         for save, name in ((model.save_weights, "b0.weights.h5"), (model.save, "b0.h5"), (model.save, "b0.keras")):
             save(tmp_path / name)
             jax.tree.map(np.testing.assert_array_equal, files.read(tmp_path / name)["weights"], found)
@@ -114,14 +110,15 @@ def test_training_gradients_and_statistics_equal_keras(efficientnet):
     by_name = {path: np.asarray(value) for path, value in zip(paths, [*grads, *moved], strict=True)}
     wanted = to_ours(by_name, KERAS, "b0", CLASSES)
 
-    graphdef, params, stats = nnx.split(ours("b0", named(model), dropout=0.0, drop_path=0.0), nnx.Param, nnx.BatchStat)
+    without = nnx.eval_shape(lambda: EfficientNet("b0", CLASSES, dtype=jnp.float32, dropout=0.0, drop_path=0.0))
+    graphdef, (params, stats) = nnx.split(without)[0], to_ours(named(model), KERAS, "b0", CLASSES)
 
     def loss(params):
-        merged = nnx.merge(graphdef, params, nnx.to_pure_dict(stats))
+        merged = nnx.merge(graphdef, params, stats)
         logits = merged(x, train=True, key=jax.random.key(0))
         return jnp.sum(logits * weight), nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
-    got_grads, got_stats = run_once(jax.grad(loss, has_aux=True), nnx.to_pure_dict(params))
+    got_grads, got_stats = run_once(jax.grad(loss, has_aux=True), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got_stats, wanted[1])
     # Gradients that are zero but for rounding (a shift right before a batch norm) are as noisy as the largest are exact.
     noise = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[0]))
@@ -131,11 +128,9 @@ def test_training_gradients_and_statistics_equal_keras(efficientnet):
 
 @pytest.fixture(scope="module")
 def b0():
-    def init():
-        model = EfficientNet("b0", CLASSES, rngs=nnx.Rngs(3))
-        return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
-
-    return jax.device_get(run_once(init))
+    rng, (_, state) = np.random.default_rng(3), names.skeleton("b0", CLASSES, "float32")
+    kinds = (nnx.to_pure_dict(state.filter(kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), tuple(kinds))
 
 
 def test_safetensors_and_back(b0, tmp_path):
