@@ -51,8 +51,9 @@ class Host(NamedTuple):
     memory_gb: int
 
 
-# The hosts of slices that have one; the last is each host of a larger slice. Sources: Cloud TPU documentation, "TPU v5e" (VM
-# types); Google's machine types of GKE (cluster autoscaler: ct3, ct3p, ct4p, ct5lp, ct5p, ct6e). v2 is taken for v3.
+# A slice on one host has the host with as many chips; a larger slice has as many of the last one as it needs. Sources: Cloud TPU
+# documentation, "TPU v5e", VM types; Google's machine types for GKE (ct3, ct3p, ct4p, ct5lp, ct5p, ct6e), as its cluster
+# autoscaler lists them. No source was found for v2, which has v3's figures here.
 HOSTS = {
     "v2": (Host(4, 96, 340), Host(4, 48, 340)),
     "v3": (Host(4, 96, 340), Host(4, 48, 340)),
