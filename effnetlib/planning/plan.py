@@ -171,14 +171,12 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Compiles a recipe's train and evaluation steps for a slice that need not be there, and says what to expect.
 
-    Takes minutes. The result is kept under the recipe's hash, the topology, the versions of the compiler and of our program,
-    and the flags in ``LIBTPU_INIT_ARGS``, which the compiler reads here as it does on a TPU.
+    That takes minutes, so the result is kept. Flags in ``LIBTPU_INIT_ARGS`` count here as they do on a TPU.
 
     Args:
-      recipe: what would be trained.
-      topology: such as "v3:32x16x1" or "v5e:2x4": generation, and chips in each direction.
+      topology: generation, and chips in each direction, such as "v3:32x16x1" or "v5e:2x4".
       chip_hour: dollars per chip and hour.
-      images_per_core: images per second that a host's core makes, if not what was measured; see `Plan.supplied`.
+      images_per_core: see `Plan.supplied`.
       folder: where plans are kept, if not in `outputs/plans`.
 
     Raises:
@@ -188,11 +186,11 @@ def plan(
     recipe.validate(len(devices))
     name = f"{recipe.variant}-{topology.replace(':', '-')}-{_key(recipe, topology)}.json"
     kept = Path(folder or outputs_folder() / "plans") / name
-    found = Plan.from_json(kept.read_text()) if kept.exists() else _plan(recipe, topology, devices)
     if not kept.exists():
+        found = _plan(recipe, topology, devices)
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, found.to_json() + "\n")
-    return found.supplied(recipe, images_per_core).priced(chip_hour)
+    return Plan.from_json(kept.read_text()).supplied(recipe, images_per_core).priced(chip_hour)
 
 
 def load_plans(folder: Path | str) -> list[Plan]:
@@ -207,9 +205,8 @@ def find_plan(plans: list[Plan], recipe: Recipe, topology: str) -> Plan | None:
     found = [each for each in plans if (each.recipe_hash, each.topology) == wanted and "flags" not in each.versions]
 
     def rank(each):
-        versions = (each.versions.get(name, "") for name in ("libtpu", "jaxlib", "jax"))
-        numbers = [[int(n) for n in re.findall(r"\d+", version)] for version in versions]
-        return numbers, each.step_seconds or math.inf, each.to_json()
+        versions = (re.findall(r"\d+", each.versions.get(name, "")) for name in ("libtpu", "jaxlib", "jax"))
+        return [list(map(int, numbers)) for numbers in versions], each.step_seconds or math.inf
 
     return max(found, key=rank, default=None)
 
