@@ -286,9 +286,8 @@ def test_a_real_program_for_eight_cores_that_are_not_there(monkeypatch, programs
             )
     assert within in seen
     assert not re.search(r" (infeed|outfeed|send|recv)\(", text)
-    # By the compiler's own count the step moves no more bytes than it did: 69.70e6.
-    print("SECONDS", found.compiler_seconds, found.compute_seconds)
-    assert found.bytes_accessed <= 70.5e6
+    # By the compiler's own counts the step moves no more bytes than it did: 69.70e6 in 162.3 microseconds.
+    assert found.bytes_accessed <= 70.5e6 and found.compiler_seconds <= 165e-6
     # The figures hang together, and are kept.
     assert found.step_seconds == found.compute_seconds + found.collective_seconds
     assert found.images_per_second == 64 / found.step_seconds
