@@ -256,7 +256,7 @@ def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
 
 def _compile_train(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
     what = f"the train step of {recipe.variant} at {recipe.global_batch_size:,} for {len(devices):,} devices"
-    return _compile(lower_train_step(recipe, make_mesh(recipe.num_groups, devices)).step, what)
+    return _compile(lower_train_step(recipe, make_mesh(recipe.num_groups, devices))[1], what)
 
 
 def _compile_evaluation(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
