@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices, and how long that takes by the links' figures."""
+"""What the devices of a compiled program exchange, and how long that takes by the bandwidth of their links."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange: how often it occurs a step, the bytes each device puts in a time, and the devices that meet."""
+    """One kind of exchange: the bytes that each device puts in, the devices that meet, and how often per step."""
 
     kind: str
     bytes: int
@@ -27,7 +27,7 @@ class Collective:
 
 
 def replica_groups(line: str) -> list[list[int]]:
-    """The devices that meet in a collective, of its line of compiled HLO, in any of the ways in which XLA writes them.
+    """The devices that meet in a collective, from its line of compiled HLO. XLA writes them in three ways.
 
     >>> replica_groups("all-reduce(x), replica_groups={{0,1},{2,3}}, to_apply=add")
     [[0, 1], [2, 3]]
@@ -44,11 +44,8 @@ def replica_groups(line: str) -> list[list[int]]:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
     meeting = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    return (
-        np.moveaxis(grid, meeting, range(-len(meeting), 0))
-        .reshape(-1, math.prod(grid.shape[a] for a in meeting))
-        .tolist()
-    )
+    members = math.prod(grid.shape[axis] for axis in meeting)
+    return np.moveaxis(grid, meeting, range(-len(meeting), 0)).reshape(-1, members).tolist()
 
 
 def shapes(line: str) -> list[tuple[str, list[int]]]:
@@ -74,15 +71,14 @@ def collectives(text: str) -> list[Collective]:
 
 
 def seconds(collective: Collective, chip: Chip) -> float:
-    """How long one kind of exchange takes a step, by a model and not by a measurement::
+    """The seconds of one kind of exchange per step, by a model and not by a measurement::
 
         count * (2 * bytes * (n - 1) / n / (links * link bandwidth) + d * n ** (1 / d) * hop)
 
-    n chips that meet in a square of d dimensions, which send over all their links (two a dimension) at once: a
-    reduce-scatter and then an all-gather around rings, of n ** (1 / d) / 2 hops a dimension each, 1 microsecond a hop
-    ("How to scale your model", chapter 3). The cores of a chip add up first, at no cost; a slice is taken for a torus,
-    though small ones do not close their rings. Nothing is taken to overlap with computing. Kinds other than all-reduce
-    pass the data once and not twice.
+    n chips meet in a square of d dimensions and send over all their links (two per dimension) at once: a reduce-scatter,
+    then an all-gather, around rings of n ** (1 / d) / 2 hops per dimension ("How to scale your model", chapter 3). A hop
+    takes 1 microsecond. The cores of a chip add up first, at no cost. Every slice counts as a torus, though small ones do
+    not close their rings. No exchange overlaps with computing. Kinds other than all-reduce pass the data once.
     """
     chips = math.ceil(collective.replicas / chip.cores)
     passes = 2 if collective.kind == "all-reduce" else 1

@@ -1,4 +1,4 @@
-"""The arithmetic of a model, counted from its shapes."""
+"""The multiply-adds of a model, counted from its shapes."""
 
 from effnetlib.model import block_specs, head_filters, scaling
 

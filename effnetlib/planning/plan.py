@@ -1,4 +1,4 @@
-"""A recipe compiled for a TPU slice that is not there: does it fit, how fast will it step, what do its collectives cost.
+"""A recipe compiled for a TPU slice that is not there: does it fit, how fast will it step, what must its hosts supply.
 
 All of it is a prediction: the compiler's counts are exact, its times and ours are models. Nothing runs.
 """
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,57 +22,25 @@ from effnetlib.evaluation import lower_eval_step
 from effnetlib.mesh import make_mesh
 from effnetlib.planning.collectives import Collective, collectives, seconds
 from effnetlib.planning.flops import multiply_adds
-from effnetlib.planning.topology import GIB, chip_of, devices_of
+from effnetlib.planning.topology import GIB, chip_of, devices_of, host_of
 from effnetlib.recipe import Recipe
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.machine import pinned
-from effnetlib.runs.paths import outputs_folder
+from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.progress import at_work
 from effnetlib.step import lower_train_step, make_train_step
 
-PROGRAM = (
-    "recipe",
-    "data/images",
-    "model",
-    "norm",
-    "ops/depthwise",
-    "ops/norm_swish",
-    "ops/platforms",
-    "ops/pointwise",
-    "ops/norm_swish_gate",
-    "step",
-    "optim",
-    "evaluation",
-    "mesh",
-    "planning/plan",
-    "planning/collectives",
-    "planning/topology",
-)
+ROOT = Path(__file__).parents[1]
+# The mean of ImageNet's training photographs: 147,897,477,120 bytes of archive over 1,281,167 of them.
+PHOTOGRAPH_BYTES = 115_440
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the compiler says of a recipe on a slice; per device where it says so, and a prediction throughout.
+    """What the compiler says of a recipe on a slice, and what its hosts must supply: a prediction throughout.
 
-    Attributes:
-      topology, devices, chips: the slice.
-      variant, global_batch_size, batch_per_device, recipe_hash: of the recipe.
-      fits: whether the train step's memory is there.
-      hbm_bytes, hbm_limit_bytes: memory of the train step a device (arguments, results that are not donated, temporaries, code),
-        and what there is. None where the compiler gave up before it knew.
-      largest_batch: where it does not fit, the largest that does of half the batch, a quarter, and so on; else the batch.
-      temp_bytes: the temporaries among hbm_bytes.
-      flops, bytes_accessed: a step, a device, by the compiler's count.
-      compiler_seconds, roofline_seconds: the compiler's estimate of a step without collectives, and
-        max(flops / peak, bytes_accessed / bandwidth).
-      compute_seconds, compute_source: the one of the two that is used: the compiler's where it is sane, that is no less than
-        the arithmetic alone takes and no more than ten times the roofline.
-      collectives, collective_seconds: what is exchanged a step, and for how long by `effnetlib.planning.collectives.seconds`.
-      step_seconds: the sum of computing and exchanging; all_reduce_share: the share of the latter.
-      images_per_second: of the whole slice. mfu: 6 x multiply-adds of the model x images/s / the slice's peak.
-      eval_seconds: an evaluation of the raw weights and their average on all evaluation images.
-      minutes: all steps and evaluations of the recipe. dollars: of `minutes` at the price given, else None.
-      versions: jax, jaxlib and libtpu.
+    Bytes and flops are of one step on one device. What is unknown is None: all after `largest_batch` where it does not fit,
+    and what hosts must supply where nothing says how many images per second a core makes.
     """
 
     topology: str
@@ -81,31 +50,60 @@ class Plan:
     global_batch_size: int
     batch_per_device: int
     recipe_hash: str
-    fits: bool
-    largest_batch: int
-    hbm_bytes: int | None = None
+    fits: bool  # whether the train step's memory is there
+    largest_batch: int  # the batch, or where it does not fit the largest that does of its half, its quarter and so on
+    hbm_bytes: int | None = None  # arguments, results that are not donated, temporaries and code of the train step
     hbm_limit_bytes: int | None = None
-    temp_bytes: int | None = None
+    temp_bytes: int | None = None  # the temporaries among hbm_bytes
     flops: float | None = None
     bytes_accessed: float | None = None
-    compiler_seconds: float | None = None
-    roofline_seconds: float | None = None
-    compute_seconds: float | None = None
-    compute_source: str | None = None
+    compiler_seconds: float | None = None  # the compiler's estimate of a step without collectives
+    roofline_seconds: float | None = None  # max(flops / peak, bytes_accessed / bandwidth)
+    compute_seconds: float | None = None  # the compiler's where it is between the arithmetic and ten times the roofline
+    compute_source: str | None = None  # "compiler", or "roofline" where it is not
     collectives: tuple[Collective, ...] = ()
-    collective_seconds: float | None = None
-    step_seconds: float | None = None
-    all_reduce_share: float | None = None
-    images_per_second: float | None = None
-    mfu: float | None = None
-    eval_seconds: float | None = None
+    collective_seconds: float | None = None  # by `effnetlib.planning.collectives.seconds`
+    step_seconds: float | None = None  # compute_seconds + collective_seconds: what the devices take
+    all_reduce_share: float | None = None  # of step_seconds
+    images_per_second: float | None = None  # of the whole slice, where no device waits for images
+    mfu: float | None = None  # 6 x multiply-adds of the model x images_per_second / the slice's peak
+    eval_seconds: float | None = None  # one evaluation of the raw weights and their average on all evaluation images
     epochs: float | None = None
-    minutes: float | None = None
+    minutes: float | None = None  # all steps and evaluations, each at the devices' speed or the hosts', the slower one
     dollars: float | None = None
-    versions: dict = dataclasses.field(default_factory=dict)
+    hosts: int | None = None
+    host_cores: int | None = None  # of one host, as are the next three
+    host_cores_needed: float | None = None  # to make host_images_per_second
+    host_images_per_second: float | None = None  # images_per_second / hosts
+    host_bytes_per_second: float | None = None  # of photographs to read
+    images_per_core: float | None = None  # per second, decoded and augmented
+    input_seconds: float | None = None  # what a step takes where all cores of all hosts are the limit
+    waits: bool | None = None  # whether the devices wait for images: input_seconds > step_seconds
+    versions: dict = dataclasses.field(default_factory=dict)  # of jax and so on; "flags" where they are set
+
+    def supplied(self, recipe: Recipe, images_per_core: float | None) -> "Plan":
+        """With what its hosts must supply where each core makes so many images per second, and the time that follows.
+
+        By default that is what `make bench-input` measured on photographs with the recipe's augmentation. Recipes whose
+        images lie in memory have no such figure."""
+        images_per_core = images_per_core or measured_images_per_core().get(recipe.augmentation)
+        if images_per_core is None or self.step_seconds is None:
+            return self
+        host = host_of(self.topology)
+        hosts = math.ceil(self.chips / host.chips)
+        most, wanted = hosts * host.cores * images_per_core, self.images_per_second / hosts
+        step, evaluation = self.global_batch_size / most, recipe.data.eval_examples / most
+        steps = recipe.total_steps * max(step, self.step_seconds)
+        evaluations = len(recipe.eval_steps) * max(evaluation, self.eval_seconds)
+        return dataclasses.replace(
+            self, hosts=hosts, host_cores=host.cores, host_cores_needed=wanted / images_per_core,
+            host_images_per_second=wanted, host_bytes_per_second=wanted * PHOTOGRAPH_BYTES,
+            images_per_core=images_per_core, input_seconds=step, waits=step > self.step_seconds,
+            minutes=(steps + evaluations) / 60,
+        )  # fmt: skip
 
     def priced(self, chip_hour: float | None) -> "Plan":
-        """With the dollars that it costs at so many a chip and hour."""
+        """With the dollars of its minutes at so many per chip and hour."""
         if chip_hour is None or self.minutes is None:
             return self
         return dataclasses.replace(self, dollars=chip_hour * self.chips * self.minutes / 60)
@@ -118,92 +116,81 @@ class Plan:
         fields = json.loads(text)
         return cls(**fields | {"collectives": tuple(Collective(**each) for each in fields["collectives"])})
 
-    def row(self) -> dict:
-        """The figures that a table of several plans shows, by the names of its columns."""
-        row = {"devices": self.devices, "images a device": self.batch_per_device, "fits": self.fits}
-        if not self.fits:
-            return row | {"largest batch": self.largest_batch}
-        return row | {
-            "GiB a device": self.hbm_bytes / GIB,
-            "GiB there are": self.hbm_limit_bytes / GIB,
-            "step ms": 1e3 * self.step_seconds,
-            "all-reduce %": 100 * self.all_reduce_share,
-            "images/s": self.images_per_second,
-            "MFU %": 100 * self.mfu,
-            "minutes": self.minutes,
-        }
-
     def table(self) -> str:
         """The figures as lines of text."""
+        memory = f"{(self.hbm_bytes or 0) / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB per device"
         lines = [
             ("slice", f"{self.topology}, {self.devices:,} devices on {self.chips:,} chips"),
-            ("batch", f"{self.global_batch_size:,}, {self.batch_per_device:,} a device"),
+            ("batch", f"{self.global_batch_size:,}, {self.batch_per_device:,} per device"),
         ]
-        if not self.fits:
-            need = (
-                ""
-                if self.hbm_bytes is None
-                else f": {self.hbm_bytes / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB"
-            )
-            lines += [
-                ("memory", f"does not fit{need}"),
-                ("what fits", f"{self.largest_batch:,}, of half the batch, a quarter and so on"),
-            ]
-            return "\n".join(f"{name:18}{value}" for name, value in lines)
-        lines += [
-            ("memory", f"fits: {self.hbm_bytes / GIB:.2f} of {self.hbm_limit_bytes / GIB:.2f} GiB a device, "
-                       f"{self.temp_bytes / GIB:.2f} of it temporaries"),
-            ("flops", f"{self.flops / 1e9:,.1f} G a device and step"),
-            ("bytes accessed", f"{self.bytes_accessed / 1e9:,.2f} GB a device and step"),
-            ("computing", f"{1e3 * self.compute_seconds:,.2f} ms by the {self.compute_source} "
-                          f"(roofline {1e3 * self.roofline_seconds:,.2f} ms)"),
-        ]  # fmt: skip
-        lines += [
-            (each.kind, f"{each.count} x {each.bytes:,} bytes over {each.replicas:,} devices")
-            for each in self.collectives[:6]
-        ]
-        if rest := sum(each.count for each in self.collectives[6:]):
-            lines.append(("", f"and {rest} smaller ones"))
-        lines += [
-            ("exchanging", f"{1e3 * self.collective_seconds:,.2f} ms, {self.all_reduce_share:.2%} of the step"),
-            ("step", f"{1e3 * self.step_seconds:,.2f} ms"),
-            ("speed", f"{self.images_per_second:,.0f} images/s, model flops utilisation {self.mfu:.2%}"),
-            ("whole run", f"{self.minutes:,.1f} min for {self.epochs:g} epochs and their evaluations"),
-        ]
-        if self.dollars is not None:
-            lines.append(("price", f"{self.dollars:,.2f} dollars"))
+        if self.fits:
+            lines += self._figures(memory)
+        else:
+            lines += [("memory", "does not fit" + (f": {memory}" if self.hbm_bytes else "")),
+                      ("what fits", f"{self.largest_batch:,}, of half the batch, a quarter and so on")]  # fmt: skip
         return "\n".join(f"{name:18}{value}" for name, value in lines)
+
+    def _figures(self, memory: str) -> Iterator[tuple[str, str]]:
+        yield "memory", f"fits: {memory}, {self.temp_bytes / GIB:.2f} of it temporaries"
+        yield "flops", f"{self.flops / 1e9:,.1f} G per device and step"
+        yield "bytes accessed", f"{self.bytes_accessed / 1e9:,.2f} GB per device and step"
+        roofline = f"(roofline {1e3 * self.roofline_seconds:,.2f} ms)"
+        yield "computing", f"{1e3 * self.compute_seconds:,.2f} ms by the {self.compute_source} {roofline}"
+        for each in self.collectives[:6]:
+            yield each.kind, f"{each.count} x {each.bytes:,} bytes over {each.replicas:,} devices"
+        if rest := sum(each.count for each in self.collectives[6:]):
+            yield "", f"and {rest} smaller ones"
+        yield "exchanging", f"{1e3 * self.collective_seconds:,.2f} ms, {self.all_reduce_share:.2%} of the step"
+        yield "step", f"{1e3 * self.step_seconds:,.2f} ms"
+        yield "speed", f"{self.images_per_second:,.0f} images/s, model flops utilisation {self.mfu:.2%}"
+        if self.hosts:
+            to_read = f"{self.host_bytes_per_second / 1e6:,.0f} MB/s to read"
+            yield (
+                "hosts",
+                f"{self.hosts:,}, each with {self.host_images_per_second:,.0f} images/s to make and {to_read}",
+            )
+            needed = f"{self.host_cores_needed:,.1f} of {self.host_cores} cores per host"
+            yield "input", f"{needed}, at {self.images_per_core:,.0f} images/s per core"
+            waits = ": the devices wait" if self.waits else ""
+            yield "step of input", f"{1e3 * self.input_seconds:,.2f} ms with all cores{waits}"
+        yield "whole run", f"{self.minutes:,.1f} min for {self.epochs:g} epochs and their evaluations"
+        if self.dollars is not None:
+            yield "price", f"{self.dollars:,.2f} dollars"
+
+
+def measured_images_per_core() -> dict[str, float]:
+    """Images per second that a core decodes and augments, by augmentation, as `make bench-input` last published it."""
+    file = published_folder() / "input.json"
+    return json.loads(file.read_text())["images_per_core"] if file.is_file() else {}
 
 
 @pinned()
-def plan(recipe: Recipe, topology: str, *, chip_hour: float | None = None, folder: Path | str | None = None) -> Plan:
+def plan(
+    recipe: Recipe, topology: str, *, chip_hour: float | None = None, images_per_core: float | None = None,
+    folder: Path | str | None = None,
+) -> Plan:  # fmt: skip
     """Compiles a recipe's train and evaluation steps for a slice that need not be there, and says what to expect.
 
-    Takes minutes, and shows that it is at work; the result is kept in `outputs/plans` under the recipe's hash, the topology,
-    the versions of the compiler and of our program, and the flags in the environment's ``LIBTPU_INIT_ARGS``, which the compiler
-    reads here as it does on a TPU.
+    That takes minutes, so the result is kept. Flags in ``LIBTPU_INIT_ARGS`` count here as they do on a TPU.
 
     Args:
-      recipe: what would be trained.
-      topology: such as "v3:32x16x1" or "v5e:2x4": generation, and chips in each direction.
-      chip_hour: dollars a chip and hour.
-      folder: where plans are kept, if not there.
+      topology: generation, and chips in each direction, such as "v3:32x16x1" or "v5e:2x4".
+      chip_hour: dollars per chip and hour.
+      images_per_core: see `Plan.supplied`.
+      folder: where plans are kept, if not in `outputs/plans`.
 
     Raises:
       EffnetlibError: an unknown topology, a batch that does not divide over it, or no compiler for TPUs (extra `plan`).
     """
     devices = devices_of(topology)
     recipe.validate(len(devices))
-    kept = (
-        Path(folder or outputs_folder() / "plans")
-        / f"{recipe.variant}-{topology.replace(':', '-')}-{_key(recipe, topology)}.json"
-    )
-    if kept.exists():
-        return Plan.from_json(kept.read_text()).priced(chip_hour)
-    found = _plan(recipe, topology, devices)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, found.to_json() + "\n")
-    return found.priced(chip_hour)
+    name = f"{recipe.variant}-{topology.replace(':', '-')}-{_key(recipe, topology)}.json"
+    kept = Path(folder or outputs_folder() / "plans") / name
+    if not kept.exists():
+        found = _plan(recipe, topology, devices)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, found.to_json() + "\n")
+    return Plan.from_json(kept.read_text()).supplied(recipe, images_per_core).priced(chip_hour)
 
 
 def load_plans(folder: Path | str) -> list[Plan]:
@@ -218,31 +205,31 @@ def find_plan(plans: list[Plan], recipe: Recipe, topology: str) -> Plan | None:
     found = [each for each in plans if (each.recipe_hash, each.topology) == wanted and "flags" not in each.versions]
 
     def rank(each):
-        versions = (each.versions.get(name, "") for name in ("libtpu", "jaxlib", "jax"))
-        numbers = [[int(n) for n in re.findall(r"\d+", version)] for version in versions]
-        return numbers, each.step_seconds or math.inf, each.to_json()
+        versions = (re.findall(r"\d+", each.versions.get(name, "")) for name in ("libtpu", "jaxlib", "jax"))
+        return [list(map(int, numbers)) for numbers in versions], each.step_seconds or math.inf
 
     return max(found, key=rank, default=None)
 
 
 def _versions() -> dict:
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")}
     flags = os.environ.get("LIBTPU_INIT_ARGS")
     return found | {"flags": flags} if flags else found
 
 
 def _key(recipe: Recipe, topology: str) -> str:
+    """A hash of all that decides a plan. To hash the lowered program instead would take B5 a minute to find a kept plan."""
     digest = hashlib.sha256(json.dumps([recipe.hash, topology, _versions()]).encode())
-    for module in PROGRAM:
-        digest.update((Path(__file__).parents[1] / f"{module}.py").read_bytes())
+    for path in sorted(
+        path for places in ("*.py", "ops/*.py", "planning/*.py", "data/images.py") for path in ROOT.glob(places)
+    ):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
-    chip = chip_of(topology)
-    chips = len(devices) // chip.cores
-    limit = chip.hbm_bytes // chip.cores
-    batch = recipe.global_batch_size
+    chip, batch = chip_of(topology), recipe.global_batch_size
+    chips, limit = len(devices) // chip.cores, chip.hbm_bytes // chip.cores
     known = dict(
         topology=topology, devices=len(devices), chips=chips, variant=recipe.variant, global_batch_size=batch,
         batch_per_device=batch // len(devices), recipe_hash=recipe.hash, hbm_limit_bytes=limit, epochs=recipe.epochs,
@@ -253,54 +240,34 @@ def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
     evaluation = None if hbm is None or hbm > limit else _compile_evaluation(recipe, devices)
     if evaluation is None:
         return Plan(fits=False, largest_batch=_largest_batch(recipe, devices, limit), hbm_bytes=hbm, **known)
-    exchanged = tuple(collectives(train.as_text()))
-    timing = _step_timing(train, chip)
+    exchanged, timing = tuple(collectives(train.as_text())), _step_timing(train, chip)
     exchanging = sum(seconds(each, chip) for each in exchanged)
     step = timing["compute_seconds"] + exchanging
-    rate = batch / step
-    eval_step = _step_timing(evaluation, chip)["compute_seconds"]
-    eval_seconds = 2 * math.ceil(recipe.data.eval_examples / batch) * eval_step
+    eval_steps = math.ceil(recipe.data.eval_examples / batch)
+    eval_seconds = 2 * eval_steps * _step_timing(evaluation, chip)["compute_seconds"]
+    of_model = 6 * multiply_adds(recipe.variant, recipe.resolution, recipe.data.num_classes)
     return Plan(
-        fits=True,
-        largest_batch=batch,
-        hbm_bytes=hbm,
-        temp_bytes=train.memory_analysis().temp_size_in_bytes,
-        **timing,
-        collectives=exchanged,
-        collective_seconds=exchanging,
-        step_seconds=step,
-        all_reduce_share=exchanging / step,
-        images_per_second=rate,
-        mfu=rate * 6 * multiply_adds(recipe.variant, recipe.resolution, recipe.data.num_classes) / (chips * chip.flops),
-        eval_seconds=eval_seconds,
-        minutes=(recipe.total_steps * step + len(recipe.eval_steps) * eval_seconds) / 60,
-        **known,
-    )
+        fits=True, largest_batch=batch, hbm_bytes=hbm, temp_bytes=train.memory_analysis().temp_size_in_bytes, **timing,
+        collectives=exchanged, collective_seconds=exchanging, step_seconds=step, all_reduce_share=exchanging / step,
+        images_per_second=batch / step, mfu=batch / step * of_model / (chips * chip.flops), eval_seconds=eval_seconds,
+        minutes=(recipe.total_steps * step + len(recipe.eval_steps) * eval_seconds) / 60, **known,
+    )  # fmt: skip
 
 
 def _compile_train(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
-    """The compiled train step, or None where the compiler runs out of memory."""
-    lowered = lower_train_step(recipe, make_mesh(recipe.num_groups, devices))[1]
-    return _compile(
-        lowered, f"the train step of {recipe.variant} at {recipe.global_batch_size:,} for {len(devices):,} devices"
-    )
+    what = f"the train step of {recipe.variant} at {recipe.global_batch_size:,} for {len(devices):,} devices"
+    return _compile(lower_train_step(recipe, make_mesh(recipe.num_groups, devices))[1], what)
 
 
 def _compile_evaluation(recipe: Recipe, devices: list) -> jax.stages.Compiled | None:
-    """The compiled evaluation step, or None where the compiler runs out of memory."""
     init, _, graphdef = make_train_step(recipe)
-    state = jax.eval_shape(init, jax.random.key(0))
-    lowered = lower_eval_step(
-        graphdef,
-        (state.params, state.batch_stats),
-        batch=recipe.global_batch_size,
-        size=recipe.resolution,
-        mesh=make_mesh(recipe.num_groups, devices),
-    )
-    return _compile(lowered, "the evaluation step")
+    state, mesh = jax.eval_shape(init, jax.random.key(0)), make_mesh(recipe.num_groups, devices)
+    shapes = dict(batch=recipe.global_batch_size, size=recipe.resolution, mesh=mesh)
+    return _compile(lower_eval_step(graphdef, (state.params, state.batch_stats), **shapes), "the evaluation step")
 
 
 def _compile(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled | None:
+    """The compiled program, or None where the compiler runs out of memory."""
     try:
         with at_work(f"compiling {what}"):
             return lowered.compile()
@@ -310,15 +277,10 @@ def _compile(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled | No
         return None
 
 
-def _hbm_bytes(compiled) -> int:
+def _hbm_bytes(compiled: jax.stages.Compiled) -> int:
     memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    inputs, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return inputs + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 def _largest_batch(recipe: Recipe, devices: list, limit: int) -> int:
@@ -342,11 +304,7 @@ def _step_timing(compiled, chip) -> dict:
     roofline = max(arithmetic, costs["bytes accessed"] / (chip.hbm_bandwidth / chip.cores))
     estimate = costs.get("optimal_seconds")
     sane = estimate is not None and arithmetic <= estimate <= 10 * roofline
-    return {
-        "flops": costs["flops"],
-        "bytes_accessed": costs["bytes accessed"],
-        "compiler_seconds": estimate,
-        "roofline_seconds": roofline,
-        "compute_seconds": estimate if sane else roofline,
-        "compute_source": "compiler" if sane else "roofline",
-    }
+    return dict(
+        flops=costs["flops"], bytes_accessed=costs["bytes accessed"], compiler_seconds=estimate, roofline_seconds=roofline,
+        compute_seconds=estimate if sane else roofline, compute_source="compiler" if sane else "roofline",
+    )  # fmt: skip

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from effnetlib.errors import EffnetlibError, did_you_mean
 
@@ -15,46 +16,58 @@ GIB = 2**30
 class Chip:
     """One generation's chip, as its makers state it.
 
-    Attributes:
-      cores: devices that jax sees a chip.
-      flops: dense bfloat16 operations a second.
-      hbm_bytes: memory.
-      hbm_bandwidth: bytes a second to and from it.
-      link_bandwidth: bytes a second of one link to a neighbour, in one direction.
-      dimensions: of the torus that the links form; two links a dimension.
-      slices: common ones, in chips.
-
     Sources: Cloud TPU documentation (flops, memory); Jouppi et al., CACM 63(7), 2020, for v2 and v3 (links of 496 and 656
     Gbit/s); "How to scale your model", chapter 2, for the links from v4 on. Quoted from memory: compare before relying on it.
     """
 
-    cores: int
-    flops: float
+    cores: int  # devices that jax sees per chip
+    flops: float  # dense bfloat16 operations per second
     hbm_bytes: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    dimensions: int
-    slices: tuple[str, ...]
+    hbm_bandwidth: float  # bytes per second to and from memory
+    link_bandwidth: float  # bytes per second of one link to a neighbour, in one direction
+    dimensions: int  # of the torus that the links form; two links per dimension
+    slices: tuple[str, ...]  # common ones, in chips
 
 
+_SQUARES = ("2x2x1", "4x4x1", "8x8x1", "16x16x1")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
-    "v2": Chip(2, 46e12, 16 * GIB, 700e9, 62e9, 2, ("2x2x1", "4x4x1", "8x8x1", "8x16x1", "16x16x1")),
-    "v3": Chip(
-        2, 123e12, 32 * GIB, 900e9, 82e9, 2,
-        ("2x2x1", "4x4x1", "8x8x1", "16x8x1", "16x16x1", "32x16x1", "32x32x1"),
-    ),
-    "v4": Chip(
-        1, 275e12, 32 * GIB, 1200e9, 45e9, 3,
-        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
-    ),
-    "v5e": Chip(1, 197e12, 16 * GIB, 819e9, 45e9, 2, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-    "v5p": Chip(
-        1, 459e12, 95 * GIB, 2765e9, 90e9, 3,
-        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
-    ),
-    "v6e": Chip(1, 918e12, 32 * GIB, 1638e9, 90e9, 2, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
-}  # fmt: skip
+    "v2": Chip(2, 46e12, 16 * GIB, 700e9, 62e9, 2, (*_SQUARES, "8x16x1")),
+    "v3": Chip(2, 123e12, 32 * GIB, 900e9, 82e9, 2, (*_SQUARES, "16x8x1", "32x16x1", "32x32x1")),
+    "v4": Chip(1, 275e12, 32 * GIB, 1200e9, 45e9, 3, _CUBES),
+    "v5e": Chip(1, 197e12, 16 * GIB, 819e9, 45e9, 2, _PLANES),
+    "v5p": Chip(1, 459e12, 95 * GIB, 2765e9, 90e9, 3, _CUBES),
+    "v6e": Chip(1, 918e12, 32 * GIB, 1638e9, 90e9, 2, _PLANES),
+}
 NAMES = tuple(f"{generation}:{chips}" for generation, chip in CHIPS.items() for chips in chip.slices)
+
+
+class Host(NamedTuple):
+    """One host: its chips, the cores (vCPUs) that make images, and gigabytes of memory."""
+
+    chips: int
+    cores: int
+    memory_gb: int
+
+
+# A slice on one host has the host with as many chips; a larger slice has as many of the last one as it needs. Sources: Cloud TPU
+# documentation, "TPU v5e", VM types; Google's machine types for GKE (ct3, ct3p, ct4p, ct5lp, ct5p, ct6e), as its cluster
+# autoscaler lists them. No source was found for v2, which has v3's figures here.
+HOSTS = {
+    "v2": (Host(4, 96, 340), Host(4, 48, 340)),
+    "v3": (Host(4, 96, 340), Host(4, 48, 340)),
+    "v4": (Host(4, 240, 407),),
+    "v5e": (Host(1, 24, 48), Host(8, 224, 384), Host(4, 112, 192)),
+    "v5p": (Host(4, 208, 448),),
+    "v6e": (Host(1, 44, 176), Host(8, 180, 1440), Host(4, 180, 720)),
+}
+
+
+def host_of(topology: str) -> Host:
+    """Each host of a topology, which must be one that `chip_of` knows."""
+    hosts = HOSTS[topology.partition(":")[0]]
+    return next((host for host in hosts if host.chips == _chips(topology)), hosts[-1])
 
 
 def chip_of(topology: str) -> Chip:
@@ -84,14 +97,9 @@ def devices_of(topology: str) -> list:
     # Without these libtpu looks for a TPU VM's metadata, writes that it found none, and keeps a second process out. The type of
     # the machine is any that exists: what is compiled for is the topology. libtpu would set the last two itself.
     no_tpu_vm = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "TPU_ACCELERATOR_TYPE": "v3-8",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "CLOUD_TPU_TASK_ID": "0",
-        "CLOUD_TPU_ACCELERATOR_TYPE": "v3-8",
-    }
+        "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v3-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "CLOUD_TPU_TASK_ID": "0", "CLOUD_TPU_ACCELERATOR_TYPE": "v3-8",
+    }  # fmt: skip
     from jax.experimental import topologies
 
     added = {name: value for name, value in no_tpu_vm.items() if name not in os.environ}
@@ -103,18 +111,15 @@ def devices_of(topology: str) -> list:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception:  # jaxlib raises one kind for all that is wrong
-        raise EffnetlibError(
-            f"the topology {topology!r} is not one that the compiler knows: the nearest that is named is {_nearest(topology)}"
-        ) from None
+        nearest = f"the nearest that is named is {_nearest(topology)}"
+        raise EffnetlibError(f"the topology {topology!r} is not one that the compiler knows: {nearest}") from None
     finally:
         # A TPU of this process, or of one that it starts, must not read them.
         for name in added:
             del os.environ[name]
     chips = _chips(topology)
     if len(found) != chips * chip.cores:
-        raise EffnetlibError(
-            f"{topology} has {len(found)} devices to the compiler, and should have {chips * chip.cores}"
-        )
+        raise EffnetlibError(f"{topology} has {len(found)} devices to the compiler, not {chips * chip.cores}")
     return list(found)
 
 

@@ -95,9 +95,11 @@ def report(directories, price):
 @click.option("--topology", required=True, help="Generation, and chips in each direction: v3:32x16x1, v5e:2x4.")
 @_set
 @_price
+@click.option("--images-per-core", type=click.FloatRange(0, min_open=True), help="Images/s that a host's core makes.")
 @click.option("--json", "as_json", is_flag=True, help="All figures, as JSON.")
-def plan(preset, topology, changes, price, as_json):
-    """Predict what PRESET (such as b0-1024-lars) needs on a TPU slice that need not be there: memory, time, collectives.
+def plan(preset, topology, changes, price, images_per_core, as_json):
+    """Predict what PRESET (such as b0-1024-lars) needs on a TPU slice that need not be there: memory, time, collectives, and
+    the images per second that its hosts must make.
 
     It compiles the real train and evaluation steps, which takes minutes the first time. --set changes a setting of the
     recipe. Needs pip install 'effnetlib[plan]'."""
@@ -107,7 +109,8 @@ def plan(preset, topology, changes, price, as_json):
     from effnetlib.recipe import Recipe
 
     jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
-    found = plan(Recipe.preset(preset).replace(**assignments(changes)), topology, chip_hour=price)
+    recipe = Recipe.preset(preset).replace(**assignments(changes))
+    found = plan(recipe, topology, chip_hour=price, images_per_core=images_per_core)
     if not say(found.to_json() if as_json else found.table()):
         raise FailedError("the plan could not be written: is the device full?")
     if not found.fits:
@@ -174,8 +177,10 @@ def weights():
 @click.argument("file")
 @click.option("--to", metavar="FOLDER", help="The folder to write; outputs/weights/NAME if not given.")
 def import_(file, to):
-    """Read FILE into a checkpoint: timm's tf_efficientnet_b*.safetensors with its config.json beside it, or Keras' .weights.h5,
-    .h5 or .keras."""
+    """Check FILE and write it into a folder, as a model.safetensors of ours.
+
+    FILE is timm's tf_efficientnet_b*.safetensors with its config.json beside it, or Keras' .weights.h5, .h5 or .keras
+    (needs pip install 'effnetlib[keras]')."""
     from effnetlib.runs.paths import outputs_folder
     from effnetlib.weights.pretrained import import_weights
 

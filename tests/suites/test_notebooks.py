@@ -29,7 +29,7 @@ from effnetlib.runs import checkpoints
 from effnetlib.runs.record import environment
 from effnetlib.suites.parameters import notebook_parameters
 from effnetlib.suites.suite import load_suite
-from effnetlib.weights import names as weights
+from effnetlib.weights import files
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 PUBLISHED = FOLDER.parent / "outputs/published/laptop"
@@ -217,7 +217,7 @@ def _random_weights(num_classes):
 
 @pytest.mark.slow
 def test_pretrained_weights_are_evaluated_and_drawn(tmp_path):
-    weights.write(tmp_path / "mine.safetensors", _random_weights(10), "nano", 10)
+    files.write(tmp_path / "mine.safetensors", _random_weights(10), "nano", 10)
     settings = dict(weights=[str(tmp_path / "mine.safetensors")], dataset="digits", batch_size=64, augmentation="shift")
     notebook = _execute("10_pretrained", tmp_path, **settings)
     html = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))

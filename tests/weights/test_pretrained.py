@@ -8,29 +8,26 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import run_once
 from flax import nnx
 from safetensors.numpy import save_file
 
-from effnetlib import EfficientNet, EffnetlibError, data
+from effnetlib import EffnetlibError, data
 from effnetlib.__main__ import main
 from effnetlib.runs import checkpoints
-from effnetlib.weights import names as weights
+from effnetlib.weights import files, names
 from effnetlib.weights.pretrained import Pretrained, evaluate_pretrained, import_weights, predict
 
 
 @pytest.fixture(scope="module")
 def nano():
-    def init():
-        model = EfficientNet("nano", 10, rngs=nnx.Rngs(3))
-        return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
-
-    return jax.device_get(run_once(init))
+    rng, (_, state) = np.random.default_rng(3), names.skeleton("nano", 10, "float32")
+    kinds = (nnx.to_pure_dict(state.filter(kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), tuple(kinds))
 
 
 @pytest.fixture
 def file(nano, tmp_path):
-    weights.write(tmp_path / "mine.safetensors", nano, "nano", 10)
+    files.write(tmp_path / "mine.safetensors", nano, "nano", 10)
     return tmp_path / "mine.safetensors"
 
 
@@ -47,7 +44,7 @@ def test_in_and_out_by_the_command_line(nano, file, tmp_path):
     assert loaded.origin["file"] == "mine.safetensors" and len(loaded.origin["sha256"]) == 64
     jax.tree.map(np.testing.assert_array_equal, loaded.weights, nano)
     assert run("weights", "export", folder, tmp_path / "again.safetensors").exit_code == 0
-    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_what_is_there_is_not_overwritten_and_nothing_half_written_stays(file, tmp_path):
@@ -69,6 +66,7 @@ def test_what_is_there_is_not_overwritten_and_nothing_half_written_stays(file, t
         (["import", "nothing.h5"], "neither a file of weights nor the folder"),
         (["import", "{file}", "--to", "{file}"], "is a file, where a folder is wanted"),
         (["import", "{file}", "--to", "{file}/x"], "is a file, where a folder is wanted"),
+        (["import", "{file}", "--to", "/proc/x"], "the folder /proc/x cannot be written: "),
         (["export", "{file}", "/proc/x.safetensors"], "cannot be written: "),
         (
             ["export", "{file}", "x.safetensors", "--best"],
@@ -109,13 +107,13 @@ def test_what_cannot_be_evaluated_is_refused(file, tmp_path):
 def test_importing_into_a_folder_of_ones_own(file, tmp_path):
     (tmp_path / "empty").mkdir()
     assert import_weights(file, tmp_path / "empty").variant == "nano"
-    (tmp_path / "empty/weights.json").write_text("{}")
-    with pytest.raises(EffnetlibError, match="weights.json is damaged"):
+    (tmp_path / "empty/model.safetensors").write_text("{}")
+    with pytest.raises(EffnetlibError, match="model.safetensors cannot be read"):
         Pretrained.load(tmp_path / "empty")
 
 
 def test_an_import_says_what_nothing_states_and_keeps_it(nano, tmp_path):
-    save_file(weights.to_timm(nano, "nano", 10), tmp_path / "tf_nano_ap.safetensors")
+    save_file(names.to_timm(nano, "nano", 10), tmp_path / "tf_nano_ap.safetensors")
     done = run("weights", "import", tmp_path / "tf_nano_ap.safetensors", "--to", tmp_path / "a")
     note = "nothing beside tf_nano_ap.safetensors states which network of timm's it holds (its name speaks of AdvProp)"
     assert done.exit_code == 0 and note in done.output, done.output
@@ -126,13 +124,16 @@ def test_an_import_says_what_nothing_states_and_keeps_it(nano, tmp_path):
 
 
 def test_image_size_classes_and_tag_go_through_import_and_export(nano, tmp_path):
-    names = tuple("abcdefghij")
-    weights.write(tmp_path / "x.safetensors", nano, "nano", 10, image_size=48, class_names=names, tag="aa_in1k")
+    classes = tuple("abcdefghij")
+    files.write(
+        tmp_path / "x.safetensors", nano, "nano", 10, image_size=48, class_names=classes, origin={"tag": "aa_in1k"}
+    )
     imported = import_weights(tmp_path / "x.safetensors", tmp_path / "a")
-    assert (imported.image_size, imported.class_names, imported.origin["tag"]) == (48, names, "aa_in1k")
-    assert Pretrained.load(tmp_path / "a").class_names == names
+    assert (imported.image_size, imported.class_names, imported.origin["tag"]) == (48, classes, "aa_in1k")
     assert run("weights", "export", tmp_path / "a", tmp_path / "y.safetensors").exit_code == 0
-    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
+    again = Pretrained.load(tmp_path / "y.safetensors")
+    assert again.origin == imported.origin == Pretrained.load(tmp_path / "a").origin
+    assert (again.image_size, again.class_names) == (48, classes)
 
 
 def test_a_run_gives_its_classes_to_what_is_exported(whole, tmp_path):
@@ -141,7 +142,7 @@ def test_a_run_gives_its_classes_to_what_is_exported(whole, tmp_path):
 
 
 def of(num_classes, names=(), tag=""):
-    return Pretrained("nano", num_classes, 32, ({}, {}), {"tag": tag}, tuple(names))
+    return Pretrained(({}, {}), "nano", num_classes, 32, tuple(names), {"tag": tag})
 
 
 SYNSETS = [f"n{i:08}" for i in range(1000)]
@@ -150,12 +151,12 @@ NUMBERS = list(map(str, range(1000)))
 
 @pytest.mark.parametrize(("pretrained", "names", "sentence"), [
     (of(3), "ab", "x has 2 classes, and the weights 3"),
-    (of(3, "abc"), "abd", "class 2 of x is d, and of the weights c: name"),
-    (of(3, "abc"), "bac", "class 0 of x is b, and of the weights a; the order is another one"),
-    (of(2, ["ant", "bee"]), ["ant", "bee "], "class 1 of x is 'bee ', and of the weights bee"),
+    (of(3, "abc"), "abd", "x has d for class 2, and the weights c: name"),
+    (of(3, "abc"), "bac", "x has b for class 0, and the weights a; the order is another one"),
+    (of(2, ["ant", "bee"]), ["ant", "bee "], "x has 'bee ' for class 1, and the weights bee"),
     (of(1000, (), "ns_jft_in1k"), [f"word{i:04}" for i in range(1000)], "x begins with word0000, word0001, word0002"),
-    (of(1000, (), "in1k"), SYNSETS[::-1], "x begins with n00000999"), (of(1000), sorted(NUMBERS), "are numbers out of order"),
-    (of(1000, SYNSETS, "in1k"), sorted(NUMBERS), "are numbers out of order"),
+    (of(1000, (), "in1k"), SYNSETS[::-1], "x begins with n00000999"), (of(1000), sorted(NUMBERS), "x has numbers out of order"),
+    (of(1000, SYNSETS, "in1k"), sorted(NUMBERS), "x has numbers out of order"),
 ])  # fmt: skip
 def test_other_classes_than_the_weights_are_refused(pretrained, names, sentence):
     with pytest.raises(EffnetlibError, match=sentence):
@@ -171,16 +172,16 @@ def test_other_classes_than_the_weights_are_refused(pretrained, names, sentence)
 def test_where_nothing_says_what_the_logits_mean_that_is_said(pretrained, names, said, capsys):
     pretrained.check_classes(names, "x")
     assert capsys.readouterr().out == said * (
-        f"nothing says which class each of the {len(names)} logits means: they are taken in the order of x's\n")  # fmt: skip
+        f"nothing says what each of the {len(names)} logits means: they are taken in the order of x's classes\n")  # fmt: skip
 
 
 def test_evaluating_and_predicting_compare_the_classes(nano, tmp_path):
-    weights.write(tmp_path / "x.safetensors", nano, "nano", 10, class_names=tuple("abcdefghij"))
+    files.write(tmp_path / "x.safetensors", nano, "nano", 10, class_names=tuple("abcdefghij"))
     loaded, digits = Pretrained.load(tmp_path / "x.safetensors"), data.load("digits", "eval")
     others = dataclasses.replace(digits, class_names=tuple("abcdefghik"))
-    with pytest.raises(EffnetlibError, match="class 9 of the data set is k, and of the weights j"):
+    with pytest.raises(EffnetlibError, match="the data set has k for class 9, and the weights j"):
         predict(loaded, others)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(EffnetlibError, match="class 9 of digits is k"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EffnetlibError, match="digits has k for class 9"):
         patch.setattr(data, "load", lambda *_: others)
         evaluate_pretrained(loaded, "digits", tmp_path / "x.json", batch=64)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -18,31 +19,38 @@ from safetensors.numpy import save_file
 
 from effnetlib import EfficientNet, EffnetlibError
 from effnetlib.model import VARIANTS, block_specs, head_filters
-from effnetlib.weights import names as weights
+from effnetlib.weights import files, names
+from effnetlib.weights.names import KERAS, TIMM, to_ours
+from effnetlib.weights.pretrained import Pretrained
 
 PAPER_VARIANTS = [name for name in VARIANTS if name != "nano"]
 CLASSES = 10
 
 
-def keras_model(variant, size, **options):
+@pytest.fixture
+def efficientnet(monkeypatch):
+    """Keras' module, whose initial weights are drawn by numpy: Keras compiles a program for each shape, which takes 30 s."""
     from keras import initializers
     from keras.src.applications import efficientnet  # takes the rates of dropout, which the public functions fix
 
-    rng = np.random.default_rng(0)
-
     class FanOut(initializers.Initializer):
-        # Keras's own compiles a program for each shape, which is 30 of 35 s.
-        def __call__(self, shape, dtype=None):
-            return rng.normal(0, np.sqrt(2 / np.prod([*shape[:-2], shape[-1]])), shape).astype(np.float32)
+        rng = np.random.default_rng(0)
 
-    scale = VARIANTS[variant]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("CONV_KERNEL_INITIALIZER", "DENSE_KERNEL_INITIALIZER"):
-            patch.setattr(efficientnet, name, FanOut())
-        model = efficientnet.EfficientNet(
-            scale.width, scale.depth, size, input_shape=(size, size, 3), classes=CLASSES, weights=None,
-            classifier_activation=None, name=f"efficientnet{variant}", weights_name="", **options,
-        )  # fmt: skip
+        def __call__(self, shape, dtype=None):
+            scale = np.sqrt(2 / np.prod([*shape[:-2], shape[-1]]))
+            return self.rng.normal(0, scale, shape).astype(np.float32)
+
+    for name in ("CONV_KERNEL_INITIALIZER", "DENSE_KERNEL_INITIALIZER"):
+        monkeypatch.setattr(efficientnet, name, FanOut())
+    return efficientnet
+
+
+def keras_model(efficientnet, variant, size, **options):
+    rng, scale = np.random.default_rng(0), VARIANTS[variant]
+    model = efficientnet.EfficientNet(
+        scale.width, scale.depth, size, input_shape=(size, size, 3), classes=CLASSES, weights=None,
+        classifier_activation=None, name=f"efficientnet{variant}", weights_name="", **options,
+    )  # fmt: skip
     # Away from the initial ones and zeros, where a slip between gamma, beta, mean and variance would not show.
     for variable in model.variables:
         name, value = variable.path.split("/")[-1], np.asarray(variable)
@@ -61,38 +69,34 @@ def named(model):
     return {variable.path: np.asarray(variable) for variable in model.variables}
 
 
-def ours(variant, found, **options):
-    return weights.build(weights.from_keras(found, variant, CLASSES), variant, CLASSES, dtype=jnp.float32, **options)
-
-
 def images(batch, size):
     return np.random.default_rng(1).normal(size=(batch, size, size, 3)).astype(np.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", PAPER_VARIANTS)
-def test_logits_equal_keras(variant, tmp_path):
+def test_logits_equal_keras(variant, efficientnet, tmp_path):
     size = 33  # odd, so that an error in padding at stride 2 shows
-    model = keras_model(variant, size)
+    model = keras_model(efficientnet, variant, size)
     x = images(2, size)
     trainable, fixed = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
     # Keras divides by 255 inside.
     wanted = np.asarray(
         run_once(lambda *args: model.stateless_call(*args, training=False)[0], trainable, fixed, 255 * x)
     )
-    got = run_once(lambda m, x: m(x), ours(variant, named(model)), x)
+    found = to_ours(named(model), KERAS, variant, CLASSES)
+    got = run_once(lambda m, x: m(x), Pretrained(found, variant, CLASSES, size, (), {}).model(), x)
     assert np.ptp(wanted) > 0.1
-    np.testing.assert_allclose(got, wanted, atol=1e-4)
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
     if variant == "b0":  # and the files that Keras itself writes
-        found = weights.from_keras(named(model), variant, CLASSES)
         for save, name in ((model.save_weights, "b0.weights.h5"), (model.save, "b0.h5"), (model.save, "b0.keras")):
             save(tmp_path / name)
-            jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / name)[2], found)
+            jax.tree.map(np.testing.assert_array_equal, files.read(tmp_path / name)["weights"], found)
 
 
 @pytest.mark.slow
-def test_training_gradients_and_statistics_equal_keras():
-    model = keras_model("b0", 32, dropout_rate=0.0, drop_connect_rate=0.0)
+def test_training_gradients_and_statistics_equal_keras(efficientnet):
+    model = keras_model(efficientnet, "b0", 32, dropout_rate=0.0, drop_connect_rate=0.0)
     x, weight = images(8, 32), np.random.default_rng(2).normal(size=(8, CLASSES)).astype(np.float32)
     trainable = [variable.value for variable in model.trainable_variables]
     fixed = [variable.value for variable in model.non_trainable_variables]
@@ -104,16 +108,18 @@ def test_training_gradients_and_statistics_equal_keras():
     grads, moved = run_once(jax.grad(keras_loss, has_aux=True), trainable)
     paths = [variable.path for variable in model.trainable_variables + model.non_trainable_variables]
     by_name = {path: np.asarray(value) for path, value in zip(paths, [*grads, *moved], strict=True)}
-    wanted = weights.from_keras(by_name, "b0", CLASSES)
+    wanted = to_ours(by_name, KERAS, "b0", CLASSES)
 
-    graphdef, params, stats = nnx.split(ours("b0", named(model), dropout=0.0, drop_path=0.0), nnx.Param, nnx.BatchStat)
+    without = nnx.eval_shape(lambda: EfficientNet("b0", CLASSES, dtype=jnp.float32, dropout=0.0, drop_path=0.0))
+    params, stats = jax.tree.map(jnp.asarray, to_ours(named(model), KERAS, "b0", CLASSES))
+    graphdef, _ = nnx.split(without)
 
     def loss(params):
-        merged = nnx.merge(graphdef, params, nnx.to_pure_dict(stats))
+        merged = nnx.merge(graphdef, params, stats)
         logits = merged(x, train=True, key=jax.random.key(0))
         return jnp.sum(logits * weight), nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
-    got_grads, got_stats = run_once(jax.grad(loss, has_aux=True), nnx.to_pure_dict(params))
+    got_grads, got_stats = run_once(jax.grad(loss, has_aux=True), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got_stats, wanted[1])
     # Gradients that are zero but for rounding (a shift right before a batch norm) are as noisy as the largest are exact.
     noise = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[0]))
@@ -123,20 +129,18 @@ def test_training_gradients_and_statistics_equal_keras():
 
 @pytest.fixture(scope="module")
 def b0():
-    def init():
-        model = EfficientNet("b0", CLASSES, rngs=nnx.Rngs(3))
-        return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
-
-    return jax.device_get(run_once(init))
+    rng, (_, state) = np.random.default_rng(3), names.skeleton("b0", CLASSES, "float32")
+    kinds = (nnx.to_pure_dict(state.filter(kind)) for kind in (nnx.Param, nnx.BatchStat))
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32), tuple(kinds))
 
 
 def test_safetensors_and_back(b0, tmp_path):
-    weights.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES)
-    jax.tree.map(np.testing.assert_array_equal, weights.read(tmp_path / "b0.safetensors")[2], b0)
+    files.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES)
+    jax.tree.map(np.testing.assert_array_equal, files.read(tmp_path / "b0.safetensors")["weights"], b0)
 
 
 def test_names_and_layouts_are_timms(b0):
-    tensors = weights.to_timm(b0, "b0", CLASSES)
+    tensors = names.to_timm(b0, "b0", CLASSES)
     shapes = {
         "conv_stem.weight": (32, 3, 3, 3), "bn1.running_var": (32,), "blocks.0.0.conv_dw.weight": (32, 1, 3, 3),
         "blocks.0.0.conv_pw.weight": (16, 32, 1, 1), "blocks.0.0.bn2.weight": (16,),
@@ -150,15 +154,13 @@ def test_names_and_layouts_are_timms(b0):
 
 
 def test_keras_files_of_both_kinds(tmp_path, b0):
-    found = {}
-    flat = flatten_dict(b0[0]) | flatten_dict(b0[1])
-    for layer, path, name, _ in weights._tensors("b0", CLASSES):
-        value = np.asarray(flat[path])
-        if layer.kind == "depthwise":
-            value = value.swapaxes(2, 3)
-        elif layer.kind == "pointwise" and name == "kernel":
-            value = value[None, None]
-        found.setdefault(layer.keras, []).append((weights._keras_name(layer, name).split("/")[1], value))
+    found, flat = {}, flatten_dict(b0[0]) | flatten_dict(b0[1])
+    order = ["kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
+    for path, _, (_, name), (_, shape) in names.tensors("b0", CLASSES):
+        layer, variable = name.split("/")
+        found.setdefault(layer, []).append((variable, np.asarray(flat[path]).reshape(shape)))
+    for values in found.values():
+        values.sort(key=lambda pair: order.index(pair[0]))
     with h5py.File(tmp_path / "new.weights.h5", "w") as file:
         for i, (layer, values) in enumerate(found.items()):
             group = file.create_group(f"layers/layer_{i}/vars")
@@ -173,27 +175,43 @@ def test_keras_files_of_both_kinds(tmp_path, b0):
             for name, value in values:
                 group[f"{layer}/{name}:0"] = value
     for name in ("new.weights.h5", "old.h5"):
-        variant, num_classes, found, known = weights.read(tmp_path / name)
-        assert (variant, num_classes, known) == ("b0", CLASSES, {})
-        jax.tree.map(np.testing.assert_array_equal, found, b0)
+        read = files.read(tmp_path / name)
+        assert (read["variant"], read["num_classes"], read["image_size"], read["class_names"]) == (
+            "b0",
+            CLASSES,
+            224,
+            (),
+        )
+        assert read["origin"].keys() == {"file", "sha256"}
+        jax.tree.map(np.testing.assert_array_equal, read["weights"], b0)
 
 
-def test_the_variant_is_recognised_by_its_blocks_and_width():
-    for name in VARIANTS:
-        assert weights._nearest_variant(len(block_specs(name)), head_filters(name)) == name
+def test_without_h5py_a_sentence_says_how_to_have_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(EffnetlibError, match=r"x\.keras takes h5py to read: pip install 'effnetlib\[keras\]'$"):
+        files.read(tmp_path / "x.keras")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variant_is_recognised_by_its_blocks_and_width(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "to_ours", lambda *_, **__: None)
+    shapes = {"conv_stem": 1, "conv_head": head_filters(variant), "classifier": CLASSES}
+    shapes |= {f"{i}.conv_dw": 1 for i in range(len(block_specs(variant)))}
+    tensors = {f"{name}.weight": np.zeros((outputs, 1), np.float32) for name, outputs in shapes.items()}
+    assert files.read(save_timm(tmp_path / "x.safetensors", tensors))["variant"] == variant
 
 
 def test_wrong_files_are_refused_by_name(b0, tmp_path):
-    tensors = weights.to_timm(b0, "b0", CLASSES)
+    tensors = names.to_timm(b0, "b0", CLASSES)
     tensors["extra.weight"] = tensors.pop("bn1.bias")
     tensors["conv_head.weight"] = np.zeros((1280, 320), np.float32)
     with pytest.raises(EffnetlibError) as caught:
-        weights.from_timm(tensors, "b0", CLASSES, source="x")
+        to_ours(tensors, TIMM, "b0", CLASSES, source="x")
     for sentence in ("bn1.bias is missing", "extra.weight is not b0's", "conv_head.weight has shape [1280, 320]"):
         assert sentence in str(caught.value)
-    with pytest.raises(EffnetlibError, match="classifier.weight is missing; classifier.bias is missing"):
-        bare = {name: value for name, value in weights.to_timm(b0, "b0", CLASSES).items() if "classifier" not in name}
-        weights.from_timm(bare, "b0")
+    with pytest.raises(EffnetlibError, match="classifier.bias is missing; classifier.weight is missing"):
+        bare = {name: value for name, value in names.to_timm(b0, "b0", CLASSES).items() if "classifier" not in name}
+        to_ours(bare, TIMM, "b0")
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     for name, sentence in (
         ("x.safetensors", "cannot be read"),
@@ -201,14 +219,14 @@ def test_wrong_files_are_refused_by_name(b0, tmp_path):
         ("x.h5", "cannot be read"),
     ):
         with pytest.raises(EffnetlibError, match=sentence):
-            weights.read(tmp_path / name)
+            files.read(tmp_path / name)
 
 
-def nested(kind, **options):
+def nested(efficientnet, kind, **options):
     """A user's model with Keras' EfficientNet inside."""
     import keras
 
-    base = keras.applications.EfficientNetB0(weights=None, classes=CLASSES, input_shape=(32, 32, 3), **options)
+    base = efficientnet.EfficientNetB0(weights=None, classes=CLASSES, input_shape=(32, 32, 3), **options)
     inside = keras.Input((32, 32, 3))
     if kind == "sequential":
         return base, keras.Sequential([inside, base])
@@ -229,32 +247,31 @@ FORMS = ("x.h5", "x.weights.h5", "x.keras")
 
 
 @pytest.mark.parametrize("kind", ["sequential", "twice", "functional", "with a head inside"])
-def test_a_network_inside_a_model_of_keras(kind, tmp_path):
-    base, model = nested(kind)
-    wanted = weights.from_keras(named(base), "b0", CLASSES)
+def test_a_network_inside_a_model_of_keras(kind, efficientnet, tmp_path):
+    base, model = nested(efficientnet, kind)
+    wanted = to_ours(named(base), KERAS, "b0", CLASSES)
     for form in FORMS:
         save = model.save_weights if form == "x.weights.h5" else model.save
         save(tmp_path / form)
-        variant, num_classes, found, known = weights.read(tmp_path / form)
-        assert (variant, num_classes) == ("b0", CLASSES)
-        jax.tree.map(np.testing.assert_array_equal, found, wanted)
-        assert bool(re.search("mine.* is left out", known["note"])) == (kind != "sequential"), known
-        assert "with the mean [0.0, 0.0, 0.0], and here it is ImageNet's" in known["note"]
+        read = files.read(tmp_path / form)
+        assert (read["variant"], read["num_classes"]) == ("b0", CLASSES)
+        jax.tree.map(np.testing.assert_array_equal, read["weights"], wanted)
+        note = read["origin"]["note"]
+        assert bool(re.search("mine.* is left out", note)) == (kind != "sequential"), note
+        assert "with the mean [0.0, 0.0, 0.0], and here it is ImageNet's" in note
 
 
 @pytest.mark.parametrize("kind", ["headed", "flat headed", "flat"])
-def test_another_head_is_said(kind, tmp_path):
-    _, model = nested(kind, include_top=kind == "flat")
-    sentence = (
-        "mine/kernel is not b0's"
-        if kind == "flat"
-        else r"holds b0 without its classifier predictions, under another head \(mine\)"
+def test_another_head_is_said(kind, efficientnet, tmp_path):
+    _, model = nested(efficientnet, kind, include_top=kind == "flat")
+    missing = (
+        "" if kind == "flat" else "predictions/bias is missing; predictions/kernel is missing; mine/bias is not b0's; "
     )
     for form in FORMS:
         save = model.save_weights if form == "x.weights.h5" else model.save
         save(tmp_path / form)
-        with pytest.raises(EffnetlibError, match=sentence):
-            weights.read(tmp_path / form)
+        with pytest.raises(EffnetlibError, match=f"{missing}.*mine/kernel is not b0's$"):
+            files.read(tmp_path / form)
 
 
 def save_timm(path, tensors, config=None, **metadata):
@@ -278,20 +295,22 @@ def config(architecture="tf_efficientnet_b0", tag="aa_in1k", top=None, **changes
 
 @pytest.fixture(scope="module")
 def timm(b0):
-    return weights.to_timm(b0, "b0", CLASSES)
+    return names.to_timm(b0, "b0", CLASSES)
 
 
 def test_what_a_config_says_is_known(timm, b0, tmp_path):
     path = save_timm(tmp_path / "model.safetensors", timm, config(label_names=list("abcdefghij")))
-    variant, num_classes, found, known = weights.read(path)
-    jax.tree.map(np.testing.assert_array_equal, found, b0)
-    assert known == {"image_size": 240, "class_names": tuple("abcdefghij"), "tag": "aa_in1k"}
+    read = files.read(path)
+    jax.tree.map(np.testing.assert_array_equal, read["weights"], b0)
+    assert (read["image_size"], read["class_names"]) == (240, tuple("abcdefghij"))
+    assert read["origin"].keys() == {"file", "sha256", "tag"} and read["origin"]["tag"] == "aa_in1k"
     for labels in ({str(9 - i): name for i, name in enumerate("jihgfedcba"[::-1])}, list("jihgfedcba")):
         save_timm(path, timm, config(top={"label_names": labels}))
-        assert weights.read(path)[3]["class_names"] == tuple("jihgfedcba")
+        assert files.read(path)["class_names"] == tuple("jihgfedcba")
     old = config()
     save_timm(path, timm, {"architecture": "tf_efficientnet_b0_ns", **old["pretrained_cfg"], "tag": None})
-    assert weights.read(path)[3] == {"image_size": 240, "tag": "ns"}
+    read = files.read(path)
+    assert (read["image_size"], read["class_names"], read["origin"]["tag"]) == (240, (), "ns")
 
 
 @pytest.mark.parametrize(("config", "sentence"), [
@@ -313,7 +332,7 @@ def test_what_a_config_says_is_known(timm, b0, tmp_path):
 def test_what_has_our_names_and_shapes_and_is_another_network_is_refused(timm, config, sentence, tmp_path):
     path = save_timm(tmp_path / "model.safetensors", timm, config)
     with pytest.raises(EffnetlibError, match=sentence) as caught:
-        weights.read(path)
+        files.read(path)
     assert "\n" not in str(caught.value)
     if " is not ours" in str(caught.value):
         assert re.search(r"timm's tf_efficientnet_b[0*]\.aa_in1k, for one, would do", str(caught.value))
@@ -326,7 +345,8 @@ def test_a_tag_a_prefix_and_upper_case_are_no_other_network(timm, name, tmp_path
     path = save_timm(
         tmp_path / "model.SAFETENSORS", timm, config(name, None, top={"global_pool": "avg"}, num_classes=1000)
     )
-    assert weights.read(path)[0] == "b0" and weights.read(path)[3]["tag"] == "aa_in1k"
+    read = files.read(path)
+    assert read["variant"] == "b0" and read["origin"]["tag"] == "aa_in1k"
 
 
 @pytest.mark.parametrize(("name", "change", "sentence"), [
@@ -336,7 +356,7 @@ def test_a_tag_a_prefix_and_upper_case_are_no_other_network(timm, name, tmp_path
 ])  # fmt: skip
 def test_what_are_no_weights_is_refused(timm, name, change, sentence, tmp_path):
     with pytest.raises(EffnetlibError, match=sentence):
-        weights.read(save_timm(tmp_path / "model.safetensors", timm | {name: change(timm[name])}, config()))
+        files.read(save_timm(tmp_path / "model.safetensors", timm | {name: change(timm[name])}, config()))
 
 
 @pytest.mark.parametrize(("name", "hint"), [
@@ -346,30 +366,33 @@ def test_what_are_no_weights_is_refused(timm, name, change, sentence, tmp_path):
 ])  # fmt: skip
 def test_where_nothing_says_which_network_it_is_that_is_said(timm, name, hint, tmp_path):
     path = save_timm(tmp_path / f"{name}.safetensors", timm, format="pt")
-    known = weights.read(path)[3]
-    assert known.keys() == {"note"} and re.search(f"states which network of timm's {hint}", known["note"])
+    origin = files.read(path)["origin"]
+    assert origin.keys() == {"file", "sha256", "note"} and re.search(f"which network of timm's {hint}", origin["note"])
     (tmp_path / "config.json").write_text('{"model_type": "other"}')
-    assert weights.read(path)[3] == known
+    assert files.read(path)["origin"] == origin
 
 
 def test_a_network_inside_a_model_of_pytorch_and_files_of_others(timm, b0, tmp_path):
     inside = {f"backbone.{name}": value for name, value in timm.items()} | {"neck.weight": np.zeros(3, np.float32)}
-    variant, _, found, known = weights.read(save_timm(tmp_path / "x.safetensors", inside, config()))
-    assert variant == "b0" and known["note"] == "of the model around b0 in x.safetensors, neck is left out"
-    jax.tree.map(np.testing.assert_array_equal, found, b0)
+    read = files.read(save_timm(tmp_path / "x.safetensors", inside, config()))
+    assert read["variant"] == "b0"
+    assert read["origin"]["note"] == "of the model around b0 in x.safetensors, neck is left out"
+    jax.tree.map(np.testing.assert_array_equal, read["weights"], b0)
     bare = {name: value for name, value in timm.items() if "classifier" not in name}
-    with pytest.raises(EffnetlibError, match="b0 without its classifier classifier, without any head"):
-        weights.read(save_timm(tmp_path / "x.safetensors", bare))
-    with pytest.raises(EffnetlibError, match=r"another head \(fc\)"):
-        weights.read(save_timm(tmp_path / "x.safetensors", bare | {"fc.weight": np.zeros((3, 1280), np.float32)}))
+    with pytest.raises(
+        EffnetlibError, match="b0 with 1000 classes: classifier.bias is missing; classifier.weight is missing$"
+    ):
+        files.read(save_timm(tmp_path / "x.safetensors", bare))
+    with pytest.raises(EffnetlibError, match="classifier.weight is missing; fc.weight is not b0's$"):
+        files.read(save_timm(tmp_path / "x.safetensors", bare | {"fc.weight": np.zeros((3, 1280), np.float32)}))
     others = {f"layer{i}.0.conv.weight": np.zeros(1, np.float32) for i in range(9)}
     with pytest.raises(EffnetlibError, match=r"its layers are layer0.0.conv, .* and 4 more"):
-        weights.read(save_timm(tmp_path / "x.safetensors", others))
+        files.read(save_timm(tmp_path / "x.safetensors", others))
 
 
-def test_ours_say_what_they_are(b0, tmp_path):
-    names = tuple("abcdefghij")
-    weights.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES, image_size=64, class_names=names, tag="aa_in1k")
+def test_ours_say_what_they_are_and_where_they_come_from(b0, tmp_path):
+    known = {"image_size": 64, "class_names": tuple("abcdefghij"), "origin": {"run": "mine", "tag": "x", "note": "y"}}
+    files.write(tmp_path / "b0.safetensors", b0, "b0", CLASSES, **known)
     (tmp_path / "config.json").write_text(json.dumps(config("efficientnet_b0")))  # of another file
-    known = {"image_size": 64, "class_names": names, "tag": "aa_in1k"}
-    assert weights.read(tmp_path / "b0.safetensors")[3] == known
+    read = files.read(tmp_path / "b0.safetensors")
+    assert {name: read[name] for name in known} == known
