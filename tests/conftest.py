@@ -35,6 +35,12 @@ def folders(tmp_path, monkeypatch):
 QUICK = {"xla_backend_optimization_level": 0}
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """What the test starts compiles as `run_once` does."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
+
 def run_once(function, *arguments):
     """``jit(function)(*arguments)``, compiled quickly."""
     # Without its fusion emitters too: B0's step then compiles in 12 to 15 s where it is 30 on a core. (B5's step does in 98 where

@@ -18,13 +18,15 @@ from effnetlib.runs.progress import Progress, at_work, say
 
 CELL = """
 import effnetlib
-recipe = effnetlib.Recipe.preset("digits-64-lars").replace(epochs={epochs}, eval_every_epochs=0.25, warmup_epochs=0.1)
+recipe = effnetlib.Recipe.preset("digits-64-rmsprop").replace(
+    image_size=16, epochs={epochs}, eval_every_epochs=0.25, warmup_epochs=0.1
+)
 record = effnetlib.train(recipe, {directory!r})
 """
 
 
 @pytest.fixture
-def kernel():
+def kernel(quick):
     manager, client = start_new_kernel()
     yield manager, client
     client.stop_channels()
