@@ -6,6 +6,9 @@ import signal
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile many programs that run a few steps each. Without the costly passes XLA compiles them three times as fast.
+# `make reproduce` and the benchmarks run what users run. Processes that a test starts inherit this.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 
@@ -33,12 +36,6 @@ def folders(tmp_path, monkeypatch):
 
 # Without the compiler's costly passes, for what runs a few times.
 QUICK = {"xla_backend_optimization_level": 0}
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """What the test starts compiles as `run_once` does."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 
 def run_once(function, *arguments):

@@ -77,7 +77,10 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
             return outcome
 
         settled = []
-        for cores, group in itertools.groupby(entries, key=lambda entry: entry.cores):
+        # A report reads all runs, and a tuned run the whole of its search: neither begins beside them.
+        for (_, cores, _), group in itertools.groupby(
+            entries, key=lambda each: (each.is_run, each.cores, bool(each.tuned))
+        ):
             group = list(group)
             with _pool(cores, len(group)) as pool:
                 settled += pool.map(settle, group)

@@ -25,8 +25,8 @@ record = effnetlib.train(recipe, {directory!r})
 """
 
 
-@pytest.fixture
-def kernel(quick):
+@pytest.fixture(scope="module")
+def kernel():
     manager, client = start_new_kernel()
     yield manager, client
     client.stop_channels()

@@ -23,6 +23,7 @@ from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import outputs_folder
 from effnetlib.runs.progress import at_work
 from effnetlib.suites.execute import _environment, _key, _pool, execute
+from effnetlib.suites.outcome import Outcome
 from effnetlib.suites.parameters import read_yaml
 from effnetlib.suites.suite import load_suite
 
@@ -245,7 +246,7 @@ def test_a_signal_between_two_entries_begins_nothing_more(drawn, monkeypatch):
 
 def test_neither_output_nor_the_shell_ends_a_suite(drawn):
     shell = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "MPLBACKEND": "no such backend"}
-    run = drawn("import matplotlib.pyplot; print('·')")
+    run = [*drawn("import matplotlib.pyplot; print('·')"), "--only", "a"]
     report = [*run[:3], "report", str(outputs_folder() / "small")]
     for command in (run, report):
         with open("/dev/full", "w") as full:
@@ -304,6 +305,25 @@ def test_entries_that_say_how_many_cores_they_use_run_beside_one_another_each_on
     assert one and other and not one & other and one | other <= before == os.sched_getaffinity(0)
 
 
+@pytest.mark.skipif(usable_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="wants two cores of its own")
+def test_tuned_runs_wait_for_the_whole_search_and_reports_for_all_runs(folder, monkeypatch):
+    each = f"cores: 1, parameters: {{{SHORT}}}"
+    runs = f"[{{name: search-1, {each}}}, {{name: best, tuned: {{lr_per_256: search}}, {each}}}]"
+    suite = load_suite(write(folder, f"runs: {runs}\nreports: [07_throughput]"))
+    under_way, beside = [], []
+
+    def execute_entry(_, entry, *__):
+        beside.append([*under_way, entry.name])
+        under_way.append(entry.name)
+        time.sleep(0.3)
+        under_way.remove(entry.name)
+        return Outcome(entry.name, entry.is_run, "skipped")
+
+    monkeypatch.setattr("effnetlib.suites.execute._execute_entry", execute_entry)
+    execute(suite)
+    assert beside == [["search-1"], ["best"], ["07_throughput"]]
+
+
 def test_runs_without_cores_have_the_machine_to_themselves_and_the_others_are_on_the_cpu(folder):
     text = "runs: [{name: a, cores: 1, parameters: {preset: digits-64-lars}}, {name: b, parameters: {preset: colab}}]"
     first, second = load_suite(write(folder, text)).runs
@@ -315,7 +335,7 @@ def test_runs_without_cores_have_the_machine_to_themselves_and_the_others_are_on
 
 
 @pytest.mark.slow
-def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, quick):
+def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder):
     path = write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [broken, 07_throughput]")
     done = CliRunner().invoke(main, ["run", str(path)])
     assert done.exit_code == 1, done.output
@@ -338,7 +358,7 @@ def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, quick):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_has_failed(folder, quick):
+def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_has_failed(folder):
     long = SHORT.replace("epochs: 0.25", "epochs: 200", 1)
     path = write(folder, f"runs: [{{name: long, parameters: {{{long}}}}}, {{name: never, parameters: {{{SHORT}}}}}]")
     command = [sys.executable, "-m", "effnetlib", "run", str(path)]
@@ -376,7 +396,7 @@ def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_h
 
 
 @pytest.mark.slow
-def test_the_training_notebook_works_with_plain_papermill(tmp_path, quick):
+def test_the_training_notebook_works_with_plain_papermill(tmp_path):
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / "train.ipynb"), str(out), "--no-progress-bar"]
     for name, value in dict(preset="digits-64-rmsprop", image_size=16, seed=3, epochs=0.2, warmup_epochs=0.1).items():

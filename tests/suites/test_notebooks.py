@@ -337,7 +337,7 @@ def test_photographs_are_augmented_predicted_and_counted(with_test, execute, tmp
 
 
 @pytest.mark.slow
-def test_an_optimizer_that_only_a_notebook_knows_trains_beside_lars(quick, tmp_path):
+def test_an_optimizer_that_only_a_notebook_knows_trains_beside_lars(tmp_path):
     """In a kernel of papermill's own: what the notebook adds to the library must not reach the tests."""
     settings = dict(directory="mine", epochs=0.2, lars_rates=[1.0], lamb_rates=[0.04])
     notebook = papermill.execute_notebook(
