@@ -43,7 +43,7 @@ def start(
     """
     found = {"coordinator": coordinator, "processes": processes, "process": process}
     for name, value in found.items():
-        found[name] = os.environ.get(f"EFFNETLIB_{name.upper()}", "") if value is None else str(value)
+        found[name] = os.environ.get(f"EFFNETLIB_{name.upper()}", "").strip() if value is None else str(value)
     missing = [name for name, value in found.items() if not value]
     if len(missing) == 3 or found["processes"] == "1":
         return

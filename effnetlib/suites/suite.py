@@ -179,10 +179,10 @@ def _from_here(name: str, value):
 
 def _check_entry(suite: Suite, entry: Entry) -> None:
     known = [path.stem for path in suite.notebooks.glob("*.ipynb")]
-    nowhere = f"there are no notebooks in {suite.notebooks}: a suite file lies in the folder suites/ beside notebooks"
-    require(known, nowhere)
-    nearest = did_you_mean(entry.notebook, known)
-    require(entry.notebook in known, f"there is no notebook {entry.notebook!r}: {nearest}")
+    missing = f"there are no notebooks in {suite.notebooks}"
+    require(known, f"{missing}: a suite file lies in the folder suites/ beside notebooks")
+    if entry.notebook not in known:
+        raise EffnetlibError(f"there is no notebook {entry.notebook!r}: {did_you_mean(entry.notebook, known)}")
     try:
         if not entry.is_run:
             check_parameters(entry.parameters, papermill.inspect_notebook(str(suite.notebook_path(entry))))

@@ -105,7 +105,7 @@ def test_each_recipe_starts(variant, optimizer, photographs, monkeypatch):
     """
     presets = [name for name in PAPER_PRESETS if name.startswith(variant) and name.endswith(optimizer)]
     recipes = [reduced(preset, photographs) for preset in presets]
-    (program,) = {recipe.replace(lr_per_256=1.0, warmup_epochs=5.0) for recipe in recipes}
+    (program,) = {recipe.replace(lr_per_256=16.0, warmup_epochs=5.0) for recipe in recipes}
     mesh, key = make_mesh(program.num_groups, jax.devices()[:1]), jax.random.key(0)
     if (variant, optimizer) == ("b5", "lars"):
         init, step, _ = make_train_step(program)
