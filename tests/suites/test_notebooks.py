@@ -30,6 +30,7 @@ from traitlets.config import Config
 from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, errors
 from effnetlib.data.prepare import prepare
 from effnetlib.recipe import TRAIN_OPTIONS, TRAIN_PARAMETERS
+from effnetlib.reports import paper
 from effnetlib.reports.tables import styled
 from effnetlib.runs import checkpoints
 from effnetlib.runs.record import environment
@@ -114,6 +115,11 @@ def test_a_mistyped_parameter_is_seen_inside_the_notebook():
     cells[2] = "# Parameters\nsiute = 'mine'"
     with pytest.raises(ValueError, match="no parameter 'siute': did you mean suite?"):
         notebook_parameters({"suite": "laptop", "siute": "mine", "In": cells}, ["suite"])
+
+
+def test_the_training_notebook_refuses_what_it_does_not_know(execute):
+    with pytest.raises(EffnetlibError, match="there is no parameter 'sede': did you mean seed?"):
+        execute("train", preset="digits-64-rmsprop", sede=4)
 
 
 SEEN = ["print(1)", "from typing import Optional\nsuite: str = 'laptop'\nhours: Optional[float] = None"]
@@ -218,7 +224,9 @@ def _outputs(notebook):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *READ_NO_SUITE)])
-def test_every_report_draws_the_published_records(name, execute, tmp_path):
+def test_every_report_draws_the_published_records(name, execute, tmp_path, monkeypatch):
+    # To count the parameters of B0 to B7 takes ten seconds. They are tested in test_model.
+    monkeypatch.setattr("effnetlib.model.count_params", {"nano": 1, **paper.trainable_parameters()}.get)
     suite = "cifar10" if name == "12_learning_rates" else "laptop"  # which of them has a search
     shutil.copytree(PUBLISHED.parent / suite / "runs", tmp_path / "outputs" / suite / "runs")
     notebook = execute(name, suite=suite)
