@@ -162,11 +162,8 @@ def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
 
 def _note_data(record: Record, now: dict) -> None:
     """Writes the data as it is now into the record. It must be what the run began with, or photographs of the same names."""
-    before = {
-        "class_names": now["class_names"],
-        "fingerprints": {},
-        "names": {},
-    } | record.data  # records lacked some once
+    # Earlier records lack some of these.
+    before = {"class_names": now["class_names"], "fingerprints": {}, "names": {}} | record.data
     old, new = before["fingerprints"], now["fingerprints"]
     changed = {name: old.get(name) for name in new if new[name] != old.get(name)}
     same = all(before.get(key) == now[key] for key in now.keys() - {"fingerprints", "names"})
