@@ -16,6 +16,12 @@ class FailedError(EffnetlibError):
     """The request was valid, but it failed: the disk is full, a file is damaged. The command line exits with 1."""
 
 
+def require(condition: object, sentence: str) -> None:
+    """Raises EffnetlibError with the sentence, unless the condition holds."""
+    if not condition:
+        raise EffnetlibError(sentence)
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's error, cut to 200 characters; its class where it says nothing."""
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__

@@ -30,30 +30,24 @@ class _Checkpoints(ocp.CheckpointManager):
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run's folder, of which the last two and the best are kept.
-
-    Process 0 alone writes the state, which all have, and each process reads it for itself.
-    """
-    process = jax.process_index()
+    """The checkpoints of a run's folder, of which the last two and the best are kept. Process 0 alone writes the state, which
+    all have, and each process reads it for itself."""
+    process, policies = jax.process_index(), ocp.checkpoint_managers
     alone = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
     )
-    policies = ocp.checkpoint_managers
     best = policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
     kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
     options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=False, multiprocessing_options=alone)
-    folder = directory / FOLDER
-    folder.mkdir(exist_ok=True)
-    return _Checkpoints(folder.absolute(), options=options)
+    (directory / FOLDER).mkdir(exist_ok=True)
+    return _Checkpoints((directory / FOLDER).absolute(), options=options)
 
 
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
 ) -> None:
-    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it.
-
-    The best checkpoint is that of the highest `top1`; None was not evaluated. Both raise OSError.
-    """
+    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it. The best checkpoint is
+    that of the highest `top1`; None was not evaluated. Both raise OSError."""
     metrics = None if top1 is None else {"top1": top1}
     items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave((timing or {}) | (metrics or {}))}
     with _os_errors():
@@ -79,8 +73,8 @@ def _os_errors():
 def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, dict] | None:
     """State and clock of the latest checkpoint that can be read; None where there is none.
 
-    The state is host arrays with the structure of `template`. Later checkpoints, which cannot be
-    read, are moved aside, and a line says so. Process 0 decides, and all processes read the same.
+    The state is host arrays with the structure of `template`. Later checkpoints, which cannot be read, are moved aside,
+    and a line says so. Process 0 decides, and all processes read the same.
 
     Raises:
       FailedError: there are checkpoints, and none can be read. Nothing is moved.
@@ -123,8 +117,8 @@ def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, d
 
 
 def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
-    """Step and moving average, the weights that evaluation means, of the latest checkpoint that can
-    be read, with a line on each later one; or of the one with the highest top-1 (`best`).
+    """Step and moving average, the weights that evaluation means, of the latest checkpoint that can be read, with a line
+    on each later one; or of the one with the highest top-1 (`best`).
 
     Raises:
       EffnetlibError: there is no checkpoint, or none that was evaluated, or none can be read.

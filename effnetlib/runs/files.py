@@ -28,10 +28,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which takes the name `folder` when the block ends; after an error nothing is left.
-
-    `folder` must not exist, or be empty.
-    """
+    """Gives an empty folder to fill, which becomes `folder` when the block ends; after an error nothing is left. `folder` must
+    not exist, or be empty."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         filled = Path(scratch) / folder.name
@@ -41,15 +39,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def make_writable(folder: Path, what: str = "the folder") -> None:
-    """Makes a folder if it is missing, and checks that files can be written there.
-
-    Raises:
-      EffnetlibError: they cannot. The sentence begins with `what`.
-    """
+    """Makes a folder if it is missing. Raises EffnetlibError, about `what`, if files cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise EffnetlibError(f"{what} {folder} cannot be written: {error.strerror}") from None
 

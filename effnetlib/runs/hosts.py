@@ -13,14 +13,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.errors import EffnetlibError, FailedError, require
 from effnetlib.runs.progress import at_work
 
 PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
 PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
 RESOLVE_SECONDS = 60.0  # a pod that has just begun to start may not have its name yet
-VARIABLES = {name: f"EFFNETLIB_{name.upper()}" for name in ("coordinator", "processes", "process")}
+ADDRESS = re.compile(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", re.ASCII)
 _visits = itertools.count()  # a barrier has a name of its own each time
 
 
@@ -32,37 +32,31 @@ def start(
 ) -> None:
     """Joins this process to the others. Call it before anything else touches jax's devices.
 
-    What is None is read from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS. With one process, or
-    none of the three, nothing happens.
-
-    Args:
-      coordinator: HOST, HOST:PORT or [IPv6]:PORT of process 0; the port is 8476 if not given.
-      processes: how many there are. process: which one this is, from 0.
-      timeout_seconds: how long to wait for the others. After a minute a line says that some are missing. (Where only
-        process 0 has come, jaxlib ends the waiting processes itself, with a stack trace.)
+    The `coordinator` is process 0: HOST, HOST:PORT or [IPv6]:PORT, with port 8476 if none is given. `process` is the number of
+    this one of all `processes`, from 0. What is None is read from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and
+    EFFNETLIB_PROCESS. With one process, or none of the three, nothing happens. After a minute a line says that some are missing.
+    (Where only process 0 has come, jaxlib ends the waiting processes itself, with a stack trace.)
 
     Raises:
       EffnetlibError: only some of the three are known, or one is impossible.
       FailedError: process 0 did not come, or its name cannot be resolved for a minute.
     """
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    found = {name: os.environ.get(VARIABLES[name]) if value is None else value for name, value in given.items()}
-    missing = [name for name, value in found.items() if value in (None, "")]
-    if len(missing) == 3 or str(found["processes"]) == "1":
+    found = {"coordinator": coordinator, "processes": processes, "process": process}
+    for name, value in found.items():
+        found[name] = os.environ.get(f"EFFNETLIB_{name.upper()}", "").strip() if value is None else str(value)
+    missing = [name for name, value in found.items() if not value]
+    if len(missing) == 3 or found["processes"] == "1":
         return
-    if missing:
-        raise EffnetlibError(
-            f"of coordinator, processes and process {', '.join(missing)} is not known: give all three, as parameters or as "
-            f"{', '.join(VARIABLES.values())}"
-        )
-    numbers = found["processes"], found["process"]
-    try:
-        count, number = map(int, numbers)
-    except ValueError:
-        raise EffnetlibError(f"processes and process are numbers, not {numbers[0]!r} and {numbers[1]!r}") from None
-    if not 0 <= number < count:
-        raise EffnetlibError(f"process must be from 0 to {count - 1}, and is {number}")
-    host, port = _host_and_port(str(found["coordinator"]))
+    unknown = f"of coordinator, processes and process {', '.join(missing)} is not known: give all three, "
+    require(not missing, f"{unknown}as parameters or as EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES, EFFNETLIB_PROCESS")
+    address, *numbers = found.values()
+    require(
+        all(re.fullmatch(r"-?\d+", each) for each in numbers),
+        f"processes and process are numbers, not {' and '.join(numbers)}",
+    )
+    count, number = map(int, numbers)
+    require(0 <= number < count, f"process must be from 0 to {count - 1}, and is {number}")
+    host, port = _host_and_port(address)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if jax.distributed.is_initialized():
         return
@@ -81,14 +75,12 @@ def start(
 def _host_and_port(address: str) -> tuple[str, int]:
     """The two parts of an address. A port follows an IPv6 address only where that stands in brackets."""
     given = address.strip()
-    given = f"[{given}]" if given.count(":") > 1 and given[0] != "[" else given
-    parts = re.fullmatch(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", given, re.ASCII)
+    parts = ADDRESS.fullmatch(f"[{given}]" if given.count(":") > 1 and given[0] != "[" else given)
     with contextlib.suppress(ValueError):  # no address in the brackets
         if parts and 0 < (port := int(parts[3] or PORT)) < 65536:
             return parts[2] or str(ipaddress.IPv6Address(parts[1])), port
-    raise EffnetlibError(
-        f"coordinator {address!r} is no address: HOST, HOST:PORT or [IPv6]:PORT is one, up to port 65535"
-    )
+    forms = "HOST, HOST:PORT or [IPv6]:PORT is one, up to port 65535"
+    raise EffnetlibError(f"coordinator {address!r} is no address: {forms}")
 
 
 def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
@@ -116,8 +108,8 @@ def is_main_process() -> bool:
 
 
 def wait_for_all(place: str) -> None:
-    """Waits until every process has come to this place, for half an hour. A collective would not do:
-    on CPU it gives up after 30 seconds, and some processes compile for longer than others."""
+    """Waits until every process has come to this place, for half an hour. A collective would not do: on CPU it gives up after
+    30 seconds, and some processes compile for longer than others."""
     from orbax.checkpoint import multihost  # takes long
 
     multihost.get_barrier_sync_fn()(key=f"{place} {next(_visits)}", timeout_ms=1000 * TIMEOUT_SECONDS)
@@ -125,8 +117,8 @@ def wait_for_all(place: str) -> None:
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """Raises an EffnetlibError of this block in every process, since the others would wait for the
-    one that raised. Theirs names that one."""
+    """Raises an EffnetlibError of this block in every process, since the others would wait for the one that raised. Theirs
+    names that one."""
     refusal = None
     try:
         yield
@@ -147,13 +139,9 @@ def simulate_devices(count: int) -> None:
     Raises:
       EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
     """
-    try:
+    with contextlib.suppress(RuntimeError):  # the backend has started; whether that matters is seen below
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # the backend has started; whether that matters is seen below
-    if jax.local_device_count() != count or jax.default_backend() != "cpu":
-        raise EffnetlibError(
-            f"{count} simulated devices were asked for, but jax already runs with {jax.local_device_count()} "
-            f"{jax.default_backend()} device(s): restart the kernel and run from the top"
-        )
+    there = f"{jax.local_device_count()} {jax.default_backend()}"
+    wrong = f"{count} simulated devices were asked for, but jax already runs with {there} device(s)"
+    require(there == f"{count} cpu", f"{wrong}: restart the kernel and run from the top")

@@ -33,11 +33,11 @@ def pinned() -> Iterator[dict[str, str]]:
     import flax
 
     found = {name.lower(): value for name, value in os.environ.items() if VARIABLES.match(name)}
-    known = jax.config.values | {name: getattr(flax.config, name) for name in PINNED if hasattr(flax.config, name)}
     with contextlib.ExitStack() as block:
         for name, value in PINNED.items():
             found.pop(name, None)
-            before = known.get(name, value)
+            config = flax.config if name.startswith("flax_") else jax.config
+            before = getattr(flax.config, name, value) if config is flax.config else jax.config.values.get(name, value)
             if before == value:
                 continue
             if before is not None:
@@ -45,23 +45,22 @@ def pinned() -> Iterator[dict[str, str]]:
             if hasattr(jax, name.removeprefix("jax_")):  # wins over a `with jax...` of the user's
                 block.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
             else:
-                config = flax.config if name.startswith("flax_") else jax.config
                 block.callback(config.update, name, before)
                 config.update(name, value)
         yield found
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores that this process may use: by its affinity, and by the quotas, rounded up, of its
-    control group and those above it (containers and jobs of SLURM have them)."""
+    """The cores that this process may use: by its affinity, and by the quotas, rounded up, of its control group and those
+    above it (containers and jobs of SLURM have them)."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has none
     cores = os.process_cpu_count() or 1 if hasattr(os, "process_cpu_count") else len(affinity(0))  # since Python 3.13
     for line in own.read_text().splitlines() if own.is_file() else []:
         _, controllers, path = line.split(":", 2)  # version 2 has no controllers, and one file of quota and period
         group = cgroups / controllers / path.strip("/")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
                 quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
                 cores = min(cores, max(1, math.ceil(quota / period))) if quota > 0 else cores
     return cores

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Iterator
 
 import jax
@@ -21,21 +20,17 @@ class DivergedError(RuntimeError):
 
 
 class Meter:
-    """The clock of a run, and the metrics of its steps: checks them, shows them, and logs them.
-
-    Args:
-      record: of the run; the clock goes on from its ``timing``, and is written there.
-      learning_rates: of every step, float32 ``[total_steps]``.
-      step: that of the latest checkpoint; 0 where there is none.
-    """
+    """The clock of a run, and the metrics of its steps: checks them, shows them, and logs them. The clock goes on from the
+    record's ``timing``, and is written there. There is a learning rate for every step, float32 ``[total_steps]``. The run
+    goes on from `step`, that of its latest checkpoint, or 0."""
 
     def __init__(self, record: Record, learning_rates: np.ndarray, step: int):
         self.record, self.timing, self.learning_rates = record, record.timing, learning_rates
         self.total = len(learning_rates)
         self.log_every = max(1, self.total // LOGGED_STEPS)
         self.progress = Progress(self.total, step, record.recipe.global_batch_size)
-        self.pending: deque[tuple[int, dict]] = deque()
-        self.saved_step, self.saved_at = step, time.monotonic()
+        self.pending: tuple[int, dict] | None = None  # a step that has begun, and its metrics, not yet read
+        self.saved(step)
         self.zero = time.perf_counter() - self.timing["total_seconds"]
         self.training_since: float | None = None
 
@@ -56,7 +51,7 @@ class Meter:
 
     def pause(self) -> None:
         """Reads the metrics of all steps. Raises DivergedError."""
-        self._read_pending()
+        self._read_and_keep(None)
         if self.training_since is not None:
             self.timing["train_seconds"] += time.perf_counter() - self.training_since
         self.training_since = None
@@ -66,32 +61,31 @@ class Meter:
         self.saved_step, self.saved_at = step, time.monotonic()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that has begun, and reads those of the step before.
+        """Takes the metrics of a step that has begun, and reads those of the step before: so the devices have work while the
+        host reads. Raises DivergedError, for the step read."""
+        self._read_and_keep((step, metrics))
 
-        So the devices have work while the host reads. Raises DivergedError, for the step read.
-        """
-        self.pending.append((step, metrics))
-        self._read_pending(but_last=1)
-
-    def _read_pending(self, but_last: int = 0) -> None:
-        while len(self.pending) > but_last:
-            step, metrics = self.pending.popleft()
-            row = {name: float(value) for name, value in metrics.items()}
-            self.timing["images"] += self.record.recipe.global_batch_size
-            if not row["loss"] < EXPLODED_LOSS:  # nan too
-                saved = f"the last good checkpoint is that of step {self.saved_step}"
-                raise DivergedError(
-                    f"the loss is {row['loss']:.4g} at step {step} of {self.total}, learning rate "
-                    f"{self.learning_rates[step - 1]:.4g}, norm of the gradient {row['grad_norm']:.4g}, of the parameters "
-                    f"{row['param_norm']:.4g}; {saved if self.saved_step else 'there is no checkpoint yet'}"
-                )
-            seconds = self.now()
-            self.progress.update(step, loss=row["loss"])
-            if step % self.log_every == 0 or step == self.total:
-                trained = self.timing["train_seconds"] + time.perf_counter() - self.training_since
-                rate = self.timing["images"] / max(trained, 1e-9)
-                row |= {"lr": float(self.learning_rates[step - 1]), "images_per_second": rate, "seconds": seconds}
-                self._log("train", step, row)
+    def _read_and_keep(self, begun: tuple[int, dict] | None) -> None:
+        pending, self.pending = self.pending, begun
+        if pending is None:
+            return
+        step, metrics = pending
+        row = {name: float(value) for name, value in metrics.items()}
+        self.timing["images"] += self.record.recipe.global_batch_size
+        lr = float(self.learning_rates[step - 1])
+        if not row["loss"] < EXPLODED_LOSS:  # nan too
+            saved = f"the last good checkpoint is that of step {self.saved_step}"
+            raise DivergedError(
+                f"the loss is {row['loss']:.4g} at step {step} of {self.total}, learning rate {lr:.4g}, norm of the gradient "
+                f"{row['grad_norm']:.4g}, of the parameters {row['param_norm']:.4g}; "
+                f"{saved if self.saved_step else 'there is no checkpoint yet'}"
+            )
+        seconds = self.now()
+        self.progress.update(step, loss=row["loss"])
+        if step % self.log_every == 0 or step == self.total:
+            trained = self.timing["train_seconds"] + time.perf_counter() - self.training_since
+            rate = self.timing["images"] / max(trained, 1e-9)
+            self._log("train", step, row | {"lr": lr, "images_per_second": rate, "seconds": seconds})
 
     def add_evaluation(self, step: int, raw, ema) -> None:
         """Logs and shows the `EvalResult`s of the weights and of their moving average."""

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, require
 from effnetlib.runs.progress import say
 
 # One slash too: pathlib makes gs:/bucket of gs://bucket.
@@ -17,28 +17,23 @@ _WRAPPED = re.compile(r"^\s|\s$|^(['\"]).*\1$", re.DOTALL)
 def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: bool = False) -> Path:
     """The absolute path that a user means, with ``~`` expanded: the one rule for every door.
 
-    Args:
-      text: what was given.
-      what: the flag, parameter or variable that it was given as, for the sentence.
-      base: the folder in which a relative path begins; the working directory if not given.
-      folder: whether a folder is meant, which need not exist.
+    `what` is the flag, parameter or variable that it was given as, for the sentence. A relative path begins in the folder
+    `base`, or the working directory. Where a `folder` is meant, it need not exist.
 
     Raises:
       EffnetlibError: it is empty, in quotes, an address such as gs://BUCKET or HOST:PLACE, holds a variable, or a file is where
         a folder should be.
     """
     given, wrong = os.fspath(text), f"{what} {os.fspath(text)!r}"
-    if not given.strip() or "\0" in given:
-        raise EffnetlibError(f"{wrong} is not a path: name a file or folder")
+    require(given.strip() and "\0" not in given, f"{wrong} is not a path: name a file or folder")
     first = _HOST_OR_DRIVE.match(given)
-    if _ADDRESS.search(given) or (first and not os.path.lexists(Path(base or "", first[0]))):
-        raise EffnetlibError(
-            f"{wrong} is an address: mount it, or copy what it holds, and give the path on this machine"
-        )
-    if _VARIABLE.search(given):
-        raise EffnetlibError(f"{wrong} holds a variable, which no shell has replaced: write out what it stands for")
-    if _WRAPPED.search(given):
-        raise EffnetlibError(f"{wrong} begins and ends with quotes, or has a blank at an end: leave them out")
+    address = _ADDRESS.search(given) or (first and not os.path.lexists(Path(base or "", first[0])))
+    require(not address, f"{wrong} is an address: mount it, or copy what it holds, and give the path on this machine")
+    unfilled = f"{wrong} holds a variable, which no shell has replaced: write out what it stands for"
+    require(not _VARIABLE.search(given), unfilled)
+    require(
+        not _WRAPPED.search(given), f"{wrong} begins and ends with quotes, or has a blank at an end: leave them out"
+    )
     try:
         path = Path(os.path.abspath(Path(base or "", Path(given).expanduser())))
     except RuntimeError:
@@ -47,8 +42,7 @@ def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: 
         raise EffnetlibError(f"{wrong} begins in the working directory, which was deleted: change to another") from None
     lowest = path if folder else path.parent
     place = next(each for each in (lowest, *lowest.parents) if os.path.exists(each))
-    if not place.is_dir():
-        raise EffnetlibError(f"{wrong} cannot be used: {place} is a file, where a folder is wanted")
+    require(place.is_dir(), f"{wrong} cannot be used: {place} is a file, where a folder is wanted")
     return path
 
 
@@ -64,8 +58,7 @@ def outputs_folder() -> Path:
     if given := os.environ.get("EFFNETLIB_OUTPUTS"):
         return user_path(given, "EFFNETLIB_OUTPUTS", folder=True)
     here = Path.cwd()
-    checkout = next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here)
-    return checkout / "outputs"
+    return next((p for p in (here, *here.parents) if (p / "notebooks/suites").is_dir()), here) / "outputs"
 
 
 def published_folder() -> Path:
@@ -74,8 +67,7 @@ def published_folder() -> Path:
 
 
 def runs_folder(suite: str) -> Path:
-    """Where a suite's records are: `outputs/SUITE/runs`. Where nobody has run it here, the published ones, and a line
-    says so."""
+    """Where a suite's records are: `outputs/SUITE/runs`. Where there are none, the published ones, and a line says so."""
     mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
     if any(mine.glob("*/run.json")) or not published.exists():
         return mine

@@ -16,13 +16,8 @@ CLEAR = "\r\x1b[K"  # a terminal's: back to the beginning of the line, and delet
 
 
 def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
-    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work.
-
-    Characters that the output does not know become "?". A line that cannot be written is lost.
-
-    Returns:
-      False if somebody may miss a lost line, as on a full device. Nobody misses it behind a closed pipe.
-    """
+    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work: characters that it does not
+    know become "?", and a line that cannot be written is lost. False if somebody may miss that, as on a full device."""
     stream = sys.stderr if err else sys.stdout
     try:
         try:
@@ -31,7 +26,7 @@ def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
             known = str(text).encode(stream.encoding, "replace").decode(stream.encoding)
             print(known, end=end, file=stream, flush=True)
     except BrokenPipeError:
-        pass
+        pass  # `| head`: nobody misses it
     except (OSError, ValueError, RuntimeError):  # closed; or a signal's handler speaks amid a line
         return False
     return True
@@ -52,23 +47,16 @@ def _end_output() -> None:
 def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = LINE_SECONDS) -> Iterator[Callable]:
     """Says on stderr that the block is still running: ``TEXT · ELAPSED · STATE``, one line every so many seconds.
 
-    With a `state`, a terminal shows one line that changes in place, and that is gone when the block ends.
-
-    Args:
-      text: what is being done.
-      state: returns how far it is. It is called in a thread of its own, only when a line is due, and must not raise.
-      seconds: between plain lines.
-
-    Returns:
-      A function that prints a line of its own to stdout meanwhile.
-
-    Example::
-
-        with at_work("[1/3] lars-64", lambda: "step 5 of 11"):
-            process.wait()
+    `state` returns how far it is. It is called in a thread of its own, only when a line is due, and must not raise. With it, a
+    terminal shows one line that changes in place, and that is gone when the block ends. Gives a function that prints a line
+    of its own to stdout meanwhile.
     """
     in_place = state is not None and os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
     done, start = threading.Event(), time.perf_counter()
+
+    def clear():
+        if in_place:
+            say(CLEAR, end="", err=True)
 
     def talk():
         while not done.wait(IN_PLACE_SECONDS if in_place else seconds):
@@ -79,8 +67,7 @@ def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = 
             say(line, end="" if in_place else "\n", err=True)
 
     def tell(line: str) -> None:
-        if in_place:
-            say(CLEAR, end="", err=True)
+        clear()
         say(line)
 
     thread = threading.Thread(target=talk, daemon=True)
@@ -90,8 +77,7 @@ def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = 
     finally:
         done.set()
         thread.join()
-        if in_place:
-            say(CLEAR, end="", err=True)
+        clear()
 
 
 def duration(seconds: float) -> str:
@@ -105,16 +91,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows steps, images per second, the time left, and the latest values given to `update`.
-
-    Args:
-      total: steps in all. done: by an earlier process. images: per step. unit: what a step is called.
-    """
+    """Shows steps, images per second, the time left, and the latest values given to `update`. Of `total` steps of so many
+    `images`, an earlier process has `done` some. `unit` is what a step is called."""
 
     def __init__(self, total: int, done: int, images: int, unit: str = "step"):
         self.total, self.first, self.images, self.unit = total, done, images, unit
-        self.start, self.shown = time.perf_counter(), 0.0
-        self.values, self.displays = {}, {}
+        self.start, self.shown, self.values, self.displays = time.perf_counter(), 0.0, {}, {}
         kernel = _kernel()
         self.in_notebook = kernel is not None
         # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
@@ -147,8 +129,8 @@ class Progress:
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=100, facecolor="white")
         # As metadata: IPython 7, Colab's, has no parameter for it.
-        image = Image(data=drawn.getvalue(), metadata={"alt": "Top-1 against epochs, so far"})
-        self._display("curve", *image._repr_mimebundle_())
+        alt = {"alt": "Top-1 against epochs, so far"}
+        self._display("curve", *Image(data=drawn.getvalue(), metadata=alt)._repr_mimebundle_())
 
     def line(self, step: int, elapsed: float) -> str:
         rate = (step - self.first) / elapsed if elapsed else 0.0

@@ -32,12 +32,11 @@ ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 class Record:
     """One run. The fields are those of `run.json`; `metrics` are the lines of `metrics.jsonl`.
 
-    `status` is "running", "completed", "failed" or "preempted". With several processes each keeps the record, and only
-    process 0 writes it.
+    `status` is "running", "completed", "failed" or "preempted". Every process keeps the record, and process 0 writes it.
 
-    Each row of the metrics has ``kind``, ``step``, ``epoch`` and ``seconds``, the paper's clock: it starts when training
-    and evaluation are compiled. A "train" row also has loss, top1, grad_norm, param_norm, lr and images_per_second. An
-    "eval" row also has nseen; top1, top5 and loss of the raw weights; ema_top1, ema_top5 and ema_loss of their average.
+    Each row of the metrics has ``kind``, ``step``, ``epoch`` and ``seconds``, the paper's clock: it starts when training and
+    evaluation are compiled. A "train" row also has loss, top1, grad_norm, param_norm, lr and images_per_second. An "eval" row
+    also has nseen; top1, top5 and loss of the raw weights; ema_top1, ema_top5 and ema_loss of their average.
     """
 
     directory: Path
@@ -53,30 +52,22 @@ class Record:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Record":
-        """Reads a run's folder, whatever version or optimizer wrote it: the recipe is not checked.
-        A last line of metrics that a crash has cut off is left out.
-
-        Raises:
-          EffnetlibError: there is no readable record in the folder.
-        """
+        """Reads a run's folder, whatever version or optimizer wrote it: the recipe is not checked. A last line of metrics that
+        a crash has cut off is left out. Raises EffnetlibError if there is no readable record."""
         directory = user_path(directory, "the run")
+        log, metrics = directory / "metrics.jsonl", []
         try:
             run = json.loads((directory / "run.json").read_text())
             fields = {name: run[name] for name in SECTIONS if run.get(name) is not None}
             recipe = Recipe.recorded(dict(run["recipe"]), run.get("recipe_hash"))
-            log = directory / "metrics.jsonl"
             lines = log.read_bytes().splitlines() if log.exists() else []
         except FileNotFoundError:
             raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EffnetlibError(
-                f"{directory / 'run.json'} is damaged ({first_line(error)}): it is left as it is; mend it, or delete "
-                "the folder"
-            ) from None
-        metrics = []
+            damaged = f"{directory / 'run.json'} is damaged ({first_line(error)})"
+            raise EffnetlibError(f"{damaged}: it is left as it is; mend it, or delete the folder") from None
         with contextlib.suppress(ValueError):
-            for line in lines:
-                metrics.append(json.loads(line))
+            metrics.extend(map(json.loads, lines))  # up to the line that is none
         return cls(directory, recipe, **fields, metrics=metrics, as_read=run)
 
     @property
@@ -131,24 +122,18 @@ class Record:
         peak, last = max(rows, key=lambda row: row["ema_top1"]), rows[-1]
         self.result = {
             "evaluated_weights": "ema",
-            "peak_top1": peak["ema_top1"],
-            "peak_top5": peak["ema_top5"],
-            "peak_step": peak["step"],
-            "peak_epoch": peak["epoch"],
-            "final_top1": last["ema_top1"],
-            "final_top5": last["ema_top5"],
-            "raw_peak_top1": max(row["top1"] for row in rows),
-            "raw_final_top1": last["top1"],
-            "eval_examples": last["nseen"],
-            "seconds_to_peak": peak["seconds"],
+            "peak_top1": peak["ema_top1"], "peak_top5": peak["ema_top5"],
+            "peak_step": peak["step"], "peak_epoch": peak["epoch"],
+            "final_top1": last["ema_top1"], "final_top5": last["ema_top5"],
+            "raw_peak_top1": max(row["top1"] for row in rows), "raw_final_top1": last["top1"],
+            "eval_examples": last["nseen"], "seconds_to_peak": peak["seconds"],
             "images_per_second": self.timing["images"] / self.timing["train_seconds"],
             "input_wait_share": self.input_wait_share,
-        }
+        }  # fmt: skip
 
     @property
     def input_wait_share(self) -> float:
-        """Share of the training time in which the next batch was waited for. An accelerator may do a
-        step meanwhile: it was idle for at most that share."""
+        """Share of the training time spent waiting for a batch: an accelerator was idle for at most that share."""
         return self.timing["input_wait_seconds"] / self.timing["train_seconds"]
 
 
@@ -165,10 +150,9 @@ def load_records(folder: Path | str) -> list[Record]:
 
 def environment() -> dict:
     """Versions, devices and the commit of the code, for a record."""
-    cpus = Path("/proc/cpuinfo")  # not on macOS
+    cpus, devices = Path("/proc/cpuinfo"), jax.devices()  # not on macOS
     cpu = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
     cpu = cpu[1] if cpu else platform.processor() or "unknown CPU"
-    devices = jax.devices()
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "effnetlib")},
@@ -189,9 +173,9 @@ def _git_commit() -> str | None:
     package = Path(__file__).parents[1]
     if not (package.parent / ".git").exists():
         return None
-    run = functools.partial(subprocess.check_output, cwd=package, text=True, stderr=subprocess.DEVNULL)
+    git = functools.partial(subprocess.check_output, cwd=package, text=True, stderr=subprocess.DEVNULL)
     try:
-        changes = run(["git", "status", "--porcelain", "--", "."])
-        return run(["git", "rev-parse", "HEAD"]).strip() + ("+changes" if changes else "")
+        changed = "+changes" if git(["git", "status", "--porcelain", "--", "."]) else ""
+        return git(["git", "rev-parse", "HEAD"]).strip() + changed
     except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
         return None

@@ -10,7 +10,7 @@ import numpy as np
 from orbax.checkpoint import CheckpointManager
 
 from effnetlib import data
-from effnetlib.errors import EffnetlibError, FailedError, first_line
+from effnetlib.errors import EffnetlibError, FailedError, first_line, require
 from effnetlib.recipe import Recipe
 from effnetlib.runs.checkpoints import finish, open_checkpoints, restore, save
 from effnetlib.runs.files import exclusive_lock, make_writable
@@ -29,19 +29,19 @@ CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", 
 def open_run(
     recipe: Recipe, directory: Path | str, eval_devices: int | None, max_minutes: float | None
 ) -> Iterator["Run"]:
-    """Opens a run's folder, in all processes; arguments and errors are those of `train`.
-
-    Everything is checked before anything is written. When the block ends, the record holds the
-    status, whatever happens. Nothing is written where that was "completed" before.
-    """
+    """Opens a run's folder, in all processes; arguments and errors are those of `train`. Everything is checked before anything
+    is written. When the block ends, the record holds the status. Nothing is written where that was "completed" before."""
     devices = jax.devices()
     with contextlib.ExitStack() as block:
         settings = block.enter_context(pinned())
         with raise_together():
             directory = user_path(directory, "directory", folder=True)
             recipe.validate(len(devices))
-            if eval_devices is not None:
-                _check_eval_devices(eval_devices, len(devices), recipe.global_batch_size)
+            count, batch = len(devices) if eval_devices is None else eval_devices, recipe.global_batch_size
+            require(0 < count <= len(devices), f"eval_devices must be from 1 to {len(devices)}, and is {count}")
+            require(batch % count == 0, f"global_batch_size {batch} does not divide over {count} eval_devices")
+            alone = count == len(devices) or jax.process_count() == 1
+            require(alone, "eval_devices needs a single process: each of several must take part in the evaluation")
             splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
             make_writable(directory, "the run's folder")
             if is_main_process():
@@ -49,7 +49,7 @@ def open_run(
             record = _open_record(recipe, directory, splits)
         if is_main_process() and (remark := data.remark(splits)):
             say(remark)
-        run = Run(record, splits, devices[:eval_devices], Stop(max_minutes))
+        run = Run(record, splits, devices[:count], Stop(max_minutes))
         if record.status == "completed":
             yield run
             return
@@ -66,16 +66,12 @@ def open_run(
         except (KeyboardInterrupt, PreemptedError):
             record.status = "preempted"
             raise
-        except OSError as error:
-            record.status, record.error = "failed", str(error)
-            reason = f"{error.strerror or error} ({error.filename or 'no file named'})"
-            raise FailedError(
-                f"the run in {directory} met an error of the file system: {reason}; "
-                "once it is mended, the same call goes on"
-            ) from error
         except Exception as error:
             record.status, record.error = "failed", f"{type(error).__name__}: {error}"
-            raise
+            if not isinstance(error, OSError):
+                raise
+            met = f"an error of the file system: {error.strerror or error} ({error.filename or 'no file named'})"
+            raise FailedError(f"the run in {directory} met {met}; once it is mended, the same call goes on") from error
         finally:
             with contextlib.suppress(OSError):  # where the disk is the trouble, the error above says so
                 record.save()
@@ -93,10 +89,7 @@ class Run:
     meter: Meter | None = None  # after `begin`
 
     def begin(self, template: dict, learning_rates: np.ndarray, compile_seconds: float) -> dict | None:
-        """Starts the clock, and goes back to the latest checkpoint: returns its state, if there is one.
-
-        The state is host arrays in the form of `template`. Raises FailedError as `restore` does.
-        """
+        """Starts the clock, and goes back to the latest checkpoint: returns its state, if there is one, as `restore` does."""
         state, timing = restore(self.checkpoints, template) or (None, dict.fromkeys(CLOCKS, 0.0) | {"images": 0})
         step = int(state["step"]) if state else 0
         self.record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
@@ -106,10 +99,8 @@ class Run:
         return state
 
     def checkpoint(self, state, top1: float | None = None, by_any: bool = False) -> None:
-        """Begins to write a checkpoint, unless the state has one, and saves the record.
-
-        `top1` is the evaluation's. `by_any`: any process may write, not only the main one.
-        """
+        """Begins to write a checkpoint, unless the state has one, and saves the record. `top1` is the evaluation's.
+        `by_any`: any process may write, not only the main one."""
         step = int(state.step)
         self.record.timing["total_seconds"] = self.meter.now()
         if (is_main_process() or by_any) and self.meter.saved_step != step:
@@ -134,9 +125,8 @@ class Run:
         except Exception as error:  # whatever a decoder, a file system or a thread of the input raises
             at = self._save_now(state, by_any=True)
             said = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
-            raise FailedError(
-                f"the input failed after {at}: {said}; saved, and once it is mended the same call goes on"
-            ) from error
+            failed = f"the input failed after {at}: {said}"
+            raise FailedError(f"{failed}; saved, and once it is mended the same call goes on") from error
 
     def _save_now(self, state, by_any: bool = False) -> str:
         self.meter.pause()
@@ -145,60 +135,45 @@ class Run:
         return f"step {int(state.step)} of {self.meter.total}"
 
 
-def _check_eval_devices(eval_devices: int, num_devices: int, batch: int) -> None:
-    if not 0 < eval_devices <= num_devices:
-        raise EffnetlibError(f"eval_devices must be from 1 to {num_devices}, and is {eval_devices}")
-    if batch % eval_devices:
-        raise EffnetlibError(f"global_batch_size {batch} does not divide over {eval_devices} eval_devices")
-    if eval_devices < num_devices and jax.process_count() > 1:
-        raise EffnetlibError("eval_devices needs a single process: each of several must take part in the evaluation")
-
-
 def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
     """The record in the folder, if it is of this recipe and data; else a new one."""
-    described = {
+    class_names = list(splits["train"].class_names)
+    now = {
         "source": recipe.dataset,
-        "train_examples": len(splits["train"]),
-        "eval_examples": len(splits["eval"]),
-        "num_classes": len(splits["train"].class_names),
-        "class_names": list(splits["train"].class_names),
+        **{f"{name}_examples": len(split) for name, split in splits.items()},
+        "num_classes": len(class_names),
+        "class_names": class_names,
         "fingerprints": {name: split.fingerprint for name, split in splits.items()},
         "names": {name: split.names for name, split in splits.items() if split.names},
         "total_steps": recipe.total_steps,
     }
     if not (directory / "run.json").exists():
-        return Record(directory, recipe, data=described)
+        return Record(directory, recipe, data=now)
     record = Record.load(directory)
     wanted, known = asdict(recipe), record.as_read["recipe"] | asdict(record.recipe)
-    if fields := [name for name, value in known.items() if name not in wanted or value != wanted[name]]:
-        raise EffnetlibError(
-            f"{directory} holds a run of another recipe ({', '.join(fields)} differ): choose another folder, "
-            "or delete that one"
-        )
+    differ = ", ".join(name for name, value in known.items() if name not in wanted or value != wanted[name])
+    other = f"{directory} holds a run of another recipe ({differ} differ)"
+    require(not differ, f"{other}: choose another folder, or delete that one")
     record.recipe = recipe  # the same, but it has listed its data already
     if record.status != "completed":
-        record.data = _same_data(described, record)
+        _note_data(record, now)
     return record
 
 
-def _same_data(now: dict, record: Record) -> dict:
-    """The data as it is `now`, if the run began with it, or with photographs of the same names."""
-    before = {"class_names": now["class_names"]} | record.data  # records were without them once
-    ours, theirs = now["fingerprints"], before.get("fingerprints", {})
-    changed = {name: theirs.get(name) for name in ours if ours[name] != theirs.get(name)}
-    names, names_before = now["names"], before.get("names", {})
+def _note_data(record: Record, now: dict) -> None:
+    """Writes the data as it is now into the record. It must be what the run began with, or photographs of the same names."""
+    # Earlier records lack some of these.
+    before = {"class_names": now["class_names"], "fingerprints": {}, "names": {}} | record.data
+    old, new = before["fingerprints"], now["fingerprints"]
+    changed = {name: old.get(name) for name in new if new[name] != old.get(name)}
     same = all(before.get(key) == now[key] for key in now.keys() - {"fingerprints", "names"})
-    if not same or any(name not in names or names[name] != names_before.get(name) for name in changed):
-        raise EffnetlibError(
-            f"the data set {now['source']} is not the one that {record.directory} was begun with: choose another folder"
-        )
+    same &= all(name in now["names"] and now["names"][name] == before["names"].get(name) for name in changed)
+    other = f"the data set {now['source']} is not the one that {record.directory} was begun with"
+    require(same, f"{other}: choose another folder")
     if changed:
-        say(
-            f"photographs in {now['source']} ({', '.join(changed)}) were replaced by others of the same names since "
-            "this run began: it goes on with them, and the record says so"
-        )
-    replaced = before.get("replaced", []) + ([changed] if changed else [])
-    return now | ({"replaced": replaced} if replaced else {})
+        replaced = f"photographs in {now['source']} ({', '.join(changed)}) were replaced by others of the same names"
+        say(f"{replaced} since this run began: it goes on with them, and the record says so")
+    record.data = now | _history("replaced", before, changed)
 
 
 def _note_environment(record: Record, now: dict) -> None:
@@ -207,5 +182,10 @@ def _note_environment(record: Record, now: dict) -> None:
     if changed := {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}:
         said = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
         say(f"this run goes on in another environment, and the record says so: {said}")
-    earlier = before.get("earlier", []) + ([changed] if changed else [])
-    record.environment = now | ({"earlier": earlier} if earlier else {})
+    record.environment = now | _history("earlier", before, changed)
+
+
+def _history(key: str, before: dict, changed: dict) -> dict:
+    """What was so before and has changed, once or more, as a list under `key`; empty where nothing has."""
+    values = [*before.get(key, ()), *filter(None, [changed])]
+    return {key: values} if values else {}

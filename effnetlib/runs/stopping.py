@@ -41,7 +41,7 @@ class Stop(_Handler):
     After `max_minutes` from now it is time to stop too; None is never."""
 
     def __init__(self, max_minutes: float | None):
-        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.deadline = float("inf") if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.signal = self.during = ""
         self.calls, self.interval, self.last = 0, 1, time.monotonic()
 
@@ -54,16 +54,13 @@ class Stop(_Handler):
 
     def requested(self) -> str:
         """Why this process is to stop: one of `REASONS`, empty to go on."""
-        if self.signal:
-            return self.signal
-        return "max_minutes" if self.deadline is not None and time.monotonic() >= self.deadline else ""
+        return self.signal or ("max_minutes" if time.monotonic() >= self.deadline else "")
 
     def requested_anywhere(self, during: str) -> str:
-        """`requested`, the same in every process: if one is to stop, all are.
+        """`requested`, the same in every process: if one is to stop, all are. All must call it equally often.
 
-        All must call it equally often. They ask one another about every `AGREE_SECONDS`, by the pace
-        of the slowest. The number of calls in between begins at one, and again when `during`, what is
-        being done, changes. It at most doubles: one quick call does not promise a hundred.
+        They ask one another about every `AGREE_SECONDS`, by the pace of the slowest. The number of calls in between begins at
+        one, and again when `during`, what is being done, changes. It at most doubles: one quick call does not promise many.
         """
         import jax
         import numpy as np
@@ -104,11 +101,9 @@ class Children(_Handler):
 
 
 def follow(parent: int) -> None:
-    """Sends SIGTERM to this process once its parent has ended, even if killed: so a run is saved.
-
-    The signal is repeated: after the first a kernel saves, and then waits for its next cell for ever.
-    The id `parent` comes from the parent, which may have ended before this process could ask.
-    """
+    """Sends SIGTERM to this process once its parent has ended, even if killed: so a run is saved. It is repeated: after the
+    first a kernel saves, and then waits for its next cell for ever. The id `parent` comes from the parent, which may have
+    ended before this process could ask."""
 
     def watch():
         while True:

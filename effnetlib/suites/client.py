@@ -3,7 +3,6 @@
 import collections
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -48,22 +47,19 @@ class _OurInterpreter(KernelSpecManager):
 class _Client(PapermillNotebookClient):
     """Runs the cells. nbclient and papermill call its methods."""
 
-    kernel_lost = False
-    preempted = False
+    preempted = kernel_lost = False
     shown = 0.0
 
     def execute(self, **kwargs):
-        self.reset_execution_trackers()
-        with Children() as children, self.setup_kernel(**kwargs):
-            children.add(self._process)
-            self.papermill_execute_cells()
-            # A kernel that was asked to stop before it trained dies of it, which is no failure either.
-            outputs = [output for cell in self.nb.cells for output in cell.get("outputs", ())]
-            self.preempted |= bool(children.asked) and any(output.output_type == "error" for output in outputs)
-            if not self.kernel_lost:
-                info = self.wait_for_reply(self.kc.kernel_info())
-                self.nb.metadata["language_info"] = info["content"]["language_info"]
-                self.set_widgets_metadata()
+        with Children() as self.children:
+            try:
+                super().execute(**kwargs)
+            except DeadKernelError:  # what follows the last cell asks the kernel once more
+                if not self.kernel_lost:
+                    raise
+        # A kernel that was asked to stop before it trained dies of it, which is no failure either.
+        outputs = [output for cell in self.nb.cells for output in cell.get("outputs", ())]
+        self.preempted |= bool(self.children.asked) and any(output.output_type == "error" for output in outputs)
         return self.nb
 
     def create_kernel_manager(self):
@@ -75,6 +71,7 @@ class _Client(PapermillNotebookClient):
         read, write = os.pipe()
         super().start_new_kernel(stdout=write, stderr=write, **kwargs)
         os.close(write)
+        self.children.add(self.km.provisioner.process)
         self.last_lines = collections.deque(maxlen=LAST_LINES)
         self.listener = threading.Thread(target=self._listen, args=(read,), daemon=True)
         self.listener.start()
@@ -83,9 +80,8 @@ class _Client(PapermillNotebookClient):
         try:
             return super().start_new_kernel_client()
         except RuntimeError as error:
-            raise FailedError(
-                f"the notebook's kernel did not start: {error}{self._last_words()}; --start-timeout SECONDS gives it more time"
-            ) from None
+            failed = f"the notebook's kernel did not start: {error}{self._last_words()}"
+            raise FailedError(f"{failed}; --start-timeout SECONDS gives it more time") from None
 
     def _listen(self, read: int) -> None:
         with open(read, encoding="utf-8", errors="replace") as output:
@@ -98,34 +94,25 @@ class _Client(PapermillNotebookClient):
         told = [line for line in list(self.last_lines) if line and not line.lstrip().startswith(TRACE)]
         return f"; its last words: {told[-1][:300]}" if told else ""
 
-    @property
-    def _process(self) -> subprocess.Popen:
-        return self.km.provisioner.process
-
-    def papermill_execute_cells(self):
-        for index, cell in enumerate(self.nb.cells):
-            self.shown = time.monotonic()
-            try:
-                self.nb_man.cell_start(cell, index)
-                self.execute_cell(cell, index)
-            except (CellExecutionError, DeadKernelError, CellTimeoutError) as error:
-                self.preempted = getattr(error, "ename", "") == "PreemptedError"
-                if not isinstance(error, CellExecutionError):
-                    self.kernel_lost = True
-                    self._write_down(self.nb.cells[index], error)
-                self.nb_man.cell_exception(self.nb.cells[index], cell_index=index, exception=error)
-                break
-            finally:
-                self.nb_man.cell_complete(self.nb.cells[index], cell_index=index)
-
-    def _write_down(self, cell, error):
-        """Gives the cell an error output, which is what papermill looks for when it decides whether a notebook failed."""
-        name, what = type(error).__name__, str(error)
-        if isinstance(error, DeadKernelError):
-            code = self._process.poll()
-            how = f", killed by {signal.Signals(-code).name}" if code is not None and code < 0 else ""
-            what = f"the kernel died while this cell ran{how}{self._last_words()}"
-        cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"]))
+    def execute_cell(self, cell, cell_index, **kwargs):
+        self.shown = time.monotonic()
+        try:
+            return super().execute_cell(cell, cell_index, **kwargs)
+        except CellExecutionError as error:
+            self.preempted = error.ename == "PreemptedError"
+            raise
+        except (DeadKernelError, CellTimeoutError) as error:
+            name, what, process = type(error).__name__, str(error), self.km.provisioner.process
+            if isinstance(error, DeadKernelError):
+                code = process.poll()
+                how = f", killed by {signal.Signals(-code).name}" if code is not None and code < 0 else ""
+                what = f"the kernel died while this cell ran{how}{self._last_words()}"
+            self.kernel_lost = True
+            process.kill()  # one whose cell takes too long is busy, and would answer nothing
+            # Papermill looks for an error among the outputs when it decides whether a notebook failed.
+            failed = nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"])
+            self.nb.cells[cell_index].outputs.append(failed)
+            raise CellExecutionError(what, name, what) from error
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
@@ -137,6 +124,11 @@ class _Client(PapermillNotebookClient):
 
 
 class ClientEngine(NBClientEngine):
+    @classmethod
+    def execute_notebook(cls, nb, kernel_name, progress_bar=True, **options):
+        # Where a pipe was closed, the bar would raise.
+        return super().execute_notebook(nb, kernel_name, progress_bar=progress_bar and os.isatty(2), **options)
+
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=60, execution_timeout=None, **options):
         options.pop("input_path", None)

@@ -8,7 +8,7 @@ own does, and in addition it
 * logs now and then what a long cell last said, also where a line changes in place;
 * ends with exit code 75, "try again", where the notebook stopped because it was asked to.
 
-Papermill loads this module while it is being imported itself, so what needs papermill is in `client`, imported when used.
+Papermill loads this module while it is being imported itself, so `client`, which needs papermill, is imported when used.
 """
 
 import os
@@ -19,25 +19,11 @@ if "EFFNETLIB_PARENT" in os.environ:
     follow(int(os.environ.pop("EFFNETLIB_PARENT")))
 
 
-class Engine:
-    """What the entry point in pyproject.toml names. Papermill calls these methods."""
-
-    @staticmethod
-    def execute_notebook(nb, kernel_name, **options):
+class _Engine:
+    def __getattr__(self, name):
         from effnetlib.suites.client import ClientEngine
 
-        if not os.isatty(2):
-            options["progress_bar"] = False  # it raises where a pipe was closed
-        return ClientEngine.execute_notebook(nb, kernel_name, **options)
+        return getattr(ClientEngine, name)
 
-    @staticmethod
-    def nb_kernel_name(nb, name=None):
-        from papermill.utils import nb_kernel_name
 
-        return nb_kernel_name(nb, name)
-
-    @staticmethod
-    def nb_language(nb, language=None):
-        from papermill.utils import nb_language
-
-        return nb_language(nb, language)
+Engine = _Engine()  # what the entry point in pyproject.toml names; papermill calls its methods

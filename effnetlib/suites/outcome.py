@@ -25,12 +25,10 @@ class Outcome:
 
     @classmethod
     def read(cls, directory: Path, name: str) -> "Outcome":
-        """The outcome that `write` left in a suite's folder, without `status` and `seconds`. An empty one if there is none."""
+        """What `write` left in a suite's folder, which is neither `status` nor `seconds`. An empty one if there is none."""
         path = directory / "executed" / f"{name}.json"
-        if not path.exists():
-            return cls(name)
-        kept = json.loads(path.read_text())
-        return cls(name, is_run=kept["run"], error=kept["error"], key=kept["key"])
+        kept = json.loads(path.read_text()) if path.exists() else {"run": True}
+        return cls(name, kept.pop("run"), **kept)
 
     def write(self, directory: Path) -> None:
         """Writes ``executed/NAME.json`` in a suite's folder."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import yaml
 
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, require
 from effnetlib.recipe import check_parameters, typed
 
 INJECTED = "# Parameters\n"
@@ -43,8 +43,7 @@ def assignments(texts: Iterable[str]) -> dict:
     found = {}
     for text in texts:
         key, separator, value = text.partition("=")
-        if not separator:
-            raise EffnetlibError(f"--set wants KEY=VALUE, not {text!r}")
+        require(separator, f"--set wants KEY=VALUE, not {text!r}")
         try:
             found[key] = read_yaml(value)
         except yaml.YAMLError:
@@ -61,25 +60,26 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
     Raises:
       EffnetlibError: the injected cell assigns an unknown name, or a value has another type than the parameters cell says.
     """
-    known = list(known)
-    cells = [(source, _assigned(source)) for source in namespace.get("In", [])[:-1]]
-    injected = [assigned for source, assigned in cells if source.startswith(INJECTED)]
-    check_parameters((injected[-1] if injected else None) or (), known)
-    hints = {}
-    for _, assigned in cells:
+    known, injected, hints = list(known), {}, {}
+    cells = namespace.get("In", [])[:-1]
+    for source in cells:
+        assigned = _assigned(source)
+        if source.startswith(INJECTED):
+            injected = assigned
         if assigned and all(name in known and hint for name, hint in assigned.items()):
             hints = {name: eval(hint, dict(namespace)) for name, hint in assigned.items()} | hints
-    given = {*hints, *(injected[-1] if injected else ())} if cells else known
+    check_parameters(injected, known)
+    given = {*hints, *injected} if cells else known
     found = {name: namespace[name] for name in known if name in namespace and name in given}
     return found | {name: typed(name, found[name], hint) for name, hint in hints.items()}
 
 
-def _assigned(source: str) -> dict[str, str | None] | None:
-    """The names that a cell assigns, with the types that it states. None if it does anything else."""
+def _assigned(source: str) -> dict[str, str | None]:
+    """The names that a cell assigns, with the types that it states. Empty if it does anything else."""
     try:
         statements = ast.parse(source).body
     except (SyntaxError, ValueError):  # a magic, or no text of Python's
-        return None
+        return {}
     names = {}
     for statement in statements:
         if isinstance(statement, ast.Assign):
@@ -87,5 +87,5 @@ def _assigned(source: str) -> dict[str, str | None] | None:
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             names[statement.target.id] = ast.unparse(statement.annotation)
         elif not isinstance(statement, ast.Import | ast.ImportFrom):
-            return None
+            return {}
     return names

@@ -24,7 +24,7 @@ def test_a_process_on_its_own_joins_nothing(monkeypatch):
         (("host", None, 1), "processes is not known: give all three"),
         ((None, 2, None), "coordinator, process is not known"),
         (("host", 2, 2), "process must be from 0 to 1, and is 2"),
-        (("host", "two", 0), "are numbers, not 'two' and 0"),
+        (("host", "two", 0), "are numbers, not two and 0"),
     ],
 )
 def test_half_an_address_is_refused(given, sentence):

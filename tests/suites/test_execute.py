@@ -22,12 +22,13 @@ from effnetlib.runs.files import exclusive_lock
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.paths import outputs_folder
 from effnetlib.runs.progress import at_work
-from effnetlib.suites.execute import _kernel_environment, _key, _pool, execute
+from effnetlib.suites.execute import _environment, _key, _pool, execute
+from effnetlib.suites.outcome import Outcome
 from effnetlib.suites.parameters import read_yaml
 from effnetlib.suites.suite import load_suite
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-SHORT = "preset: digits-64-rmsprop, epochs: 0.25, eval_every_epochs: 0.25, warmup_epochs: 0.1"
+SHORT = "preset: digits-64-rmsprop, image_size: 16, epochs: 0.25, eval_every_epochs: 0.25, warmup_epochs: 0.1"
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("- a", "a mapping with the keys reports, runs is wanted"),
         ("rnus: []", "there is no key 'rnus': did you mean runs?"),
         ("runs: [{parameters: {}}]", "an entry lacks the key 'name'"),
-        ("runs: [{name: a, parameters: [1]}]", "the parameters of a must be a mapping"),
+        ("runs: [{name: a, parameters: [1]}]", r"a: parameters must be a mapping, and is \[1\]"),
         ("runs: []\nruns: []", "the key 'runs' is given twice"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, seed: 2}}]", "the key 'seed' is given twice"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, settings: {seed: 2}}}]", "seed is given twice, as"),
@@ -99,7 +100,7 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("runs: [{name: a, parameters: {preset: digits-64-lars, max_minutes: abc}}]", "max_minutes must be float or None"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: 100000000000000000000}}]", "below 2,147,483,648"),
         (f"runs: [{{name: a, parameters: {{preset: digits-64-lars, epochs: {'9' * 400}}}}}]", "epochs must be a finite number"),
-        ("runs: [{name: no, parameters: {preset: digits-64-lars}}]", "a name must be text, and is False"),
+        ("runs: [{name: no, parameters: {preset: digits-64-lars}}]", r"name must be text \(put it in quotation marks\), and is False"),
         (f"runs: [{{name: {'a' * 101}, parameters: {{preset: digits-64-lars}}}}]", "at most 100 letters"),
         ("runs: 5", "runs must be a list, and is 5"),
         ("runs: [{name: a/b, parameters: {preset: digits-64-lars}}]", "'a/b' cannot name a run"),
@@ -112,7 +113,7 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: -1}}]", "a: global_batch_size must be above 0"),
         ("runs: [{name: a, cores: 0, parameters: {preset: digits-64-lars}}]", "a: cores must be a number above 0, and is 0"),
         ("reports: [{name: 07_throughput, cores: 1}]", "there is no key 'cores'"),
-        ("runs: [{name: 'a{seed}', each: {seed: 1}}]", "each must map parameters to lists of values"),
+        ("runs: [{name: 'a{seed}', each: {seed: 1}}]", "each must be a mapping of parameters to lists of values"),
         ("runs: [{name: a, each: {seed: [0, 1]}}]", "the name 'a' must hold {seed}"),
         ("runs: [{name: 'a{sed}', parameters: {preset: digits-64-lars}, each: {sed: [0, 1]}}]", "a0: there is no parameter 'sed'"),
         ("reports: [07_throughputs]", "there is no notebook '07_throughputs': did you mean 07_throughput?"),
@@ -245,7 +246,7 @@ def test_a_signal_between_two_entries_begins_nothing_more(drawn, monkeypatch):
 
 def test_neither_output_nor_the_shell_ends_a_suite(drawn):
     shell = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "MPLBACKEND": "no such backend"}
-    run = drawn("import matplotlib.pyplot; print('·')")
+    run = [*drawn("import matplotlib.pyplot; print('·')"), "--only", "a"]
     report = [*run[:3], "report", str(outputs_folder() / "small")]
     for command in (run, report):
         with open("/dev/full", "w") as full:
@@ -304,18 +305,37 @@ def test_entries_that_say_how_many_cores_they_use_run_beside_one_another_each_on
     assert one and other and not one & other and one | other <= before == os.sched_getaffinity(0)
 
 
+@pytest.mark.skipif(usable_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="wants two cores of its own")
+def test_tuned_runs_wait_for_the_whole_search_and_reports_for_all_runs(folder, monkeypatch):
+    each = f"cores: 1, parameters: {{{SHORT}}}"
+    runs = f"[{{name: search-1, {each}}}, {{name: best, tuned: {{lr_per_256: search}}, {each}}}]"
+    suite = load_suite(write(folder, f"runs: {runs}\nreports: [07_throughput]"))
+    under_way, beside = [], []
+
+    def execute_entry(_, entry, *__):
+        beside.append([*under_way, entry.name])
+        under_way.append(entry.name)
+        time.sleep(0.3)
+        under_way.remove(entry.name)
+        return Outcome(entry.name, entry.is_run, "skipped")
+
+    monkeypatch.setattr("effnetlib.suites.execute._execute_entry", execute_entry)
+    execute(suite)
+    assert beside == [["search-1"], ["best"], ["07_throughput"]]
+
+
 def test_runs_without_cores_have_the_machine_to_themselves_and_the_others_are_on_the_cpu(folder):
     text = "runs: [{name: a, cores: 1, parameters: {preset: digits-64-lars}}, {name: b, parameters: {preset: colab}}]"
     first, second = load_suite(write(folder, text)).runs
     assert (first.cores, second.cores) == (1, None)
-    assert _kernel_environment(first)["JAX_PLATFORMS"] == "cpu"
-    assert _kernel_environment(second).get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
+    assert _environment(first)["JAX_PLATFORMS"] == "cpu"
+    assert _environment(second).get("JAX_PLATFORMS") == os.environ.get("JAX_PLATFORMS")
     pools = [_pool(None, 9), _pool(1, 1), _pool(1, 10**6), _pool(10**6, 9)]
     assert [pool._max_workers for pool in pools] == [1, 1, usable_cores(), 1]
 
 
 @pytest.mark.slow
-def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
+def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder):
     path = write(folder, f"runs: [{{name: fast, parameters: {{{SHORT}}}}}]\nreports: [broken, 07_throughput]")
     done = CliRunner().invoke(main, ["run", str(path)])
     assert done.exit_code == 1, done.output
@@ -338,7 +358,7 @@ def test_a_suite_runs_skips_goes_on_and_counts_its_failures(folder, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_has_failed(folder):
+def test_a_run_that_is_interrupted_is_preempted_and_goes_on_and_so_is_one_whose_suite_is_killed(folder):
     long = SHORT.replace("epochs: 0.25", "epochs: 200", 1)
     path = write(folder, f"runs: [{{name: long, parameters: {{{long}}}}}, {{name: never, parameters: {{{SHORT}}}}}]")
     command = [sys.executable, "-m", "effnetlib", "run", str(path)]
@@ -349,7 +369,7 @@ def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_h
         deadline = time.monotonic() + 240
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").stat().st_size <= more_than:
             assert time.monotonic() < deadline and process.poll() is None, "the run did not begin"
-            time.sleep(0.5)
+            time.sleep(0.1)
         return process
 
     process = start_and_wait(0)
@@ -364,14 +384,29 @@ def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_h
     process.communicate(timeout=120)
     assert len(started) == 2 and psutil.wait_procs(started, timeout=60)[1] == []
     assert Record.load(run).status == "preempted"
-    process = start_and_wait((run / "metrics.jsonl").stat().st_size)
-    (papermill,) = psutil.Process(process.pid).children()
-    (kernel,) = papermill.children()
-    kernel.kill()
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1 and "1 failed" in output
-    assert "FAILED" in (outputs_folder() / "small/long.html").read_text()
-    executed = json.loads((outputs_folder() / "small/executed/long.ipynb").read_text())
+
+
+DIES = """
+import os, pathlib, signal, effnetlib
+folder = pathlib.Path(os.environ["EFFNETLIB_OUTPUTS"], directory)
+folder.mkdir(parents=True)
+effnetlib.Record(folder, effnetlib.Recipe.preset(preset)).save()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_whose_kernel_is_killed_has_failed(folder):
+    cells = [nbformat.v4.new_code_cell('preset = directory = ""', metadata={"tags": ["parameters"]})]
+    cells.append(nbformat.v4.new_code_cell(DIES))
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    stub = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    nbformat.write(stub, folder / "train.ipynb")
+    path = write(folder, "runs: [{name: dies, parameters: {preset: digits}}]")
+    done = CliRunner().invoke(main, ["run", str(path)])
+    assert done.exit_code == 1 and "1 failed" in done.output, done.output
+    assert Record.load(outputs_folder() / "small/runs/dies").status == "running"
+    assert "FAILED" in (outputs_folder() / "small/dies.html").read_text()
+    executed = json.loads((outputs_folder() / "small/executed/dies.ipynb").read_text())
     assert "failed" in {cell["metadata"].get("papermill", {}).get("status") for cell in executed["cells"]}
 
 
@@ -379,13 +414,9 @@ def test_a_run_that_is_interrupted_is_preempted_and_one_whose_kernel_is_killed_h
 def test_the_training_notebook_works_with_plain_papermill(tmp_path):
     out = tmp_path / "out.ipynb"
     command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / "train.ipynb"), str(out), "--no-progress-bar"]
-    for name, value in dict(
-        preset="digits-64-rmsprop", global_batch_size=1024, seed=3, epochs=2, warmup_epochs=0.5
-    ).items():
+    for name, value in dict(preset="digits-64-rmsprop", image_size=16, seed=3, epochs=0.2, warmup_epochs=0.1).items():
         command += ["-p", name, str(value)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (record,) = [Record.load(path.parent) for path in outputs_folder().glob("runs/*/run.json")]
     assert record.status == "completed"
-    assert (record.recipe.global_batch_size, record.recipe.seed) == (1024, 3)
-    wrong = subprocess.run([*command, "-p", "sede", "4"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode and "there is no parameter 'sede': did you mean seed?" in wrong.stderr
+    assert (record.recipe.warmup_epochs, record.recipe.seed) == (0.1, 3)

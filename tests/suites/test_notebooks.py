@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Optional
 
 import jax
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
@@ -19,11 +21,16 @@ import seaborn as sns
 import yaml
 from conftest import run_once
 from flax import nnx
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from papermill.parameterize import parameterize_notebook
 from test_prepare import by_class
+from traitlets.config import Config
 
 from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, errors
 from effnetlib.data.prepare import prepare
 from effnetlib.recipe import TRAIN_OPTIONS, TRAIN_PARAMETERS
+from effnetlib.reports import paper
 from effnetlib.reports.tables import styled
 from effnetlib.runs import checkpoints
 from effnetlib.runs.record import environment
@@ -110,6 +117,11 @@ def test_a_mistyped_parameter_is_seen_inside_the_notebook():
         notebook_parameters({"suite": "laptop", "siute": "mine", "In": cells}, ["suite"])
 
 
+def test_the_training_notebook_refuses_what_it_does_not_know(execute):
+    with pytest.raises(EffnetlibError, match="there is no parameter 'sede': did you mean seed?"):
+        execute("train", preset="digits-64-rmsprop", sede=4)
+
+
 SEEN = ["print(1)", "from typing import Optional\nsuite: str = 'laptop'\nhours: Optional[float] = None"]
 INJECTED, IMPORT = "# Parameters\nsuite = 'mine'", "import effnetlib"
 
@@ -176,34 +188,58 @@ def _drawn(notebook, kinds=("image/png", "image/svg+xml")):
     return texts
 
 
-def _execute(notebook, outputs, **parameters):
-    return papermill.execute_notebook(
-        FOLDER / f"{notebook}.ipynb", outputs / f"{notebook}.ipynb", parameters, kernel_name="python3",
-        cwd=FOLDER, progress_bar=False,
-    )  # fmt: skip
+@pytest.fixture
+def execute(monkeypatch):
+    """Executes a notebook's cells in this process, with papermill's parameters: its outputs, and what it wrote to stderr.
+
+    That kernels and papermill's own process do the same is tested in test_execute and test_engine.
+    """
+    monkeypatch.chdir(FOLDER)
+    settings = Config({"HistoryManager": {"enabled": False}, "InteractiveShell": {"colors": "nocolor"}})
+
+    def run(name, **parameters):
+        notebook = parameterize_notebook(papermill.iorw.load_notebook_node(f"{name}.ipynb"), parameters)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                with capture_output() as captured, warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", category=DeprecationWarning)
+                    shell.display_trap.hook = sys.displayhook  # the capturing one, for a cell's last value
+                    shell.run_cell(cell.source, store_history=True).raise_error()
+                shown = [{"data": each.data, "metadata": each.metadata or {}} for each in captured.outputs]
+                cell.outputs = [nbformat.from_dict({"output_type": "display_data", **each}) for each in shown]
+                for stream in ("stdout", "stderr"):
+                    if text := getattr(captured, stream):
+                        cell.outputs.append(nbformat.v4.new_output("stream", name=stream, text=text))
+        return notebook
+
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance(config=settings)
+    with mpl.rc_context():
+        yield run
+    InteractiveShell.clear_instance()
 
 
-@pytest.mark.slow
+def _outputs(notebook):
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *READ_NO_SUITE)])
-def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
-    outputs = tmp_path / "outputs"
+def test_every_report_draws_the_published_records(name, execute, tmp_path, monkeypatch):
+    # To count the parameters of B0 to B7 takes ten seconds. They are tested in test_model.
+    monkeypatch.setattr("effnetlib.model.count_params", {"nano": 1, **paper.trainable_parameters()}.get)
     suite = "cifar10" if name == "12_learning_rates" else "laptop"  # which of them has a search
-    shutil.copytree(PUBLISHED.parent / suite / "runs", outputs / suite / "runs")
-    notebook = _execute(name, outputs, suite=suite)
+    shutil.copytree(PUBLISHED.parent / suite / "runs", tmp_path / "outputs" / suite / "runs")
+    notebook = execute(name, suite=suite)
     assert _drawn(notebook)
-    assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
+    assert not [output for output in _outputs(notebook) if output.get("name") == "stderr"]
 
 
-@pytest.mark.slow
-def test_the_pod_plan_draws_the_published_plans(tmp_path):
-    outputs = tmp_path / "outputs"
-    shutil.copytree(PUBLISHED.parent / "plans", outputs / "published/plans")
-    notebook = _execute("09_pod_plan", outputs)
+def test_the_pod_plan_draws_the_published_plans(execute, tmp_path):
+    shutil.copytree(PUBLISHED.parent / "plans", tmp_path / "outputs/published/plans")
+    notebook = execute("09_pod_plan")
     assert len(_drawn(notebook)) == 2
-    assert not [o for c in notebook.cells for o in c.get("outputs", ()) if o.get("name") == "stderr"]
-    tables = "".join(
-        o["data"]["text/html"] for c in notebook.cells for o in c.get("outputs", ()) if "text/html" in o.get("data", ())
-    )
+    assert not [output for output in _outputs(notebook) if output.get("name") == "stderr"]
+    tables = "".join(output["data"].get("text/html", "") for output in _outputs(notebook) if "data" in output)
     assert ">1,024</td>" in tables and "1,024.00" not in tables
 
 
@@ -215,12 +251,10 @@ def _random_weights(num_classes):
     return jax.device_get(run_once(init))
 
 
-@pytest.mark.slow
-def test_pretrained_weights_are_evaluated_and_drawn(tmp_path):
+def test_pretrained_weights_are_evaluated_and_drawn(execute, tmp_path):
     files.write(tmp_path / "mine.safetensors", _random_weights(10), "nano", 10)
     settings = dict(weights=[str(tmp_path / "mine.safetensors")], dataset="digits", batch_size=64, augmentation="shift")
-    notebook = _execute("10_pretrained", tmp_path, **settings)
-    html = "".join(str(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+    html = "".join(map(str, _outputs(execute("10_pretrained", **settings))))
     assert "360" in html and "top1.png" not in html
     (result,) = (tmp_path / "outputs/pretrained").glob("nano-*.json")
     assert json.loads(result.read_text())["result"]["nseen"] == 360
@@ -278,9 +312,8 @@ def test_the_confusion_is_legible_quick_and_no_markup(classes, tmp_path):
     ) == tuple(names[:2])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("with_test", [True, False])
-def test_photographs_are_augmented_predicted_and_counted(with_test, tmp_path):
+def test_photographs_are_augmented_predicted_and_counted(with_test, execute, tmp_path):
     by_class(tmp_path / "in")
     if with_test:
         shutil.copytree(tmp_path / "in/val", tmp_path / "in/test")
@@ -302,8 +335,8 @@ def test_photographs_are_augmented_predicted_and_counted(with_test, tmp_path):
     params, batch_stats = _random_weights(3)
     with checkpoints.open_checkpoints(directory) as manager:
         checkpoints.save(manager, 2, {"ema_params": params, "ema_batch_stats": batch_stats})
-    notebook = _execute("11_photographs", tmp_path, suite="photos", run="photos", split="test")
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    notebook = execute("11_photographs", suite="photos", run="photos", split="test")
+    outputs = _outputs(notebook)
     text = "".join(output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in outputs)
     assert ("There is no test split" in text) == (not with_test)
     assert f"of 6 photographs of the {'test' if with_test else 'eval'} split right: top-1" in text
@@ -313,11 +346,13 @@ def test_photographs_are_augmented_predicted_and_counted(with_test, tmp_path):
 
 @pytest.mark.slow
 def test_an_optimizer_that_only_a_notebook_knows_trains_beside_lars(tmp_path):
-    settings = dict(directory="mine", epochs=0.3, lars_rates=[1.0], lamb_rates=[0.04])
-    notebook = _execute("15_adding_an_optimizer", tmp_path, **settings)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    """In a kernel of papermill's own: what the notebook adds to the library must not reach the tests."""
+    settings = dict(directory="mine", epochs=0.2, lars_rates=[1.0], lamb_rates=[0.04])
+    notebook = papermill.execute_notebook(
+        FOLDER / "15_adding_an_optimizer.ipynb", tmp_path / "out.ipynb", settings, cwd=FOLDER, progress_bar=False
+    )
     assert _drawn(notebook)
-    said = "".join(output["text"] for output in outputs if output.get("name") == "stderr")
+    said = "".join(output["text"] for output in _outputs(notebook) if output.get("name") == "stderr")
     assert not [line for line in said.splitlines() if "Waiting for previous save" not in line]  # Orbax, on a busy disk
     runs = [json.loads(path.read_text()) for path in sorted((tmp_path / "outputs/mine/runs").glob("*/run.json"))]
     assert [(run["recipe"]["optimizer"], run["status"]) for run in runs] == [

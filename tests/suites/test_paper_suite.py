@@ -2,6 +2,7 @@
 
 The records here are made up, for tests alone: nobody trained them, and nothing of them is ever published."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from effnetlib.__main__ import main
 from effnetlib.data import load as load_data
 from effnetlib.data import train_batches
 from effnetlib.mesh import batch_sharding, make_mesh
+from effnetlib.model import VARIANTS
 from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.presets import PAPER_PRESETS
 from effnetlib.reports import paper
@@ -32,7 +34,7 @@ from effnetlib.reports.against_paper import (
 )
 from effnetlib.reports.comparison import difference, labels, load, outcomes, points, settings
 from effnetlib.runs.paths import outputs_folder, published_folder
-from effnetlib.step import lower_train_step
+from effnetlib.step import lower_train_step, make_train_step
 from effnetlib.suites.suite import load_suite
 
 SUITE = load_suite(Path(__file__).parents[2] / "notebooks/suites/paper.yaml")
@@ -77,11 +79,11 @@ def test_each_recipe_fits_its_slice_and_has_a_plan_that_fits(preset):
 
 
 def reduced(preset, dataset):
-    """The recipe for one device: 64 images of 32 pixels in two batch-norm groups, its own learning rate, another data set."""
+    """The recipe for one device: 16 images of 32 pixels in two batch-norm groups, its own learning rate, another data set."""
     recipe = Recipe.preset(preset)
-    same_peak = recipe.lr_per_256 * recipe.global_batch_size / 64
+    same_peak = recipe.lr_per_256 * recipe.global_batch_size / 16
     return recipe.replace(
-        dataset=str(dataset), image_size=32, global_batch_size=64, batch_norm_batch_size=32, lr_per_256=same_peak
+        dataset=str(dataset), image_size=32, global_batch_size=16, batch_norm_batch_size=8, lr_per_256=same_peak
     )
 
 
@@ -92,24 +94,30 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["rmsprop", "lars"])
 @pytest.mark.parametrize("variant", ["b2", "b5"])
-def test_each_recipe_starts(variant, optimizer, photographs):
-    """Two steps with the recipe's own learning rates and augmentation.
+def test_each_recipe_starts(variant, optimizer, photographs, monkeypatch):
+    """Two steps with the recipe's own learning rates, augmentation and widths, and one block per stage.
 
     Neither ImageNet nor the cores are here: a few photographs in ImageNet's layout stand for the one, one device for the others
     (see `reduced`; what devices do together is tested in test_invariance.py). What differs in batch and learning rate alone is one
-    program then, which is compiled once, without the compiler's costly passes. B5 under RMSProp is traced and not compiled: B5 runs
-    under LARS, and RMSProp with B2.
+    program then, which is compiled once, without the compiler's costly passes. B5 under RMSProp is traced, in its full depth, and
+    not compiled: B5 runs under LARS, and RMSProp with B2.
     """
     presets = [name for name in PAPER_PRESETS if name.startswith(variant) and name.endswith(optimizer)]
     recipes = [reduced(preset, photographs) for preset in presets]
-    (program,) = {recipe.replace(lr_per_256=1.0, warmup_epochs=5.0) for recipe in recipes}
+    (program,) = {recipe.replace(lr_per_256=16.0, warmup_epochs=5.0) for recipe in recipes}
     mesh, key = make_mesh(program.num_groups, jax.devices()[:1]), jax.random.key(0)
-    init, lowered, _, _ = lower_train_step(program, mesh)
     if (variant, optimizer) == ("b5", "rmsprop"):
+        init, step, _ = make_train_step(program)
+        images = {
+            "images": jax.ShapeDtypeStruct((16, 32, 32, 3), "uint8"),
+            "labels": jax.ShapeDtypeStruct((16,), "int32"),
+        }
+        jax.eval_shape(step, jax.eval_shape(init, key), images, key, 0.1)
         return
+    monkeypatch.setitem(VARIANTS, variant, dataclasses.replace(VARIANTS[variant], depth=0.2))
+    init, lowered, _, _ = lower_train_step(program, mesh)
     init, step = init.lower(key).compile(QUICK), lowered.compile(QUICK)
     for preset, recipe in zip(presets, recipes, strict=True):
         state = init(key)

@@ -75,8 +75,8 @@ def test_a_search_that_is_not_complete_decides_nothing(suite, status):
     ("tuned", "sentence"),
     [
         ("{lr_per_256: search-smal}", "no runs named search-smal-VALUE: did you mean search-small?"),
-        ("{momentum: search-small}", "tuned must map one of lr_per_256, peak_lr to a search"),
-        ("search-small", "tuned must map one of"),
+        ("{momentum: search-small}", "tuned must be lr_per_256 or peak_lr with the name of a search"),
+        ("search-small", "tuned must be lr_per_256 or peak_lr"),
     ],
 )
 def test_a_mistake_is_found_before_anything_runs(suite, tuned, sentence, tmp_path):
