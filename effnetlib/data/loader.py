@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from effnetlib.data.images import eval_image, train_image
+from effnetlib.data.images import CROPPING, eval_image, train_images
 from effnetlib.data.sources import Split
 from effnetlib.runs.machine import usable_cores
 
@@ -44,44 +44,59 @@ def positions(num_examples: int, seed: int, step: int, batch: int) -> tuple[np.n
     return epochs, indices
 
 
-def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator that augments one example in one epoch."""
-    return np.random.Generator(np.random.Philox(key=(seed, (epoch << 32) + index)))
-
-
 def train_batches(
     split: Split, *, seed: int, batch: int, size: int, augmentation: str, sharding, start: int, stop: int
 ) -> Iterator[Batch]:
     """Batches of the steps from `start` up to `stop`: uint8 images ``[batch, size, size, 3]``, int32 labels."""
+    rows = _local_rows(sharding, batch)
 
     def make(step):
-        epochs, indices = positions(len(split), seed, step, batch)
-
-        rows = _local_rows(sharding, batch)
-        images, labels = np.empty((len(rows), size, size, 3), np.uint8), np.empty(len(rows), np.int32)
-        for place, row in enumerate(rows):
-            epoch, index = int(epochs[row]), int(indices[row])
-            image, labels[place] = split.example(index)
-            images[place] = train_image(image, size, augmentation, example_rng(seed, epoch, index))
-        return {"images": images, "labels": labels}
+        epochs, indices = (each[rows] for each in positions(len(split), seed, step, batch))
+        if augmentation not in CROPPING and _can_keep(split, size):
+            originals, labels = (kept[indices] for kept in _kept(split, size, augmentation))
+        else:
+            originals, labels = zip(*(split.example(int(index)) for index in indices), strict=True)
+        images = train_images(originals, size, augmentation, seed, epochs, indices)
+        return {"images": images, "labels": np.asarray(labels, np.int32)}
 
     return _on_devices(make, start, stop, batch, sharding)
 
 
 def eval_batches(split: Split, *, batch: int, size: int, augmentation: str, sharding) -> Iterator[Batch]:
     """Each example once, in order; the last batch is padded with black images whose ``mask`` is False."""
+    rows = _local_rows(sharding, batch)
 
     def make(step):
-        rows = _local_rows(sharding, batch)
-        indices = step * batch + rows
-        mask = indices < len(split)
+        mask = step * batch + rows < len(split)
+        indices = (step * batch + rows)[mask]
         images, labels = np.zeros((len(rows), size, size, 3), np.uint8), np.zeros(len(rows), np.int32)
-        for place in np.flatnonzero(mask):
-            image, labels[place] = split.example(int(indices[place]))
-            images[place] = eval_image(image, size, augmentation)
+        if _can_keep(split, size):
+            images[mask], labels[mask] = (kept[indices] for kept in _kept(split, size, augmentation))
+        else:
+            for place, index in zip(np.flatnonzero(mask), indices, strict=True):
+                image, labels[place] = split.example(int(index))
+                images[place] = eval_image(image, size, augmentation)
         return {"images": images, "labels": labels, "mask": mask}
 
     return _on_devices(make, 0, -(-len(split) // batch), batch, sharding)
+
+
+KEPT_BYTES = 2**30
+
+
+def _can_keep(split: Split, size: int) -> bool:
+    """Whether all images of a set in memory are kept at their final size: CIFAR-10 at 224 px is 7.5 GB, and is not."""
+    return split.encoded is None and 3 * size * size * len(split) <= KEPT_BYTES
+
+
+@functools.lru_cache(maxsize=2)  # the training and the evaluation split
+def _kept(split: Split, size: int, augmentation: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a set as they are evaluated, and their labels, made once."""
+    images, labels = np.empty((len(split), size, size, 3), np.uint8), np.empty(len(split), np.int32)
+    for index in range(len(split)):
+        image, labels[index] = split.example(index)
+        images[index] = eval_image(image, size, augmentation)
+    return images, labels
 
 
 def _local_rows(sharding, batch: int) -> np.ndarray:

@@ -35,7 +35,7 @@ KNOWN = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two are equal where they are the same object, which makes them keys
 class Split:
     """One split of a data set, by random access, in an order that is the set's own (class by class for photographs).
 

@@ -22,8 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from effnetlib.data.images import decode, random_crop, train_image
-from effnetlib.data.loader import example_rng
+from effnetlib.data.images import decode, example_rng, random_crop, train_images
 from effnetlib.data.photographs import Photo
 from effnetlib.data.shards import ShardedRecords, encode_record
 from effnetlib.data.sources import load
@@ -102,7 +101,7 @@ def _steps(sample, scratch: Path, size: int) -> dict[str, Callable[[int], object
     records = ShardedRecords([(scratch / "all.array_record", len(sample))], 1000)
 
     def pipeline(augmentation, read):
-        return lambda index: train_image(decode(read(index), ""), size, augmentation, example_rng(0, 0, index))
+        return lambda index: train_images([decode(read(index), "")], size, augmentation, 0, [0], [index])
 
     def encoded(index):
         return sample[index][0]

@@ -21,9 +21,10 @@ from effnetlib.data.images import (
     decode,
     eval_image,
     normalize,
+    philox,
     random_crop,
     resize,
-    train_image,
+    train_images,
 )
 from effnetlib.data.loader import positions
 from effnetlib.errors import FailedError
@@ -150,7 +151,7 @@ def test_ten_attempts_and_then_the_centre():
     strip = RNG(0).integers(0, 255, (1, 100, 3), np.uint8)
     centre = eval_image(strip, 8, "inception")
     for seed in (0, 1, 2, 3):
-        image = train_image(strip, 8, "inception", RNG(seed))
+        (image,) = train_images([strip], 8, "inception", seed, [0], [0])
         assert (image == centre).all() or (image == centre[:, ::-1]).all()
 
 
@@ -173,20 +174,104 @@ def test_resizing_is_keys_cubic_without_antialiasing(size, to):
     np.testing.assert_allclose(resize(image, to), np.clip(wanted, 0, 255), atol=1.0)
 
 
-def test_augmentation_is_a_function_of_the_generator():
-    image = RNG(0).integers(0, 255, (40, 50, 3), np.uint8)
-    for augmentation in AUGMENTATIONS:
-        a, b = (train_image(image, 32, augmentation, RNG(5)) for _ in range(2))
-        assert a.shape == (32, 32, 3) and a.dtype == np.uint8
-        np.testing.assert_array_equal(a, b)
+def test_philox_gives_the_numbers_of_its_authors():
+    """Known answers: kat_vectors of Random123 1.14."""
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    for counter, key, wanted in (
+        ((0, 0, 0, 0), 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (pi, 0x299F31D0A4093822, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ):
+        assert " ".join(f"{int(word):08x}" for word in philox(counter, key)) == wanted
+
+
+def shifts_and_flips(seed, epochs, indices, size):
+    """(top, left, mirrored) of each example, in Python's integers."""
+    places = 2 * (size // 8) + 1
+    for epoch, index in zip(epochs, indices, strict=True):
+        top, left, mirrored, _ = (int(word) for word in philox((int(index), int(epoch), 0, 0), seed))
+        yield top * places // 2**32, left * places // 2**32, mirrored >= 2**31
+
+
+@pytest.mark.parametrize("augmentation", ["shift", "shift_flip"])
+@pytest.mark.parametrize("size", [7, 16, 32])  # 7 is moved by nothing
+def test_a_batch_is_shifted_and_flipped_as_one_image_after_another(augmentation, size):
+    count, pad = 300, size // 8
+    images = RNG(0).integers(0, 256, (count, size, size, 3), np.uint8)
+    epochs, indices = RNG(1).integers(0, 50, count), RNG(2).integers(0, 50_000, count)
+    batch = train_images(images, size, augmentation, 7, epochs, indices)
+    for i, (top, left, mirrored) in enumerate(shifts_and_flips(7, epochs, indices, size)):
+        wanted = np.zeros((size, size, 3), np.uint8)
+        for y in range(size):
+            for x in range(size):
+                row, column = y + top - pad, x + left - pad
+                if 0 <= row < size and 0 <= column < size:
+                    wanted[y, x] = images[i, row, column]
+        if mirrored and augmentation == "shift_flip":
+            wanted = wanted[:, ::-1]
+        np.testing.assert_array_equal(batch[i], wanted)
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_an_augmented_image_does_not_depend_on_the_rest_of_its_batch(augmentation):
+    originals = [RNG(i).integers(0, 255, (40, 50, 3), np.uint8) for i in range(12)]
+    epochs, indices = np.arange(12) // 5, np.arange(12) * 1000
+
+    def augmented(order, seed=3):
+        images = train_images([originals[i] for i in order], 32, augmentation, seed, epochs[order], indices[order])
+        assert images.shape == (len(order), 32, 32, 3) and images.dtype == np.uint8
+        return images
+
+    whole = augmented(np.arange(12))
+    shuffled = RNG(0).permutation(12)
+    np.testing.assert_array_equal(augmented(shuffled), whole[shuffled])
+    for parts in ([5, 7], [1] * 12):
+        pieces = [augmented(part) for part in np.split(np.arange(12), np.cumsum(parts)[:-1])]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert (augmented(np.arange(12), seed=4) != whole).any() == (augmentation != "none")
+
+
+def test_shifts_and_flips_are_uniform_and_independent():
+    count, places = 90_000, 9
+    marked = np.zeros((32, 32, 3), np.uint8)
+    marked[4:-4, 4:-4] = 255
+    marked[16, 4:16] = 100  # left of the middle
+    indices = np.arange(count)
+    seen = np.zeros((places, places, 2), int)
+    for epoch in range(2):
+        part = indices[epoch::2]
+        images = train_images(
+            np.broadcast_to(marked, (len(part), 32, 32, 3)), 32, "shift_flip", 1, part * 0 + epoch, part
+        )
+        top = images[..., 0].any(2).argmax(1)
+        left = images[..., 0].any(1).argmax(1)
+        mirrored = images[np.arange(len(part)), top + 12, left, 0] == 255
+        np.add.at(seen, (top, left, mirrored.astype(int)), 1)
+    expected = count / seen.size
+    chi_squared = ((seen - expected) ** 2 / expected).sum()
+    assert chi_squared < 161 + 5 * (2 * 161) ** 0.5 and seen.sum() == count
 
 
 def test_digits_are_never_mirrored():
     image = np.zeros((32, 32, 3), np.uint8)
     image[12:20, :16] = 255
-    for seed in range(20):
-        out = train_image(image, 32, "shift", RNG(seed))
+    for out in train_images([image] * 20, 32, "shift", 0, range(20), range(20)):
         assert out[:, :16].sum() > out[:, 16:].sum()
+
+
+def test_a_set_too_large_to_keep_at_its_final_size_gives_the_same_batches(monkeypatch):
+    def everything():
+        batches = (
+            *digits_batches(),
+            *eval_batches(load("digits", "eval"), batch=48, size=32, augmentation="none", sharding=sharding),
+        )
+        return [{name: np.asarray(array) for name, array in batch.items()} for batch in batches]
+
+    sharding = batch_sharding(make_mesh(8))
+    kept = everything()
+    monkeypatch.setattr("effnetlib.data.loader.KEPT_BYTES", 0)
+    for a, b in zip(kept, everything(), strict=True):
+        assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
 def write_folder(root, splits=("train", "val"), classes=("ant", "bee"), each=3):

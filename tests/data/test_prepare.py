@@ -612,12 +612,12 @@ def test_grey_tiny_wide_and_turned_photographs_are_read(tmp_path):
     split = load(str(tmp_path / "out"), "train")
     assert [split.example(i)[0].shape for i in range(5)] == [
         (16, 20, 3), (1, 1, 3), (16, 20, 3), (10, 20, 3), (3, 10_000, 3)]  # fmt: skip
-    from effnetlib.data.images import eval_image, train_image
+    from effnetlib.data.images import eval_image, train_images
 
     for i in range(5):
         for augmentation in ("inception", "autoaugment", "none"):
             assert eval_image(split.example(i)[0], 24, augmentation).shape == (24, 24, 3)
-            assert train_image(split.example(i)[0], 24, augmentation, np.random.default_rng(i)).shape == (24, 24, 3)
+            assert train_images([split.example(i)[0]], 24, augmentation, 0, [0], [i]).shape == (1, 24, 24, 3)
 
 
 def test_a_damaged_or_missing_shard_is_named(tmp_path):
