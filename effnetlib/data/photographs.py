@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from effnetlib.data.workers import Packed
 from effnetlib.errors import EffnetlibError, first_line, shown
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -97,6 +98,13 @@ class Listing:
     is_imagenet: bool
     origin: str
     unused: dict[str, int]
+
+    def __getstate__(self):
+        return vars(self) | {"photos": Packed(self.photos)}  # for worker processes
+
+    def __getitem__(self, index: int) -> tuple[bytes, int, str]:
+        photo = self.photos[index]
+        return photo.read(), photo.label, photo.name
 
 
 def split_of(name: str) -> str | None:

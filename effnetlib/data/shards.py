@@ -106,6 +106,11 @@ class ShardedRecords:
         _allow_open_files(2 * len(self.shards) + 100)
         return ArrayRecordDataSource([Instruction(str(path), count) for path, count in self.shards])
 
+    def __getstate__(self):
+        return {
+            name: value for name, value in vars(self).items() if name != "_source"
+        }  # its files are open in one process
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

@@ -1,5 +1,6 @@
 """Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -130,12 +131,13 @@ def _select(split: Split, indices: np.ndarray) -> Split:
     """Part of a split, in its order."""
     indices = np.sort(indices)
     fingerprint = hashlib.sha256(split.fingerprint.encode() + indices.astype(np.int64).tobytes()).hexdigest()[:16]
-    encoded = split.encoded and (lambda index: split.encoded(int(indices[index])))
-
-    def example(index):
-        return split.example(int(indices[index]))
-
+    example = functools.partial(_at, split.example, indices)
+    encoded = split.encoded and functools.partial(_at, split.encoded, indices)
     return replace(split, size=len(indices), fingerprint=fingerprint, example=example, encoded=encoded)
+
+
+def _at(read: Callable, indices: np.ndarray, index: int):
+    return read(int(indices[index]))
 
 
 def _in_memory(images: np.ndarray, labels: np.ndarray, class_names) -> Split:
@@ -213,8 +215,7 @@ def _photographs(name: str, split: str) -> Split:
         )
     listing = kept_listing(root, split) if root.is_dir() else None
     if listing is not None:
-        read = lambda photo: (photo.read(), photo.label, photo.name)  # noqa: E731
-        return _of_photographs(len(listing.photos), listing, lambda index: read(listing.photos[index]))
+        return _of_photographs(len(listing.photos), listing, listing.__getitem__)
     wanted = f"wanted is {root}/{{train,val}}/CLASS/*.jpg, or shards that `effnetlib data prepare` wrote"
     if root.exists():
         raise EffnetlibError(f"{root} holds no data set (seen: {seen(root)}): {wanted}")

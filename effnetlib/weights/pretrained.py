@@ -1,5 +1,6 @@
 """Weights to use: imported from timm or Keras, or out of a run; evaluated on a data set, or exported for others."""
 
+import contextlib
 import hashlib
 import json
 import unicodedata
@@ -187,10 +188,11 @@ def predict(
         split, batch=batch, size=pretrained.image_size, augmentation=augmentation, sharding=sharding
     )
     labels, found = [], []
-    for each in batches:
-        mask = np.asarray(each["mask"])
-        labels.append(np.asarray(each["labels"])[mask])
-        found.append(np.asarray(probabilities(state, each["images"]))[mask])
+    with contextlib.closing(batches):
+        for each in batches:
+            mask = np.asarray(each["mask"])
+            labels.append(np.asarray(each["labels"])[mask])
+            found.append(np.asarray(probabilities(state, each["images"]))[mask])
     return np.concatenate(labels), np.concatenate(found)
 
 
