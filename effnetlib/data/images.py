@@ -6,6 +6,7 @@ Source: section 6 of the reference semantics; tensorflow/tpu, models/official/ef
 import contextlib
 import io
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,8 @@ MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 CROP_PADDING = 32
 
-# Parallelism is over images; a pool inside each of them only makes the threads wait for one another.
+# Images are made in parallel. A pool of threads for each of them would only make them wait for one another.
 cv2.setNumThreads(1)
-
 
 # What RGB needs 512 MiB for is not read; Pillow draws the same line.
 MAX_PIXELS = 2**29 // 3
@@ -69,7 +69,7 @@ def read(encoded: bytes) -> tuple[str, np.ndarray]:
 
 
 def _read(encoded: bytes) -> tuple[str, np.ndarray]:
-    with contextlib.suppress(ValueError):  # strict, and it knows fewer forms of JPEG: Pillow has the last word
+    with contextlib.suppress(Exception):  # strict, and it knows fewer forms of JPEG: Pillow has the last word
         if _jpeg_size(encoded):
             return "JPEG", simplejpeg.decode_jpeg(encoded, "RGB")
     image = Image.open(io.BytesIO(encoded))
@@ -93,28 +93,29 @@ def _read(encoded: bytes) -> tuple[str, np.ndarray]:
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG that simplejpeg can decode, by its header."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(Exception):
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
         return (height, width) if height * width <= MAX_PIXELS and colorspace not in ("CMYK", "YCCK") else None
 
 
-def _upper_rows(encoded: bytes, rows: int) -> np.ndarray:
-    """The first `rows` rows of a JPEG, or more of them, with a fourth channel, which makes resizing faster.
+def _upper_rows(encoded: bytes, rows: int, shape: tuple[int, int]) -> np.ndarray:
+    """The first `rows` rows of a JPEG of (height, width), or more of them, with a fourth channel that speeds up resizing.
 
-    The decoder stops early: a copy of the header claims fewer rows. Eight more are decoded, because chroma is interpolated
-    between rows. The pixels are those of the whole image. Only baseline JPEGs that end as they should are cut: of
-    other kinds the decoder needs everything, and in a truncated file it would not notice the end.
+    The decoder stops early because a copy of the header claims fewer rows: eight more than are wanted, for chroma is
+    interpolated between rows. The pixels are those of the whole image. Only a baseline JPEG that ends as it should is cut:
+    other kinds are decoded as a whole, and in a truncated file the early stop would hide that its end is missing.
     """
     at, marker, length = 2, 0, 0
-    while at + 7 < len(encoded) and not 0xFFC0 <= marker <= 0xFFDA:  # up to the frame's header
+    while at + 9 < len(encoded) and not 0xFFC0 <= marker <= 0xFFDA:  # up to the frame's header
         at += length
         marker, length = int.from_bytes(encoded[at : at + 2]), 2 + int.from_bytes(encoded[at + 2 : at + 4])
-    shorter = marker in (0xFFC0, 0xFFC1) and rows + 8 < int.from_bytes(encoded[at + 5 : at + 7])
-    shorter = shorter and encoded.endswith(b"\xff\xd9")
-    cut = encoded[: at + 5] + (rows + 8).to_bytes(2) + encoded[at + 7 :] if shorter else encoded
+    size, fewer = struct.pack(">HH", *shape), struct.pack(">H", min(rows + 8, shape[0]))
+    cut = marker in (0xFFC0, 0xFFC1) and encoded[at + 5 : at + 9] == size and encoded.endswith(b"\xff\xd9")
     try:
-        return simplejpeg.decode_jpeg(cut, "RGBX", strict=not shorter)
-    except ValueError:
+        # Not strict, for a decoder that stops early warns of what follows.
+        part = encoded[: at + 5] + fewer + encoded[at + 7 :] if cut else encoded
+        return simplejpeg.decode_jpeg(part, "RGBX", strict=not cut or fewer == size[:2])
+    except Exception:
         return read(encoded)[1]
 
 
@@ -133,25 +134,22 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 def eval_image(original: bytes | np.ndarray, size: int, augmentation: str) -> np.ndarray:
     """For the cropping augmentations the centre square of ``size / (size + 32)`` of the shorter side; else the whole."""
-    return _cropped(original, size, lambda height, width: _centre(height, width, size, augmentation))
+    return _cropped(original, size, augmentation)
 
 
-def _centre(height, width, size, augmentation):
-    if augmentation not in CROPPING:
-        return 0, 0, height, width
-    side = max(1, int(size / (size + CROP_PADDING) * min(height, width)))
-    return (height - side + 1) // 2, (width - side + 1) // 2, side, side
-
-
-def _cropped(original, size, box):
-    """An image, encoded or not, cropped to ``box(height, width)`` and resized. No more is decoded than the crop needs."""
+def _cropped(original, size, augmentation, rng=None):
+    """An image cropped, at random if there is an `rng`, and resized. No more is decoded than the crop needs."""
     shape = _jpeg_size(original) if isinstance(original, bytes) else original.shape[:2]
     if shape is None:
         original = read(original)[1]
         shape = original.shape[:2]
-    top, left, height, width = box(*shape)
+    crop = random_crop(*shape, rng) if rng else None
+    if crop is None and augmentation in CROPPING:
+        side = max(1, int(size / (size + CROP_PADDING) * min(shape)))
+        crop = (shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side
+    top, left, height, width = crop or (0, 0, *shape)
     if isinstance(original, bytes):
-        original = _upper_rows(original, top + height)
+        original = _upper_rows(original, top + height, shape)
     return resize(original[top : top + height, left : left + width], size)
 
 
@@ -170,8 +168,9 @@ def train_images(
       Unreadable: see `read`.
     """
     if augmentation in CROPPING:
-        each = zip(originals, epochs, indices, strict=True)
-        return np.stack([_crop_and_flip(*one, size=size, augmentation=augmentation, seed=seed) for one in each])
+        rngs = [example_rng(seed, *one) for one in zip(epochs, indices, strict=True)]
+        each = zip(originals, rngs, strict=True)
+        return np.stack([_crop_and_flip(original, size, augmentation, rng) for original, rng in each])
     images = originals
     if not isinstance(images, np.ndarray) or images.shape[1:3] != (size, size):
         images = np.stack([eval_image(original, size, augmentation) for original in originals])
@@ -212,15 +211,12 @@ def philox(counter: Sequence, key: int) -> tuple[np.ndarray, ...]:
     """
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
-    for i in range(10):
-        keys = [((key & 0xFFFFFFFF) + i * 0x9E3779B9) % 2**32, ((key >> 32) + i * 0xBB67AE85) % 2**32]
+    keys, step = np.array([key & 0xFFFFFFFF, key >> 32], np.uint64), np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+    for _ in range(10):
         first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (
-            second >> half ^ b ^ np.uint64(keys[0]),
-            second & low,
-            first >> half ^ d ^ np.uint64(keys[1]),
-            first & low,
-        )
+        a, c = second >> half ^ b ^ keys[0], first >> half ^ d ^ keys[1]
+        b, d = second & low, first & low
+        keys = keys + step & low
     return a, b, c, d
 
 
@@ -229,9 +225,8 @@ def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(seed, (int(epoch) << 32) + int(index))))
 
 
-def _crop_and_flip(original, epoch, index, *, size, augmentation, seed):
-    rng = example_rng(seed, epoch, index)
-    image = _cropped(original, size, lambda *shape: random_crop(*shape, rng) or _centre(*shape, size, augmentation))
+def _crop_and_flip(original, size, augmentation, rng):
+    image = _cropped(original, size, augmentation, rng)
     if rng.random() < 0.5:
         image = cv2.flip(image, 1)
     further = CROPPING[augmentation]
@@ -267,15 +262,15 @@ def random_crop(
     height: int,
     width: int,
     rng: np.random.Generator,
-    area: tuple[float, float] = (0.08, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
-    min_covered: float = 0.1,
-    attempts: int = 10,
+    area=(0.08, 1.0),
+    aspect=(3 / 4, 4 / 3),
+    min_covered=0.1,
+    attempts=10,
 ) -> tuple[int, int, int, int] | None:
     """(top, left, height, width) by the rule of tf.image.sample_distorted_bounding_box over the whole image.
 
     An attempt draws the aspect ratio uniformly, then the height uniformly between those that give the least and the
-    most area, then the place; it fails if the crop covers less than `min_covered` of the image. None where every
+    most area, then the place. It fails if the crop covers less than `min_covered` of the image. None where every
     attempt failed or the crop is the whole image: the caller then takes the centre crop, as the reference does.
     """
     smallest, largest = area[0] * height * width, area[1] * height * width
