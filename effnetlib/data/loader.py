@@ -146,7 +146,8 @@ def _on_devices(arrays: dict[str, np.ndarray], rows: np.ndarray, batch: int, sha
 
     def place(array):
         def shard(index):
-            return array[np.searchsorted(rows, np.arange(batch)[index[0]])]
+            first, end, _ = index[0].indices(batch)
+            return array[np.searchsorted(rows, first) :][: end - first]
 
         return jax.make_array_from_callback((batch, *array.shape[1:]), sharding, shard)
 
