@@ -110,8 +110,10 @@ class Workers:
             for start, end in itertools.pairwise(ends)
             for first in range(start, end, UNIT)
         ]
+        units = b"".join(units)
         with contextlib.suppress(BrokenPipeError):  # all workers have died: `_take` says of what
-            os.write(self.tasks, b"".join(units))
+            while units:
+                units = units[os.write(self.tasks, units) :]
 
     def _take(self, count):
         rows = np.arange(self.taken, self.taken + count) % self.rows
@@ -163,6 +165,8 @@ def work(fd: int, number: int, *shape) -> None:
             sentence = f"a worker process of the input failed with {type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(BrokenPipeError):
             os.write(results, FAILED + sentence.encode()[:4000])
+    finally:
+        os.close(results)
 
 
 class Packed(Sequence):
