@@ -70,8 +70,8 @@ def eval_batches(
         reader = reader or stack.enter_context(contextlib.closing(Reader(split, size, augmentation)))
         made = reader(wanted, len(rows), sum(map(len, wanted)))
         for mask, (images, labels) in zip(masks, made, strict=True):
-            padding = [(0, len(rows) - len(images))]
-            images, labels = np.pad(images, padding + [(0, 0)] * 3), np.pad(labels, padding)
+            if padding := len(rows) - len(images):
+                images, labels = np.pad(images, [(0, padding)] + [(0, 0)] * 3), np.pad(labels, (0, padding))
             yield _on_devices({"images": images, "labels": labels, "mask": mask}, rows, batch, sharding)
 
 
