@@ -62,8 +62,8 @@ class Workers:
         with contextlib.ExitStack() as stack:
             fd = _shared_memory()
             stack.callback(os.close, fd)
-            os.ftruncate(fd, _layout(*shape)[-1])
-            parts, self.images, self.labels, self.wanted, self.at = _map(fd, *shape)
+            os.ftruncate(fd, 8 * count + self.rows * _row(size).itemsize + sum(shape[0]))
+            self.at, self.ring, parts = _map(fd, *shape)
             for part, content in zip(parts, job, strict=True):
                 part[:] = content
             self.at[:], self.done = -1, np.zeros(self.rows, bool)
@@ -101,7 +101,7 @@ class Workers:
 
     def _send(self, wanted):
         rows = np.arange(self.sent, self.sent + len(wanted)) % self.rows
-        self.wanted[rows], self.done[rows] = wanted, False
+        self.ring["wanted"][rows], self.done[rows] = wanted, False
         self.sent += len(wanted)
         # A unit does not go around the ring's end.
         ends = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
@@ -127,7 +127,7 @@ class Workers:
                     continue
                 raise self._failure(content, *key.data)
         self.taken += count
-        return self.images.take(rows, axis=0), self.labels[rows]
+        return self.ring["image"][rows], self.ring["label"][rows]
 
     def _failure(self, content, number, worker):
         sentence = (content.partition(FAILED)[2] + worker.stdout.read()).decode(errors="replace")
@@ -136,7 +136,7 @@ class Workers:
         place, row, code = "", int(self.at[number]), worker.wait()
         if row >= 0:
             with contextlib.suppress(EffnetlibError):
-                place = f" at {self.make.name(int(self.wanted[row, 1]))}"
+                place = f" at {self.make.name(int(self.ring['wanted'][row, 1]))}"
         end = signal.Signals(-code).name if code < 0 else f"code {code}"
         memory = ", as the system does when memory is used up" if end == "SIGKILL" else ""
         return FailedError(f"a worker process of the input ended{place} with {end}{memory}")
@@ -146,9 +146,10 @@ def work(fd: int, number: int, *shape) -> None:
     """What a worker process does until there is no parent."""
     results = os.dup(1)
     os.dup2(2, 1)  # what a library may print does not go among the results
-    parts, images, labels, wanted, at = _map(fd, *shape)
+    at, ring, job = _map(fd, *shape)
+    images, labels, wanted = (ring[name] for name in ring.dtype.names)
     try:
-        make = pickle.loads(parts[0], buffers=parts[1:])
+        make = pickle.loads(job[0], buffers=job[1:])
         while task := os.read(0, RECORD.size):
             first, length = RECORD.unpack(task)
             for row in range(first, first + length):
@@ -193,18 +194,17 @@ def _shared_memory() -> int:
             return os.dup(file.fileno())
 
 
-def _layout(parts: list[int], rows: int, size: int, count: int) -> list[int]:
-    """Where each part of the shared memory begins, and its end: the job, images, labels, wanted examples, rows in work."""
-    lengths = [*parts, rows * size * size * 3, rows * 4, rows * 16, count * 8]
-    return [0, *itertools.accumulate(-(-length // 64) * 64 for length in lengths)]
+def _row(size: int) -> np.dtype:
+    return np.dtype([("image", np.uint8, (size, size, 3)), ("label", np.int32), ("wanted", np.int64, 2)])
 
 
-def _map(fd: int, parts: list[int], rows: int, size: int, count: int):
-    starts, memory = _layout(parts, rows, size, count), memoryview(mmap.mmap(fd, 0))
-    shapes = [(rows, size, size, 3), (rows,), (rows, 2), (count,)]
-    kinds = zip(starts[len(parts) :], shapes, (np.uint8, np.int32, np.int64, np.int64), strict=False)
-    arrays = [np.frombuffer(memory, kind, int(np.prod(shape)), start).reshape(shape) for start, shape, kind in kinds]
-    return [memory[start : start + length] for start, length in zip(starts, parts, strict=False)], *arrays
+def _map(fd: int, job: list[int], rows: int, size: int, count: int):
+    """What lies in the shared memory: the row that each worker is at, the ring, and the parts of the job of these lengths."""
+    memory = memoryview(mmap.mmap(fd, 0))
+    at = np.frombuffer(memory, np.int64, count)
+    ring = np.frombuffer(memory, _row(size), rows, at.nbytes)
+    ends = itertools.accumulate(job, initial=at.nbytes + ring.nbytes)
+    return at, ring, [memory[start:end] for start, end in itertools.pairwise(ends)]
 
 
 @contextlib.contextmanager

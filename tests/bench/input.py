@@ -215,14 +215,16 @@ def _rate_of_workers(made: Workers, count: int) -> float:
 
 
 class _TimedCopies:
-    """Stands for an array, and adds up the processor time of copies out of it."""
+    """Stands for the images of a ring, and adds up the processor time of copying out of them."""
 
-    def __init__(self, array: np.ndarray):
-        self.array, self.seconds = array, 0.0
+    def __init__(self, ring: np.ndarray):
+        self.ring, self.seconds = ring, 0.0
 
-    def take(self, rows, axis):
+    def __getitem__(self, rows):
+        if isinstance(rows, str):
+            return self if rows == "image" else self.ring[rows]
         start = time.thread_time()
-        copy = self.array.take(rows, axis)
+        copy = self.ring["image"][rows]
         self.seconds += time.thread_time() - start
         return copy
 
@@ -232,14 +234,14 @@ def _lock_share(made: Workers, count: int) -> float:
 
     Copies out of the shared memory are left out, for they hold no lock. The rest may hold it, and counts as if it did.
     """
-    sharding, rows, images = batch_sharding(make_mesh(1, jax.devices()[:1])), np.arange(64), made.images
+    sharding, rows, ring = batch_sharding(make_mesh(1, jax.devices()[:1])), np.arange(64), made.ring
     steps = len(_batches(count))
     wanted = (np.stack(loader.positions(count, 0, step, 64), 1) for step in range(steps))
-    made.images, start = _TimedCopies(images), time.thread_time()
+    made.ring, start = _TimedCopies(ring), time.thread_time()
     for pixels, labels in made(wanted):
         loader._on_devices({"images": pixels, "labels": labels}, rows, 64, sharding)
-    spent = time.thread_time() - start - made.images.seconds
-    made.images = images
+    spent = time.thread_time() - start - made.ring.seconds
+    made.ring = ring
     return spent / (64 * steps) * IMAGES_PER_SECOND
 
 

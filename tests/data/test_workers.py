@@ -67,7 +67,7 @@ def test_batches_of_any_length_come_in_order_twice_from_processes_without_jax(co
             for part, (images, labels) in zip(parts, batches, strict=True):
                 np.testing.assert_array_equal(images[:, 1, 1], np.c_[part % 256, np.zeros(len(part))])
                 np.testing.assert_array_equal(labels, part[:, 1])
-        assert len(made.images) == 64 + 2 * UNIT * count  # what is in memory, however many are wanted
+        assert len(made.ring) == 64 + 2 * UNIT * count  # what is in memory, however many are wanted
     assert not psutil.Process().children()
 
 
