@@ -31,7 +31,7 @@ from effnetlib.errors import EffnetlibError, FailedError, first_line
 
 UNIT = 16  # images that a worker takes at a time
 RECORD = struct.Struct("<ii")  # the first row of a unit, and how many
-FAILED = RECORD.pack(-1, 0)  # a sentence follows, and nothing more
+FAILED = RECORD.pack(-1, 0)  # why follows, as JSON, and nothing more
 # What stops a run: the parent decides when its workers end.
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 START = "import json, sys; sys.path[:], *job = json.loads(sys.argv[1]); from effnetlib.data import workers; workers.work(*job)"
@@ -120,26 +120,27 @@ class Workers:
         while not self.done[rows].all():
             for key, _ in self.selector.select():
                 content = os.read(key.fd, 1 << 16)
-                records = list(RECORD.iter_unpack(content.partition(FAILED)[0]))
-                for first, length in records:
+                for first, length in RECORD.iter_unpack(content.partition(FAILED)[0]):
                     self.done[first : first + length] = True
-                if len(records) * RECORD.size == len(content) and content:
-                    continue
-                raise self._failure(content, *key.data)
+                if not content or FAILED in content:
+                    raise self._failure(content.partition(FAILED)[2], *key.data)
         self.taken += count
         return self.ring["image"][rows], self.ring["label"][rows]
 
-    def _failure(self, content, number, worker):
-        sentence = (content.partition(FAILED)[2] + worker.stdout.read()).decode(errors="replace")
-        if sentence:
-            return FailedError(sentence)
-        place, row, code = "", int(self.at[number]), worker.wait()
+    def _failure(self, said, number, worker):
+        if said := said + worker.stdout.read():
+            is_sentence, reason = json.loads(said)
+            if is_sentence:
+                return FailedError(reason)
+        else:
+            code = worker.wait()
+            reason = signal.Signals(-code).name if code < 0 else f"code {code}"
+            reason += ", as the system does when memory is used up" if reason == "SIGKILL" else ""
+        place, row = "", int(self.at[number])
         if row >= 0:
             with contextlib.suppress(EffnetlibError):
                 place = f" at {self.make.name(int(self.ring['wanted'][row, 1]))}"
-        end = signal.Signals(-code).name if code < 0 else f"code {code}"
-        memory = ", as the system does when memory is used up" if end == "SIGKILL" else ""
-        return FailedError(f"a worker process of the input ended{place} with {end}{memory}")
+        return FailedError(f"a worker process of the input ended{place} with {reason}")
 
 
 def work(fd: int, number: int, *shape) -> None:
@@ -160,12 +161,11 @@ def work(fd: int, number: int, *shape) -> None:
     except BrokenPipeError:  # the parent has ended
         return
     except Exception as error:
-        sentence = str(error)
-        if not isinstance(error, EffnetlibError):
+        is_sentence, reason = isinstance(error, EffnetlibError), f"{type(error).__name__}: {first_line(error)}"
+        if not is_sentence:
             traceback.print_exc()
-            sentence = f"a worker process of the input failed with {type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(BrokenPipeError):
-            os.write(results, FAILED + sentence.encode()[:4000])
+            os.write(results, FAILED + json.dumps([is_sentence, str(error) if is_sentence else reason]).encode())
     finally:
         os.close(results)
 

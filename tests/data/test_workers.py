@@ -75,7 +75,7 @@ def test_batches_of_any_length_come_in_order_twice_from_processes_without_jax(co
     ("at", "sentence"),
     [
         ("error", r"^5.jpg is not a readable image \(why\)$"),
-        ("bug", "a worker process of the input failed with ZeroDivisionError: nothing"),
+        ("bug", "a worker process of the input ended at 5.jpg with ZeroDivisionError: nothing$"),
         (signal.SIGKILL, "ended at 5.jpg with SIGKILL, as the system does when memory is used up"),
         (signal.SIGSEGV, "ended at 5.jpg with SIGSEGV$"),
     ],
