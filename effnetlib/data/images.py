@@ -158,10 +158,11 @@ def train_images(
 ) -> np.ndarray:
     """Augmented training images, uint8 ``[batch, size, size, 3]``.
 
-    Each is a pure function of its image and (seed, epoch, index), whatever else is in the batch.
+    Each is a pure function of its original and (seed, epoch, index), whatever else is in the batch.
 
     Args:
-      originals: uint8 ``[height, width, 3]`` each, or encoded as bytes. An array ``[batch, size, size, 3]`` is taken as it is.
+      originals: of each example uint8 ``[height, width, 3]``, or a photograph as bytes. Or one array of a whole set that is
+        resized already, ``[examples, size, size, 3]``: then an example's original is at its index.
       epochs, indices: of the examples.
 
     Raises:
@@ -171,32 +172,33 @@ def train_images(
         rngs = [example_rng(seed, *one) for one in zip(epochs, indices, strict=True)]
         each = zip(originals, rngs, strict=True)
         return np.stack([_crop_and_flip(original, size, augmentation, rng) for original, rng in each])
-    images = originals
-    if not isinstance(images, np.ndarray) or images.shape[1:3] != (size, size):
-        images = np.stack([eval_image(original, size, augmentation) for original in originals])
+    images, rows = originals, np.asarray(indices)
+    if not isinstance(images, np.ndarray):
+        images, rows = np.stack([eval_image(each, size, augmentation) for each in originals]), np.arange(len(originals))
     if not augmentation.startswith("shift"):
-        return images
+        return images[rows]
     top, left, flip, _ = philox((indices, epochs, 0, 0), seed)
     places = np.uint64(2 * (size // 8) + 1)
     top, left = ((bits * places >> np.uint64(32)).astype(np.intp) for bits in (top, left))
     flip = (flip >> np.uint64(31)).astype(bool) & (augmentation == "shift_flip")
-    out, chunk = np.empty(images.shape, np.uint8), 128  # a chunk of small images stays in the processor's cache
-    for at in range(0, len(images), chunk):
-        part = slice(at, at + chunk)
-        out[part] = _shift(images[part], top[part], left[part], flip[part])
-    return out
+    return _shift(images, rows, top, left, flip)
 
 
-def _shift(images, top, left, flip):
-    """Cuts each image out of a black frame of an eighth of its size, from (top, left) on, and mirrors it if `flip`."""
-    count, size, pad = len(images), images.shape[1], images.shape[1] // 8
-    framed = np.zeros((count, size + 2 * pad, (size + 2 * pad) * 3), np.uint8)
-    framed[:, pad : pad + size, 3 * pad : 3 * (pad + size)] = images.reshape(count, size, 3 * size)
+def _shift(images, rows, top, left, flip):
+    """Cuts ``images[rows]`` out of a black frame of an eighth of their size, from (top, left) on, and mirrors those of `flip`."""
+    size, pad = images.shape[1], images.shape[1] // 8
+    out, chunk = np.empty((len(rows), size, size, 3), np.uint8), max(1, 2**16 // size**2)  # fits the processor's cache
+    framed = np.zeros((chunk, size + 2 * pad, 3 * (size + 2 * pad)), np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(framed, (size, 3 * size), axis=(1, 2))
-    out = windows[np.arange(count), top, 3 * left].reshape(images.shape)
-    if flip.any():
-        rows = out[flip].reshape(-1, size, 3)  # one tall image
-        out[flip] = cv2.flip(rows, 1).reshape(-1, size, size, 3)
+    images = images.reshape(len(images), size, 3 * size)
+    for at in range(0, len(rows), chunk):
+        part = slice(at, at + chunk)
+        count, mirrored = len(rows[part]), flip[part]
+        framed[:count, pad : pad + size, 3 * pad : 3 * (pad + size)] = images[rows[part]]
+        cut = windows[np.arange(count), top[part], 3 * left[part]].reshape(count, size, size, 3)
+        if mirrored.any():  # they are one tall image
+            cut[mirrored] = cv2.flip(cut[mirrored].reshape(-1, size, 3), 1).reshape(-1, size, size, 3)
+        out[part] = cut
     return out
 
 

@@ -108,10 +108,10 @@ class Reader:
             made = [self.examples(*each) for each in wanted.tolist()]
             images = np.array([image for image, _ in made], np.uint8).reshape(-1, self.size, self.size, 3)
             return images, np.array([label for _, label in made], np.int32)
-        images, labels = (kept[indices] for kept in _kept(self.split, self.size, self.augmentation))
-        if self.seed is not None:
-            images = train_images(images, self.size, self.augmentation, self.seed, epochs, indices)
-        return images, labels
+        images, labels = _kept(self.split, self.size, self.augmentation)
+        if self.seed is None:
+            return images[indices], labels[indices]
+        return train_images(images, self.size, self.augmentation, self.seed, epochs, indices), labels[indices]
 
 
 @functools.lru_cache(maxsize=2)  # the training and the evaluation split
