@@ -70,7 +70,11 @@ class Workers:
             unread, self.tasks = os.pipe()
             stack.callback(os.close, self.tasks)
             self.selector = stack.enter_context(selectors.DefaultSelector())
-            with os.fdopen(unread, "rb") as tasks, _blocked(SIGNALS):
+            with os.fdopen(unread, "rb") as tasks, contextlib.ExitStack() as after:
+                # What this thread blocks, its processes never get.
+                after.callback(
+                    signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+                )
                 for number in range(count):
                     arguments = json.dumps([sys.path, fd, number, *shape])
                     worker = subprocess.Popen(
@@ -85,18 +89,15 @@ class Workers:
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Images and labels of each batch of (epoch, index), int64 ``[examples, 2]``, in order."""
-        batches, left, ahead = iter(batches), np.empty((0, 2), np.int64), deque()
-        while True:
-            while free := self.rows - (self.sent - self.taken):
-                if not len(left):
-                    if (left := next(batches, None)) is None:
-                        left = np.empty((0, 2), np.int64)
-                        break
-                    ahead.append(len(left))
-                self._send(left[:free])
-                left = left[free:]
-            if not ahead:
-                return
+        ahead = deque()
+        for batch in batches:
+            ahead.append(len(batch))
+            while len(batch) > (free := self.rows - (self.sent - self.taken)):  # the ring is full
+                self._send(batch[:free])
+                batch = batch[free:]
+                yield self._take(ahead.popleft())
+            self._send(batch)
+        while ahead:
             yield self._take(ahead.popleft())
 
     def _send(self, wanted):
@@ -205,13 +206,3 @@ def _map(fd: int, job: list[int], rows: int, size: int, count: int):
     ring = np.frombuffer(memory, _row(size), rows, at.nbytes)
     ends = itertools.accumulate(job, initial=at.nbytes + ring.nbytes)
     return at, ring, [memory[start:end] for start, end in itertools.pairwise(ends)]
-
-
-@contextlib.contextmanager
-def _blocked(signals):
-    """Blocks signals in this thread. Processes that it starts meanwhile never get them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
