@@ -120,14 +120,13 @@ def _upper_rows(encoded: bytes, rows: int, shape: tuple[int, int]) -> np.ndarray
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic (Keys, a = -0.75), without antialiasing, to ``[size, size, 3]`` uint8; a fourth channel is only for speed.
+    """Bicubic (Keys, a = -0.75), without antialiasing, to ``[size, size, 3]`` uint8. A fourth channel is for speed; with it values may differ by one.
 
     As in the reference but for two things: TensorFlow 1's resize_bicubic samples at ``i * scale``, here the centres of the
     pixels are mapped, ``(i + 0.5) * scale - 0.5``, which moves the picture by less than a pixel; and the reference keeps
     fractions and overshoots where it does not augment, here values are rounded to 0 … 255.
     """
     if image.shape[:2] != (size, size):
-        image = image if image.shape[2] == 4 else cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
         image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
     return image if image.shape[2] == 3 else cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
 
