@@ -79,8 +79,12 @@ bench-gpu: $(STAMP) $(BENCH_STAMP)  ## the part beside timm alone, on a machine 
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda13]" -c requirements.lock
 	$(BIN)/python -m tests.bench --only gpu --record outputs/published/bench-gpu.json
 
-bench-input: $(STAMP)  ## measure how fast photographs come in, step by step: SOURCE=FOLDER
-	$(BIN)/python -m tests.bench.input "$(SOURCE)" --record outputs/published/input.json $(if $(TENSORFLOW),--tensorflow $(TENSORFLOW))
+TENSORFLOW := .venv-tensorflow/bin/python
+
+bench-input: $(STAMP)  ## measure how fast images come in, beside tf.data: SOURCE=FOLDER of photographs; writes outputs/published/input.json
+	@$(TENSORFLOW) -c '' 2>/dev/null || { $(PYTHON) -m venv --clear .venv-tensorflow && \
+		$(TENSORFLOW) -m pip install --quiet --disable-pip-version-check tensorflow-cpu==2.21.0; } || rm -rf .venv-tensorflow
+	$(BIN)/python -m tests.bench.input "$(SOURCE)" --record outputs/published/input.json $$(ls $(TENSORFLOW) 2>/dev/null | sed 's/^/--tensorflow /')
 
 $(BENCH_STAMP): tests/bench/requirements.txt requirements.lock
 	$(PYTHON) -m venv --clear .venv-bench

@@ -3,6 +3,7 @@
 Source: section 3.3 of the paper. The reference dropped the remainder of a batch; nothing is dropped here.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from effnetlib.data.images import normalize
-from effnetlib.data.loader import eval_batches
+from effnetlib.data.loader import Reader, eval_batches
 from effnetlib.data.sources import Split
 from effnetlib.mesh import batch_sharding, make_mesh, on_every_device, replicated, shapes_of
 from effnetlib.runs.machine import pinned
@@ -85,7 +86,7 @@ def lower_eval_step(graphdef, weights, *, batch: int, size: int, mesh: Mesh) -> 
 
 
 class Evaluator:
-    """Evaluates weights of one model on one split, compiled once.
+    """Evaluates weights of one model on one split, compiled once. `close` ends its input's worker processes.
 
     Args:
       graphdef: of the model, from ``nnx.split``.
@@ -98,6 +99,8 @@ class Evaluator:
     def __init__(self, graphdef, split: Split, *, batch: int, size: int, augmentation: str, mesh: Mesh):
         self.split = split
         self.batches = dict(batch=batch, size=size, augmentation=augmentation, sharding=batch_sharding(mesh))
+        self.reader = Reader(split, size, augmentation)
+        self.close = self.reader.close
         self.graphdef, self.mesh, self.step = graphdef, mesh, None
         # CPU devices share a pool of threads. Several programs at once, whose devices wait for one another, can use it up.
         # Then all wait for ever (seen with two devices on two cores).
@@ -119,13 +122,17 @@ class Evaluator:
         everywhere = replicated(self.mesh)
         weights = jax.device_put(weights, everywhere)
         sums = [on_every_device(ZEROS, everywhere) for _ in weights]
-        for number, batch in enumerate(eval_batches(self.split, **self.batches), 1):
-            for i, each in enumerate(weights):
-                sums[i] = self.step(each, sums[i], batch)
-                if self.one_at_a_time:
-                    jax.block_until_ready(sums[i])
-            if progress:
-                progress.update(number)
+        try:
+            for number, batch in enumerate(eval_batches(self.split, **self.batches, reader=self.reader), 1):
+                for i, each in enumerate(weights):
+                    sums[i] = self.step(each, sums[i], batch)
+                    if self.one_at_a_time:
+                        jax.block_until_ready(sums[i])
+                if progress:
+                    progress.update(number)
+        except BaseException:
+            self.close()
+            raise
         results = [EvalResult(**{name: value.item() for name, value in total.items()}) for total in sums]
         for seen in (result.nseen for result in results):
             if seen != len(self.split):
@@ -145,6 +152,7 @@ def evaluate(
     """
     mesh = make_mesh(jax.device_count()) if mesh is None else mesh
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    evaluator = Evaluator(graphdef, split, batch=batch, size=size, augmentation=augmentation, mesh=mesh)
     progress = Progress(-(-len(split) // batch), 0, batch)
-    return evaluator((nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)), progress=progress)[0]
+    options = dict(batch=batch, size=size, augmentation=augmentation, mesh=mesh)
+    with contextlib.closing(Evaluator(graphdef, split, **options)) as evaluator:
+        return evaluator((nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)), progress=progress)[0]

@@ -3,6 +3,7 @@
 `runs/run.py` holds what a run owns on disk, and `runs/meter.py` what it measures.
 """
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def train(
       FailedError: the input failed, and all is saved; or the file system; or no checkpoint can be read.
       DivergedError: the loss became infinite, nan or huge.
     """
-    with open_run(recipe, directory, eval_devices, max_minutes) as run:
+    with open_run(recipe, directory, eval_devices, max_minutes) as run, contextlib.ExitStack() as inputs:
         if run.record.status == "completed":
             return run.record
 
@@ -64,6 +65,7 @@ def train(
         split_key = jax.jit(lambda: tuple(jax.random.split(jax.random.key(recipe.seed))), out_shardings=everywhere)
         init_key, run_key = split_key()
         state, train_step, evaluator = _compile(recipe, mesh, init_key, run)
+        inputs.callback(evaluator.close)
         learning_rates = np.asarray(jax.jit(recipe.schedule)(np.arange(total)))
         wait_for_all("compiled")
         compile_seconds = time.perf_counter() - compiling
@@ -81,6 +83,7 @@ def train(
 
         where = {"sharding": batch_sharding(mesh), "start": start, "stop": total}
         batches = data.train_batches(run.splits["train"], seed=recipe.seed, **_images(recipe), **where)
+        inputs.callback(batches.close)
         eval_steps = frozenset(recipe.eval_steps)
         meter.resume()
         for step in range(start + 1, total + 1):

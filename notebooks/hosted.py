@@ -21,7 +21,7 @@ from effnetlib.runs.progress import say
 CHECKOUT = Path(__file__).parent.parent
 NOT_ADDED = ("jupyterlab",)  # there is a front end already, or nobody would run this
 SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
-SHOWN = ("effnetlib", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "ipykernel")
+SHOWN = ("effnetlib", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "ipykernel")
 TPU_SIGNS = ("TPU_ACCELERATOR_TYPE", "COLAB_TPU_1VM", "COLAB_TPU_ADDR", "ISTPUVM")
 
 

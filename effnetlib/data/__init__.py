@@ -2,7 +2,6 @@
 function of (seed, step)."""
 
 from effnetlib.data.fetch import fetch
-from effnetlib.data.loader import eval_batches, train_batches
 from effnetlib.data.sources import DataInfo, Split, cache_folder, data_folder, describe, load, remark
 
 __all__ = [
@@ -17,3 +16,11 @@ __all__ = [
     "remark",
     "train_batches",
 ]
+
+
+def __getattr__(name: str):
+    if name not in ("eval_batches", "train_batches"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from effnetlib.data import loader  # needs jax, which the worker processes do without
+
+    return getattr(loader, name)

@@ -1,12 +1,12 @@
 """AutoAugment v0 and RandAugment on the host: uint8 images ``[height, width, 3]`` in and out.
 
 Source: tensorflow/tpu, models/official/efficientnet/autoaugment.py (sections 6 and 6.1 of the reference semantics), to the
-constant. Empty places are filled with 128; geometric operations take the nearest pixel. What differs:
+constant. Empty places are filled with 128. Geometric operations take the nearest pixel. Two things differ:
 
 * Solarize at level 10 (and at RandAugment's 17) has a threshold above 255 and leaves the image as it is, as in Pillow. The
   reference writes that threshold into an 8-bit constant, which TensorFlow 1 may have wrapped around.
-* Sharpness divides its nine-pixel sum once, exactly; the reference multiplies by nine rounded thirteenths, so a pixel that
-  falls on a whole number may come out one lower there.
+* Sharpness divides its nine-pixel sum once, exactly. The reference multiplies by nine rounded thirteenths, so a pixel that
+  falls on a whole number may be one lower there.
 """
 
 import math
@@ -19,60 +19,26 @@ FILL = (128, 128, 128)
 
 # Each sub-policy is two operations (name, probability, level), applied in turn. One is drawn uniformly for an image.
 POLICY_V0 = (
-    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)),
-    (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
-    (("Color", 0.4, 1), ("Rotate", 0.6, 8)),
-    (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
-    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)),
-    (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
-    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)),
-    (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
-    (("Color", 0.6, 1), ("Equalize", 1.0, 2)),
-    (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
-    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)),
-    (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
-    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)),
-    (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
-    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)),
-    (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
-    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)),
-    (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
-    (("Color", 1.0, 0), ("Rotate", 0.6, 2)),
-    (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
-    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)),
-    (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
-    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)),
-    (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
+    (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)), (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
+    (("Color", 0.4, 1), ("Rotate", 0.6, 8)), (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
+    (("Solarize", 0.4, 2), ("Solarize", 0.6, 2)), (("Color", 0.2, 0), ("Equalize", 0.8, 8)),
+    (("Equalize", 0.4, 8), ("SolarizeAdd", 0.8, 3)), (("ShearX", 0.2, 9), ("Rotate", 0.6, 8)),
+    (("Color", 0.6, 1), ("Equalize", 1.0, 2)), (("Invert", 0.4, 9), ("Rotate", 0.6, 0)),
+    (("Equalize", 1.0, 9), ("ShearY", 0.6, 3)), (("Color", 0.4, 7), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.4, 6), ("AutoContrast", 0.4, 7)), (("Solarize", 0.6, 8), ("Color", 0.6, 9)),
+    (("Solarize", 0.2, 4), ("Rotate", 0.8, 9)), (("Rotate", 1.0, 7), ("TranslateY", 0.8, 9)),
+    (("ShearX", 0.0, 0), ("Solarize", 0.8, 4)), (("ShearY", 0.8, 0), ("Color", 0.6, 4)),
+    (("Color", 1.0, 0), ("Rotate", 0.6, 2)), (("Equalize", 0.8, 4), ("Equalize", 0.0, 8)),
+    (("Equalize", 1.0, 4), ("AutoContrast", 0.6, 2)), (("ShearY", 0.4, 7), ("SolarizeAdd", 0.6, 7)),
+    (("Posterize", 0.8, 2), ("Solarize", 0.6, 10)), (("Solarize", 0.6, 8), ("Equalize", 0.6, 1)),
     (("Color", 0.8, 6), ("Rotate", 0.4, 5)),
-)
-AUTOAUGMENT_TRANSLATE = 250.0
-RANDAUGMENT_TRANSLATE = 100.0
-CUTOUT = 40.0
+)  # fmt: skip
 
 
 def _lookup(image, table):
     """`table` is 256 values, or 256 values for each channel (``[256, 3]``)."""
     table = np.asarray(table, np.uint8)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])
-
-
-def _warp(image, x, y):
-    """The pixels nearest to the source coordinates ``x``, ``y`` (float32, broadcast to ``[height, width]``). Halves round
-    away from zero, as in TensorFlow's kernel; what lies outside is `FILL`."""
-
-    def nearest(coordinates):
-        rounded = np.rint(coordinates)
-        half = np.abs(coordinates - rounded) == 0.5
-        if half.any():
-            rounded[half] = coordinates[half] + np.copysign(np.float32(0.5), coordinates[half])
-        return np.ascontiguousarray(np.broadcast_to(rounded, image.shape[:2]))
-
-    return cv2.remap(image, nearest(x), nearest(y), cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
-
-
-def _grid(image):
-    height, width = image.shape[:2]
-    return np.arange(width, dtype=np.float32)[None], np.arange(height, dtype=np.float32)[:, None]
 
 
 def _blend(degenerate, image, factor):
@@ -82,12 +48,6 @@ def _blend(degenerate, image, factor):
     degenerate = degenerate.astype(np.float32)
     mixed = degenerate + np.float32(factor) * (image.astype(np.float32) - degenerate)
     return np.clip(mixed, 0, 255).astype(np.uint8)
-
-
-def _gray(image):
-    """TensorFlow's rgb_to_grayscale, ``[height, width, 1]``: float in between, and ``255.5`` on the way back."""
-    luma = (image * np.float32(1 / 255)) @ np.array([0.2989, 0.587, 0.114], np.float32)
-    return (luma * np.float32(255.5)).astype(np.uint8)[..., None]
 
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
@@ -111,49 +71,42 @@ def equalize(image: np.ndarray) -> np.ndarray:
     return _lookup(image, np.stack(tables, 1))
 
 
-def invert(image: np.ndarray) -> np.ndarray:
-    """``255 - image``."""
-    return 255 - image
+def affine(image: np.ndarray, matrix) -> np.ndarray:
+    """Output (x, y) is the pixel nearest to ``(a x + b y + c, d x + e y + f)`` of the image, or `FILL` outside it.
+
+    Computed in float32. Halves round away from zero, as in TensorFlow's kernel.
+    """
+    height, width = image.shape[:2]
+    x, y = np.arange(width, dtype=np.float32)[None], np.arange(height, dtype=np.float32)[:, None]
+
+    def nearest(by_x, by_y, offset):
+        parts = [np.float32(scale) * axis for scale, axis in ((by_x, x), (by_y, y)) if scale]
+        coordinates = sum(parts[1:], parts[0]) + np.float32(offset)
+        rounded = np.rint(coordinates)
+        half = np.abs(coordinates - rounded) == 0.5
+        if half.any():
+            rounded[half] = coordinates[half] + np.copysign(np.float32(0.5), coordinates[half])
+        return np.ascontiguousarray(np.broadcast_to(rounded, (height, width)))
+
+    places = [nearest(*row) for row in matrix]
+    return cv2.remap(image, *places, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     """About the centre of the pixels' centres, ``(size - 1) / 2``; positive is counter-clockwise as one sees it."""
-    x, y = _grid(image)
     right, bottom = np.float32(image.shape[1] - 1), np.float32(image.shape[0] - 1)
     radians = np.float32(degrees * (math.pi / 180))
     cos, sin = np.cos(radians), np.sin(radians)
     x_offset = (right - (cos * right - sin * bottom)) / np.float32(2)
     y_offset = (bottom - (sin * right + cos * bottom)) / np.float32(2)
-    return _warp(image, cos * x - sin * y + x_offset, sin * x + cos * y + y_offset)
-
-
-def shear_x(image: np.ndarray, level: float) -> np.ndarray:
-    """Row y moves left by ``level * y`` pixels."""
-    x, y = _grid(image)
-    return _warp(image, x + np.float32(level) * y, y)
-
-
-def shear_y(image: np.ndarray, level: float) -> np.ndarray:
-    """Column x moves up by ``level * x`` pixels."""
-    x, y = _grid(image)
-    return _warp(image, x, np.float32(level) * x + y)
-
-
-def translate_x(image: np.ndarray, pixels: float) -> np.ndarray:
-    """To the left by `pixels`."""
-    x, y = _grid(image)
-    return _warp(image, x + np.float32(pixels), y)
-
-
-def translate_y(image: np.ndarray, pixels: float) -> np.ndarray:
-    """Up by `pixels`."""
-    x, y = _grid(image)
-    return _warp(image, x, y + np.float32(pixels))
+    return affine(image, ((cos, -sin, x_offset), (sin, cos, y_offset)))
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """From grey (0) past the image itself (1) to stronger colours."""
-    return _blend(_gray(image), image, factor)
+    """From grey (0) past the image itself (1) to stronger colours. The grey is TensorFlow's rgb_to_grayscale: float in
+    between, and ``255.5`` on the way back."""
+    luma = (image * np.float32(1 / 255)) @ np.array([0.2989, 0.587, 0.114], np.float32)
+    return _blend((luma * np.float32(255.5)).astype(np.uint8)[..., None], image, factor)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
@@ -161,11 +114,6 @@ def contrast(image: np.ndarray, factor: float) -> np.ndarray:
     which it calls the mean. AutoAugment v0 does not use it, RandAugment does."""
     grey = np.uint8(min(image.shape[0] * image.shape[1] / 256, 255))
     return _lookup(image, _blend(np.full(256, grey), np.arange(256), factor))
-
-
-def brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """From black (0) past the image (1)."""
-    return _lookup(image, _blend(np.zeros(256), np.arange(256), factor))
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -183,18 +131,6 @@ def posterize(image: np.ndarray, bits: int) -> np.ndarray:
     return image >> shift << shift
 
 
-def solarize(image: np.ndarray, threshold: int) -> np.ndarray:
-    """Inverts the values from `threshold` on."""
-    values = np.arange(256)
-    return _lookup(image, np.where(values < threshold, values, 255 - values))
-
-
-def solarize_add(image: np.ndarray, addition: int) -> np.ndarray:
-    """Adds `addition` to the values below 128."""
-    values = np.arange(256)
-    return _lookup(image, np.where(values < 128, np.clip(values + addition, 0, 255), values))
-
-
 def cutout(image: np.ndarray, half: int, row: int, column: int) -> np.ndarray:
     """Fills the square of side ``2 * half`` around (row, column), as far as it lies in the image."""
     image = image.copy()
@@ -202,64 +138,56 @@ def cutout(image: np.ndarray, half: int, row: int, column: int) -> np.ndarray:
     return image
 
 
-OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
-    "AutoContrast": autocontrast,
-    "Equalize": equalize,
-    "Invert": invert,
-    "Rotate": rotate,
-    "Posterize": posterize,
-    "Solarize": solarize,
-    "Color": color,
-    "Contrast": contrast,
-    "Brightness": brightness,
-    "Sharpness": sharpness,
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateX": translate_x,
-    "TranslateY": translate_y,
-    "Cutout": cutout,
-    "SolarizeAdd": solarize_add,
+VALUES = np.arange(256)
+# The operation, and what share 1, level 10, means to it (RandAugment goes beyond): degrees, shear, pixels, bits, threshold,
+# addition, half a side. None takes no value; a factor is ``share * 1.8 + 0.1``. Translations are in units of `translate`.
+OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], float | int | str | None]] = {
+    "AutoContrast": (autocontrast, None),
+    "Equalize": (equalize, None),
+    "Invert": (lambda image: 255 - image, None),
+    "Rotate": (rotate, 30.0),  # counter-clockwise
+    "Posterize": (posterize, 4),
+    "Solarize": (lambda image, threshold: _lookup(image, np.where(VALUES < threshold, VALUES, 255 - VALUES)), 256),
+    "Color": (color, "factor"),
+    "Contrast": (contrast, "factor"),
+    "Brightness": (lambda image, factor: _lookup(image, _blend(np.zeros(256), VALUES, factor)), "factor"),
+    "Sharpness": (sharpness, "factor"),
+    "ShearX": (lambda image, shear: affine(image, ((1, shear, 0), (0, 1, 0))), 0.3),  # row y moves left by shear * y
+    "ShearY": (lambda image, shear: affine(image, ((1, 0, 0), (shear, 1, 0))), 0.3),  # column x moves up by shear * x
+    "TranslateX": (lambda image, pixels: affine(image, ((1, 0, pixels), (0, 1, 0))), "translate"),  # to the left
+    "TranslateY": (lambda image, pixels: affine(image, ((1, 0, 0), (0, 1, pixels))), "translate"),  # up
+    "Cutout": (cutout, 40),
+    "SolarizeAdd": (
+        lambda image, more: _lookup(image, np.where(VALUES < 128, np.minimum(VALUES + more, 255), VALUES)),
+        110,
+    ),
 }
+AUTOAUGMENT_TRANSLATE, RANDAUGMENT_TRANSLATE = 250.0, 100.0
 
 
 def magnitude(name: str, level: float, translate: float = AUTOAUGMENT_TRANSLATE) -> float | None:
-    """What a level (of ten; RandAugment goes beyond) means to an operation, without its random sign; None where the
-    operation takes nothing.
+    """What a level means to an operation, without its random sign; None where the operation takes nothing.
 
-    Degrees, shear, pixels (`translate` at level 10), blending factor, bits, threshold, addition, or half a side.
+    Whole numbers are cut, not rounded. `translate` is in pixels, at level 10.
     """
-    share = level / 10.0
-    match name:
-        case "Rotate":
-            return share * 30.0
-        case "ShearX" | "ShearY":
-            return share * 0.3
-        case "TranslateX" | "TranslateY":
-            return share * translate
-        case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            return share * 1.8 + 0.1
-        case "Posterize":
-            return int(share * 4)
-        case "Solarize":
-            return int(share * 256)
-        case "SolarizeAdd":
-            return int(share * 110)
-        case "Cutout":
-            return int(share * CUTOUT)
-    return None
+    share, unit = level / 10.0, OPERATIONS[name][1]
+    if unit == "factor":
+        return share * 1.8 + 0.1
+    unit = translate if unit == "translate" else unit
+    return None if unit is None else type(unit)(share * unit)
 
 
 def apply(image: np.ndarray, name: str, level: float, rng: np.random.Generator, translate: float) -> np.ndarray:
     """One operation at a level. Rotations, shears and translations go either way with equal chance; the place of a
     cut-out is uniform over the image."""
-    value = magnitude(name, level, translate)
+    operation, value = OPERATIONS[name][0], magnitude(name, level, translate)
     if value is None:
-        return OPERATIONS[name](image)
+        return operation(image)
     if name.startswith(("Rotate", "Shear", "Translate")) and rng.random() < 0.5:
         value = -value
     if name == "Cutout":
         return cutout(image, value, int(rng.integers(image.shape[0])), int(rng.integers(image.shape[1])))
-    return OPERATIONS[name](image, value)
+    return operation(image, value)
 
 
 def autoaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -6,11 +6,11 @@ Source: section 6 of the reference semantics; tensorflow/tpu, models/official/ef
 import contextlib
 import io
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import cv2
-import jax
-import jax.numpy as jnp
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -26,9 +26,8 @@ MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 CROP_PADDING = 32
 
-# Parallelism is over images; a pool inside each of them only makes the threads wait for one another.
+# Images are made in parallel. A pool of threads for each of them would only make them wait for one another.
 cv2.setNumThreads(1)
-
 
 # What RGB needs 512 MiB for is not read; Pillow draws the same line.
 MAX_PIXELS = 2**29 // 3
@@ -39,9 +38,9 @@ class Unreadable(Exception):
     """Why an encoded image is not read, in the words of its decoder or of ours."""
 
 
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 ``[..., 3]`` to float32 with ImageNet's mean and standard deviation, on the device."""
-    return (images.astype(jnp.float32) - jnp.array(MEAN_RGB)) / jnp.array(STDDEV_RGB)
+def normalize(images):
+    """uint8 ``[..., 3]`` to float32 with ImageNet's mean and standard deviation; a jax array stays on its device."""
+    return (images.astype(np.float32) - np.float32(MEAN_RGB)) / np.float32(STDDEV_RGB)
 
 
 def decode(encoded: bytes, name: str) -> np.ndarray:
@@ -71,8 +70,7 @@ def read(encoded: bytes) -> tuple[str, np.ndarray]:
 
 def _read(encoded: bytes) -> tuple[str, np.ndarray]:
     with contextlib.suppress(Exception):  # strict, and it knows fewer forms of JPEG: Pillow has the last word
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-        if height * width <= MAX_PIXELS and colorspace not in ("CMYK", "YCCK"):
+        if _jpeg_size(encoded):
             return "JPEG", simplejpeg.decode_jpeg(encoded, "RGB")
     image = Image.open(io.BytesIO(encoded))
     if image.width * image.height > MAX_PIXELS:
@@ -93,67 +91,113 @@ def _read(encoded: bytes) -> tuple[str, np.ndarray]:
     return kind, np.asarray(image.convert("RGB"))
 
 
+def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that simplejpeg can decode, by its header."""
+    with contextlib.suppress(Exception):
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        return (height, width) if height * width <= MAX_PIXELS and colorspace not in ("CMYK", "YCCK") else None
+
+
+def _upper_rows(encoded: bytes, rows: int, shape: tuple[int, int]) -> np.ndarray:
+    """The first `rows` rows of a JPEG of (height, width), or more of them, with a fourth channel that speeds up resizing.
+
+    The decoder stops early because a copy of the header claims fewer rows: eight more than are wanted, for chroma is
+    interpolated between rows. The pixels are those of the whole image. Only a baseline JPEG that ends as it should is cut:
+    other kinds are decoded as a whole, and in a truncated file the early stop would hide that its end is missing.
+    """
+    at, marker, length = 2, 0, 0
+    while at + 9 < len(encoded) and not 0xFFC0 <= marker <= 0xFFDA:  # up to the frame's header
+        at += length
+        marker, length = int.from_bytes(encoded[at : at + 2]), 2 + int.from_bytes(encoded[at + 2 : at + 4])
+    size, fewer = struct.pack(">HH", *shape), struct.pack(">H", min(rows + 8, shape[0]))
+    cut = marker in (0xFFC0, 0xFFC1) and encoded[at + 5 : at + 9] == size and encoded.endswith(b"\xff\xd9")
+    try:
+        # Not strict, for a decoder that stops early warns of what follows.
+        part = encoded[: at + 5] + fewer + encoded[at + 7 :] if cut else encoded
+        return simplejpeg.decode_jpeg(part, "RGBX", strict=not cut or fewer == size[:2])
+    except Exception:
+        return read(encoded)[1]
+
+
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic (Keys, a = -0.75), without antialiasing, to ``[size, size, 3]`` uint8.
+    """Bicubic (Keys, a = -0.75), without antialiasing, to ``[size, size, 3]`` uint8. A fourth channel is for speed; with it values may differ by one.
 
     As in the reference but for two things: TensorFlow 1's resize_bicubic samples at ``i * scale``, here the centres of the
     pixels are mapped, ``(i + 0.5) * scale - 0.5``, which moves the picture by less than a pixel; and the reference keeps
     fractions and overshoots where it does not augment, here values are rounded to 0 … 255.
     """
-    if image.shape[:2] == (size, size):
-        return image
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    if image.shape[:2] != (size, size):
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    return image if image.shape[2] == 3 else cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
 
 
-def eval_image(image: np.ndarray, size: int, augmentation: str) -> np.ndarray:
+def eval_image(original: bytes | np.ndarray, size: int, augmentation: str) -> np.ndarray:
     """For the cropping augmentations the centre square of ``size / (size + 32)`` of the shorter side; else the whole."""
-    if augmentation in CROPPING:
-        side = max(1, int(size / (size + CROP_PADDING) * min(image.shape[:2])))
-        top, left = (image.shape[0] - side + 1) // 2, (image.shape[1] - side + 1) // 2
-        image = image[top : top + side, left : left + side]
-    return resize(image, size)
+    return _cropped(original, size, augmentation)
+
+
+def _cropped(original, size, augmentation, rng=None):
+    """An image cropped, at random if there is an `rng`, and resized. No more is decoded than the crop needs."""
+    shape = _jpeg_size(original) if isinstance(original, bytes) else original.shape[:2]
+    if shape is None:
+        original = read(original)[1]
+        shape = original.shape[:2]
+    crop = random_crop(*shape, rng) if rng else None
+    if crop is None and augmentation in CROPPING:
+        side = max(1, int(size / (size + CROP_PADDING) * min(shape)))
+        crop = (shape[0] - side + 1) // 2, (shape[1] - side + 1) // 2, side, side
+    top, left, height, width = crop or (0, 0, *shape)
+    if isinstance(original, bytes):
+        original = _upper_rows(original, top + height, shape)
+    return resize(original[top : top + height, left : left + width], size)
 
 
 def train_images(
-    images: Sequence[np.ndarray], size: int, augmentation: str, seed: int, epochs: np.ndarray, indices: np.ndarray
+    originals: Sequence, size: int, augmentation: str, seed: int, epochs: Sequence[int], indices: Sequence[int]
 ) -> np.ndarray:
     """Augmented training images, uint8 ``[batch, size, size, 3]``.
 
-    Each is a pure function of its image and (seed, epoch, index), whatever else is in the batch.
+    Each is a pure function of its original and (seed, epoch, index), whatever else is in the batch.
 
     Args:
-      images: the originals, ``[height, width, 3]`` each. One array ``[batch, size, size, 3]`` is not resized again.
-      epochs, indices: of the examples, int64 ``[batch]``.
+      originals: of each example uint8 ``[height, width, 3]``, or a photograph as bytes. Or one array of a whole set that is
+        resized already, ``[examples, size, size, 3]``: then an example's original is at its index.
+      epochs, indices: of the examples.
+
+    Raises:
+      Unreadable: see `read`.
     """
     if augmentation in CROPPING:
-        each = zip(images, epochs, indices, strict=True)
-        cropped = (_crop_and_flip(*one, size=size, augmentation=augmentation, seed=seed) for one in each)
-        return np.stack(list(cropped))
-    if not isinstance(images, np.ndarray) or images.shape[1:3] != (size, size):
-        images = np.stack([resize(image, size) for image in images])
+        rngs = [example_rng(seed, *one) for one in zip(epochs, indices, strict=True)]
+        each = zip(originals, rngs, strict=True)
+        return np.stack([_crop_and_flip(original, size, augmentation, rng) for original, rng in each])
+    images, rows = originals, np.asarray(indices)
+    if not isinstance(images, np.ndarray):
+        images, rows = np.stack([eval_image(each, size, augmentation) for each in originals]), np.arange(len(originals))
     if not augmentation.startswith("shift"):
-        return images
+        return images[rows]
     top, left, flip, _ = philox((indices, epochs, 0, 0), seed)
     places = np.uint64(2 * (size // 8) + 1)
     top, left = ((bits * places >> np.uint64(32)).astype(np.intp) for bits in (top, left))
     flip = (flip >> np.uint64(31)).astype(bool) & (augmentation == "shift_flip")
-    out, chunk = np.empty(images.shape, np.uint8), 128  # a chunk of small images stays in the processor's cache
-    for at in range(0, len(images), chunk):
-        part = slice(at, at + chunk)
-        out[part] = _shift(images[part], top[part], left[part], flip[part])
-    return out
+    return _shift(images, rows, top, left, flip)
 
 
-def _shift(images, top, left, flip):
-    """Cuts each image out of a black frame of an eighth of its size, from (top, left) on, and mirrors it if `flip`."""
-    count, size, pad = len(images), images.shape[1], images.shape[1] // 8
-    framed = np.zeros((count, size + 2 * pad, (size + 2 * pad) * 3), np.uint8)
-    framed[:, pad : pad + size, 3 * pad : 3 * (pad + size)] = images.reshape(count, size, 3 * size)
+def _shift(images, rows, top, left, flip):
+    """Cuts ``images[rows]`` out of a black frame of an eighth of their size, from (top, left) on, and mirrors those of `flip`."""
+    size, pad = images.shape[1], images.shape[1] // 8
+    out, chunk = np.empty((len(rows), size, size, 3), np.uint8), max(1, 2**16 // size**2)  # fits the processor's cache
+    framed = np.zeros((chunk, size + 2 * pad, 3 * (size + 2 * pad)), np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(framed, (size, 3 * size), axis=(1, 2))
-    out = windows[np.arange(count), top, 3 * left].reshape(images.shape)
-    if flip.any():
-        rows = out[flip].reshape(-1, size, 3)  # one tall image
-        out[flip] = cv2.flip(rows, 1).reshape(-1, size, size, 3)
+    images = images.reshape(len(images), size, 3 * size)
+    for at in range(0, len(rows), chunk):
+        part = slice(at, at + chunk)
+        count, mirrored = len(rows[part]), flip[part]
+        framed[:count, pad : pad + size, 3 * pad : 3 * (pad + size)] = images[rows[part]]
+        cut = windows[np.arange(count), top[part], 3 * left[part]].reshape(count, size, size, 3)
+        if mirrored.any():  # they are one tall image
+            cut[mirrored] = cv2.flip(cut[mirrored].reshape(-1, size, 3), 1).reshape(-1, size, size, 3)
+        out[part] = cut
     return out
 
 
@@ -168,15 +212,12 @@ def philox(counter: Sequence, key: int) -> tuple[np.ndarray, ...]:
     """
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     a, b, c, d = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
-    for i in range(10):
-        keys = [((key & 0xFFFFFFFF) + i * 0x9E3779B9) % 2**32, ((key >> 32) + i * 0xBB67AE85) % 2**32]
+    keys, step = np.array([key & 0xFFFFFFFF, key >> 32], np.uint64), np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+    for _ in range(10):
         first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (
-            second >> half ^ b ^ np.uint64(keys[0]),
-            second & low,
-            first >> half ^ d ^ np.uint64(keys[1]),
-            first & low,
-        )
+        a, c = second >> half ^ b ^ keys[0], first >> half ^ d ^ keys[1]
+        b, d = second & low, first & low
+        keys = keys + step & low
     return a, b, c, d
 
 
@@ -185,33 +226,52 @@ def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(seed, (int(epoch) << 32) + int(index))))
 
 
-def _crop_and_flip(image, epoch, index, *, size, augmentation, seed):
-    rng = example_rng(seed, epoch, index)
-    crop = random_crop(*image.shape[:2], rng)
-    if crop is None:
-        image = eval_image(image, size, augmentation)
-    else:
-        top, left, height, width = crop
-        image = resize(image[top : top + height, left : left + width], size)
+def _crop_and_flip(original, size, augmentation, rng):
+    image = _cropped(original, size, augmentation, rng)
     if rng.random() < 0.5:
-        image = np.ascontiguousarray(image[:, ::-1])
+        image = cv2.flip(image, 1)
     further = CROPPING[augmentation]
     return further(image, rng) if further else image
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Makes examples one by one, from ``read(index)``: the image and its label; of a photograph, its bytes, label and name.
+
+    Without a seed they are made as they are evaluated. Raises FailedError where a photograph cannot be read.
+    """
+
+    read: Callable[[int], tuple]
+    size: int
+    augmentation: str
+    seed: int | None = None
+
+    def __call__(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
+        original, label, *name = self.read(index)
+        try:
+            if self.seed is None:
+                return eval_image(original, self.size, self.augmentation), label
+            return train_images([original], self.size, self.augmentation, self.seed, [epoch], [index])[0], label
+        except Unreadable as error:
+            raise FailedError(f"{name[0]} is not a readable image ({error})") from None
+
+    def name(self, index: int) -> str:
+        return self.read(index)[2]
 
 
 def random_crop(
     height: int,
     width: int,
     rng: np.random.Generator,
-    area: tuple[float, float] = (0.08, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
-    min_covered: float = 0.1,
-    attempts: int = 10,
+    area=(0.08, 1.0),
+    aspect=(3 / 4, 4 / 3),
+    min_covered=0.1,
+    attempts=10,
 ) -> tuple[int, int, int, int] | None:
     """(top, left, height, width) by the rule of tf.image.sample_distorted_bounding_box over the whole image.
 
     An attempt draws the aspect ratio uniformly, then the height uniformly between those that give the least and the
-    most area, then the place; it fails if the crop covers less than `min_covered` of the image. None where every
+    most area, then the place. It fails if the crop covers less than `min_covered` of the image. None where every
     attempt failed or the crop is the whole image: the caller then takes the centre crop, as the reference does.
     """
     smallest, largest = area[0] * height * width, area[1] * height * width

@@ -11,7 +11,6 @@ is not used is counted. `skip.txt` beside the splits names photographs to leave 
 
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import os
@@ -19,11 +18,12 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from effnetlib.data.split import Split
+from effnetlib.data.workers import Packed
 from effnetlib.errors import EffnetlibError, first_line, shown
 
 # The suffixes of photographs, and the format that each promises.
@@ -80,9 +80,18 @@ class Photo(NamedTuple):
             raise EffnetlibError(f"{self.name} cannot be read: {error.strerror}") from None
 
 
-def _encoded(photos: list[Photo], index: int) -> tuple[bytes, int, str]:
-    photo = photos[index]
-    return photo.read(), photo.label, photo.name
+class _Files:
+    """Photographs by index: the file as bytes, the label and the name."""
+
+    def __init__(self, photos: Sequence[Photo]):
+        self.photos = photos
+
+    def __call__(self, index: int) -> tuple[bytes, int, str]:
+        photo = self.photos[index]
+        return photo.read(), photo.label, photo.name
+
+    def __getstate__(self):
+        return {"photos": Packed(self.photos)}  # which all worker processes share
 
 
 def split_of(name: str) -> str | None:
@@ -355,7 +364,7 @@ class _Walk:
             len(photos),
             class_names,
             fingerprint,
-            functools.partial(_encoded, photos),
+            _Files(photos),
             origin=where,
             unused=dict(self.unused),
             names=names,

@@ -84,6 +84,11 @@ class ShardedRecords:
             [whole(filename=str(path), take=count, examples_in_shard=count) for path, count in self.shards]
         )
 
+    def __getstate__(self):
+        return {
+            name: value for name, value in vars(self).items() if name != "_source"
+        }  # its files are open in one process
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

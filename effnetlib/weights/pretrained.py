@@ -1,5 +1,6 @@
 """Weights to use: imported from timm or Keras, or out of a run; evaluated on a data set, or exported for others."""
 
+import contextlib
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -147,10 +148,12 @@ def predict(
     probabilities = jax.jit(lambda state, images: jax.nn.softmax(nnx.merge(graphdef, state)(normalize(images))))
     here = batch_sharding(make_mesh(1, jax.local_devices()[:1]))
     size, labels, found = pretrained.image_size, [], []
-    for each in data.eval_batches(split, batch=batch, size=size, augmentation=augmentation, sharding=here):
-        mask = np.asarray(each["mask"])
-        labels.append(np.asarray(each["labels"])[mask])
-        found.append(np.asarray(probabilities(state, each["images"]))[mask])
+    batches = data.eval_batches(split, batch=batch, size=size, augmentation=augmentation, sharding=here)
+    with contextlib.closing(batches):
+        for each in batches:
+            mask = np.asarray(each["mask"])
+            labels.append(np.asarray(each["labels"])[mask])
+            found.append(np.asarray(probabilities(state, each["images"]))[mask])
     return np.concatenate(labels), np.concatenate(found)
 
 

@@ -9,6 +9,7 @@ import itertools
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -73,9 +74,9 @@ def loop(_):
     bench.run(3)
 
     training = importlib.import_module("effnetlib.training")
-    evaluated = [EvalResult(1, 1, 1, 0.0)] * 2
-    training._compile = lambda *_: (bench.init(bench.key), bench.step, lambda *_, **__: evaluated)
-    training.data.train_batches = lambda *_, **__: itertools.repeat(bench.batch)
+    evaluator = Mock(return_value=[EvalResult(1, 1, 1, 0.0)] * 2)
+    training._compile = lambda *_: (bench.init(bench.key), bench.step, evaluator)
+    training.data.train_batches = lambda *_, **__: (bench.batch for _ in itertools.count())
 
     def around():
         with tempfile.TemporaryDirectory() as folder:

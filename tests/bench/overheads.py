@@ -12,7 +12,6 @@ from .measurement import Measurement, in_turn, ratio
 DATA_LIBRARIES = (
     "array_record",
     "cv2",
-    "grain",
     "h5py",
     "orbax",
     "pandas",

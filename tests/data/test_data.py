@@ -199,8 +199,11 @@ def shifts_and_flips(seed, epochs, indices, size):
 def test_a_batch_is_shifted_and_flipped_as_one_image_after_another(augmentation, size):
     count, pad = 300, size // 8
     images = RNG(0).integers(0, 256, (count, size, size, 3), np.uint8)
-    epochs, indices = RNG(1).integers(0, 50, count), RNG(2).integers(0, 50_000, count)
-    batch = train_images(images, size, augmentation, 7, epochs, indices)
+    epochs, indices = RNG(1).integers(0, 50, count), RNG(2).permutation(50_000)[:count]
+    batch = train_images(list(images), size, augmentation, 7, epochs, indices)
+    whole = np.zeros((50_000, size, size, 3), np.uint8)
+    whole[indices] = images
+    np.testing.assert_array_equal(train_images(whole, size, augmentation, 7, epochs, indices), batch)
     for i, (top, left, mirrored) in enumerate(shifts_and_flips(7, epochs, indices, size)):
         wanted = np.zeros((size, size, 3), np.uint8)
         for y in range(size):
@@ -241,9 +244,7 @@ def test_shifts_and_flips_are_uniform_and_independent():
     seen = np.zeros((places, places, 2), int)
     for epoch in range(2):
         part = indices[epoch::2]
-        images = train_images(
-            np.broadcast_to(marked, (len(part), 32, 32, 3)), 32, "shift_flip", 1, part * 0 + epoch, part
-        )
+        images = train_images(np.broadcast_to(marked, (count, 32, 32, 3)), 32, "shift_flip", 1, part * 0 + epoch, part)
         top = images[..., 0].any(2).argmax(1)
         left = images[..., 0].any(1).argmax(1)
         mirrored = images[np.arange(len(part)), top + 12, left, 0] == 255

@@ -1,0 +1,208 @@
+"""Worker processes that make examples ahead of their use and hand over the pixels in shared memory.
+
+Decoding holds Python's interpreter lock for a part of its time, so that threads of one process have a limit; processes
+have none. They are started anew, not forked: a fork of a process with jax's threads may wait for ever. They import
+neither jax nor the user's `__main__`.
+
+The parent writes which examples it wants into a ring of rows in shared memory, and the numbers of rows, `UNIT` at a time,
+into one pipe from which all workers read. A worker writes the rows' pixels, and then their numbers into a pipe of its own.
+The end of a worker is the end of that pipe, and the end of the parent is the end of the first one: neither can miss it.
+"""
+
+import contextlib
+import itertools
+import json
+import mmap
+import os
+import pickle
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from effnetlib.errors import EffnetlibError, FailedError, first_line
+
+UNIT = 16  # images that a worker takes at a time
+RECORD = struct.Struct("<ii")  # the first row of a unit, and how many
+FAILED = RECORD.pack(-1, 0)  # why follows, as JSON, and nothing more
+# What stops a run: the parent decides when its workers end.
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+START = "import json, sys; sys.path[:], *job = json.loads(sys.argv[1]); from effnetlib.data import workers; workers.work(*job)"
+
+
+class Workers:
+    """Processes that make examples.
+
+    The shared memory holds one batch and 32 images per worker: 4.5 GB for B5 at 4,096 per host with 96 workers. A batch
+    that is handed over is a copy, 2.6 GB then, of which a training loop has two.
+
+    Args:
+      make: ``make(epoch, index)`` is the image, uint8 ``[size, size, 3]``, and the label of an example. It is pickled; its
+        arrays are shared by all workers. ``make.name(index)`` is what to call the example in a sentence.
+      batch: examples in the largest batch.
+      count: processes, one or more.
+
+    Raises:
+      FailedError: (in the iterators) an example cannot be made, or a worker has died.
+    """
+
+    def __init__(self, make: Callable[[int, int], tuple[np.ndarray, int]], size: int, batch: int, count: int):
+        self.make, self.rows, self.sent, self.taken = make, batch + 2 * UNIT * count, 0, 0
+        buffers = []
+        job = pickle.dumps(make, protocol=5, buffer_callback=buffers.append)
+        job = [job, *(buffer.raw() for buffer in buffers)]
+        shape = [[len(part) for part in job], self.rows, size, count]
+        with contextlib.ExitStack() as stack:
+            fd = _shared_memory()
+            stack.callback(os.close, fd)
+            os.ftruncate(fd, 8 * count + self.rows * _row(size).itemsize + sum(shape[0]))
+            self.at, self.ring, parts = _map(fd, *shape)
+            for part, content in zip(parts, job, strict=True):
+                part[:] = content
+            self.at[:], self.done = -1, np.zeros(self.rows, bool)
+            unread, self.tasks = os.pipe()
+            stack.callback(os.close, self.tasks)
+            self.selector = stack.enter_context(selectors.DefaultSelector())
+            with os.fdopen(unread, "rb") as tasks, contextlib.ExitStack() as after:
+                # What this thread blocks, its processes never get.
+                after.callback(
+                    signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+                )
+                for number in range(count):
+                    arguments = json.dumps([sys.path, fd, number, *shape])
+                    worker = subprocess.Popen(
+                        [sys.executable, "-c", START, arguments],
+                        stdin=tasks, stdout=subprocess.PIPE, pass_fds=[fd],
+                        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                    )  # fmt: skip
+                    stack.enter_context(worker)  # waits for it
+                    stack.callback(worker.kill)
+                    self.selector.register(worker.stdout, selectors.EVENT_READ, (number, worker))
+            self.close = stack.pop_all().close  # ends the processes
+
+    def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of each batch of (epoch, index), int64 ``[examples, 2]``, in order."""
+        ahead = deque()
+        for batch in batches:
+            ahead.append(len(batch))
+            while len(batch) > (free := self.rows - (self.sent - self.taken)):  # the ring is full
+                self._send(batch[:free])
+                batch = batch[free:]
+                yield self._take(ahead.popleft())
+            self._send(batch)
+        while ahead:
+            yield self._take(ahead.popleft())
+
+    def _send(self, wanted):
+        rows = np.arange(self.sent, self.sent + len(wanted)) % self.rows
+        self.ring["wanted"][rows], self.done[rows] = wanted, False
+        self.sent += len(wanted)
+        # A unit does not go around the ring's end.
+        ends = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
+        units = [
+            RECORD.pack(rows[first], min(UNIT, end - first))
+            for start, end in itertools.pairwise(ends)
+            for first in range(start, end, UNIT)
+        ]
+        units = b"".join(units)
+        with contextlib.suppress(BrokenPipeError):  # all workers have died: `_take` says of what
+            while units:
+                units = units[os.write(self.tasks, units) :]
+
+    def _take(self, count):
+        rows = np.arange(self.taken, self.taken + count) % self.rows
+        while not self.done[rows].all():
+            for key, _ in self.selector.select():
+                content = os.read(key.fd, 1 << 16)
+                for first, length in RECORD.iter_unpack(content.partition(FAILED)[0]):
+                    self.done[first : first + length] = True
+                if not content or FAILED in content:
+                    raise self._failure(content.partition(FAILED)[2], *key.data)
+        self.taken += count
+        return self.ring["image"][rows], self.ring["label"][rows]
+
+    def _failure(self, said, number, worker):
+        if said := said + worker.stdout.read():
+            is_sentence, reason = json.loads(said)
+            if is_sentence:
+                return FailedError(reason)
+        else:
+            code = worker.wait()
+            reason = signal.Signals(-code).name if code < 0 else f"code {code}"
+            reason += ", as the system does when memory is used up" if reason == "SIGKILL" else ""
+        place, row = "", int(self.at[number])
+        if row >= 0:
+            with contextlib.suppress(EffnetlibError):
+                place = f" at {self.make.name(int(self.ring['wanted'][row, 1]))}"
+        return FailedError(f"a worker process of the input ended{place} with {reason}")
+
+
+def work(fd: int, number: int, *shape) -> None:
+    """What a worker process does until there is no parent."""
+    results = os.dup(1)
+    os.dup2(2, 1)  # what a library may print does not go among the results
+    at, ring, job = _map(fd, *shape)
+    images, labels, wanted = (ring[name] for name in ring.dtype.names)
+    try:
+        make = pickle.loads(job[0], buffers=job[1:])
+        while task := os.read(0, RECORD.size):
+            first, length = RECORD.unpack(task)
+            for row in range(first, first + length):
+                at[number] = row
+                images[row], labels[row] = make(*wanted[row].tolist())
+            at[number] = -1
+            os.write(results, task)
+    except BrokenPipeError:  # the parent has ended
+        return
+    except Exception as error:
+        is_sentence, reason = isinstance(error, EffnetlibError), f"{type(error).__name__}: {first_line(error)}"
+        if not is_sentence:
+            traceback.print_exc()
+        with contextlib.suppress(BrokenPipeError):
+            os.write(results, FAILED + json.dumps([is_sentence, str(error) if is_sentence else reason]).encode())
+    finally:
+        os.close(results)
+
+
+class Packed(Sequence):
+    """A list whose pickle is two arrays, which all workers share; each item is unpickled when it is used."""
+
+    def __init__(self, items: Iterable):
+        items = [pickle.dumps(item) for item in items]
+        self.content = np.frombuffer(b"".join(items), np.uint8)
+        self.ends = np.cumsum([0, *map(len, items)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int):
+        return pickle.loads(self.content[self.ends[index] : self.ends[index + 1]])
+
+
+def _shared_memory() -> int:
+    """A file in memory that has no name and no limit but the memory's. /dev/shm, often of 64 MB, is not used."""
+    try:
+        return os.memfd_create("effnetlib")
+    except (AttributeError, OSError):  # not Linux, or forbidden
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+
+
+def _row(size: int) -> np.dtype:
+    return np.dtype([("image", np.uint8, (size, size, 3)), ("label", np.int32), ("wanted", np.int64, 2)])
+
+
+def _map(fd: int, job: list[int], rows: int, size: int, count: int):
+    """What lies in the shared memory: the row that each worker is at, the ring, and the parts of the job of these lengths."""
+    memory = memoryview(mmap.mmap(fd, 0))
+    at = np.frombuffer(memory, np.int64, count)
+    ring = np.frombuffer(memory, _row(size), rows, at.nbytes)
+    ends = itertools.accumulate(job, initial=at.nbytes + ring.nbytes)
+    return at, ring, [memory[start:end] for start, end in itertools.pairwise(ends)]
