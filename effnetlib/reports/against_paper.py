@@ -50,80 +50,68 @@ def deviations(record: Record) -> list[str]:
 
     cores = paper.table2().set_index("preset")["cores"][row_of(record)]
     said = [f"{name} {text(ours)}, not {text(preset)}" for name, (ours, preset) in changed_fields(record).items()]
-    counts = {
-        "trained": (record.data.get("train_examples"), IMAGENET.train_examples),
-        "evaluated": (record.result.get("eval_examples"), IMAGENET.eval_examples),
-    }
-    said += [f"{verb} on {n:,} images, not {all_:,}" for verb, (n, all_) in counts.items() if n not in (None, all_)]
+    for verb, counts, name in (
+        ("trained", record.data, "train_examples"),
+        ("evaluated", record.result, "eval_examples"),
+    ):
+        if (count := counts.get(name)) not in (None, (all_ := getattr(IMAGENET, name))):
+            said.append(f"{verb} on {count:,} images, not {all_:,}")
     if (record.environment["devices"], record.environment["device_kind"]) != (cores, "TPU v3"):
         said.append(f"{_devices(record)}, not {cores:,} TPU-v3 cores")
     return said
 
 
-def table2(records: Sequence[Record]) -> pd.DataFrame:
-    """Table 2 with the top-1 of the runs of each row's recipe beside it; one row per run, and one where there is none."""
-    rows = []
-    for row in paper.table2().itertuples():
-        stated = {"preset": row.preset, "cores": row.cores, "paper top-1 %": 100 * row.top1, "checked": row.checked}
-        ours = [
-            {
-                "our peak top-1 %": 100 * record.result["peak_top1"],
-                "difference, points": 100 * (record.result["peak_top1"] - row.top1),
-                "our final top-1 %": 100 * record.result["final_top1"],
-                "run": record.name,
-            }
-            for record in _of_recipe(records, row.preset)
-        ]
-        rows += [stated | each for each in ours or [{}]]
-    ours = ["our peak top-1 %", "difference, points", "our final top-1 %", "run"]
-    return pd.DataFrame(rows, columns=[*stated, *ours])
-
-
-def table1(records: Sequence[Record]) -> pd.DataFrame:
-    """Table 1 with our images/ms beside it; one row per run, and one where there is none."""
-
-    def step(recipe):
-        return (
-            recipe.variant,
-            recipe.global_batch_size,
-            recipe.resolution,
-            recipe.precision,
-        )  # the optimizer hardly counts
-
-    rows = []
-    for row in paper.table1().itertuples():
-        stated = {"model": row.variant, "cores": row.cores, "batch": row.global_batch_size}
-        stated |= {"paper images/ms": row.images_per_ms, "checked": row.checked}
-        wanted = step(Recipe.preset(f"{row.variant}-{row.global_batch_size}-lars"))
-        ours = [
-            {
-                "our images/ms": record.result["images_per_second"] / 1e3,
-                "ours / paper": record.result["images_per_second"] / 1e3 / row.images_per_ms,
-                "on": _devices(record),
-                "run": record.name,
-            }
-            for record in records
-            if saw_imagenet(record) and step(record.recipe) == wanted
-        ]
-        rows += [stated | each for each in ours or [{}]]
-    return pd.DataFrame(rows, columns=[*stated, "our images/ms", "ours / paper", "on", "run"])
-
-
-def figure1(records: Sequence[Record]) -> pd.DataFrame:
-    """Figure 1: the paper's points and our runs of its recipes, by its clock, which stops at the peak."""
-    ours = [
+def _ours(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per ImageNet run, with what the paper states of its own, and the row of Table 2 whose recipe it has, if any."""
+    rows = [
         {
+            "preset": row_of(record) if row_of(record) and not changed_fields(record) else None,
+            "step": _step(record.recipe),
             "variant": record.recipe.variant,
             "cores": record.environment["devices"],
             "global_batch_size": record.recipe.global_batch_size,
             "minutes": record.result["seconds_to_peak"] / 60,
             "top1": record.result["peak_top1"],
-            "whose": record.name,
+            "our peak top-1 %": 100 * record.result["peak_top1"],
+            "our final top-1 %": 100 * record.result["final_top1"],
+            "our images/ms": record.result["images_per_second"] / 1e3,
+            "on": _devices(record),
+            "run": record.name,
         }
-        for preset in PAPER_PRESETS
-        for record in _of_recipe(records, preset)
+        for record in records
+        if saw_imagenet(record)
     ]
-    return pd.DataFrame(paper.figure1().assign(whose="paper").to_dict("records") + ours)
+    columns = ["preset", "step", "our peak top-1 %", "our final top-1 %", "our images/ms", "on", "run"]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+
+
+def _step(recipe: Recipe) -> tuple:
+    """What decides the speed of a step; the optimizer hardly counts."""
+    return recipe.variant, recipe.global_batch_size, recipe.resolution, recipe.precision
+
+
+def table2(records: Sequence[Record]) -> pd.DataFrame:
+    """Table 2 with the top-1 of the runs of each row's recipe beside it; one row per run, and one where there is none."""
+    ours = _ours(records)[["preset", "our peak top-1 %", "our final top-1 %", "run"]]
+    table = paper.table2().merge(ours, "left", "preset")
+    table.insert(3, "paper top-1 %", 100 * table.pop("top1"))
+    return table.assign(**{"difference, points": table["our peak top-1 %"] - table["paper top-1 %"]})
+
+
+def table1(records: Sequence[Record]) -> pd.DataFrame:
+    """Table 1 with our images/ms beside it; one row per run, and one where there is none."""
+    stated = paper.table1().drop(columns="all_reduce_percent").rename(columns={"images_per_ms": "paper images/ms"})
+    stated["step"] = [
+        _step(Recipe.preset(f"{row.variant}-{row.global_batch_size}-lars")) for row in stated.itertuples()
+    ]
+    table = stated.merge(_ours(records)[["step", "our images/ms", "on", "run"]], "left", "step").drop(columns="step")
+    return table.assign(**{"ours / paper": table["our images/ms"] / table["paper images/ms"]})
+
+
+def figure1(records: Sequence[Record]) -> pd.DataFrame:
+    """Figure 1: the paper's points and our runs of its recipes, by its clock, which stops at the peak."""
+    stated, ours = paper.figure1().assign(whose="paper"), _ours(records).dropna(subset="preset")
+    return pd.concat([stated, ours.rename(columns={"run": "whose"})], join="inner") if len(ours) else stated
 
 
 def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
@@ -133,10 +121,9 @@ def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
     Args:
       chip_hour: dollars per chip and hour.
     """
-    stated = paper.history().assign(
-        hardware=lambda table: [f"{row.hardware} ({row.year})" for row in table.itertuples()],
-        seconds=lambda table: 60 * table["minutes"],
-    )
+    stated = paper.history()
+    stated["hardware"] = stated["hardware"] + " (" + stated["year"].astype(str) + ")"
+    stated["seconds"] = 60 * stated["minutes"]
     columns = ["what", "hardware", "seconds", "dollars", "top1", "top5", "checked"]
     ours = [_to_93(record, chip_hour) for record in records if saw_imagenet(record)]
     return pd.DataFrame(stated[columns].to_dict("records") + ours, columns=columns)
@@ -178,10 +165,6 @@ def stated_deviations(records: Sequence[Record]) -> pd.DataFrame:
         if row_of(record)
     ]
     return pd.DataFrame(rows)
-
-
-def _of_recipe(records: Sequence[Record], preset: str) -> list[Record]:
-    return [each for each in records if row_of(each) == preset and saw_imagenet(each) and not changed_fields(each)]
 
 
 def _devices(record: Record) -> str:
