@@ -144,16 +144,16 @@ def judge(
     found, more = [], {}
     for measured, weights in parts.items():
         differences = (values[list(weights)] * pd.Series(weights)).sum(axis=1, skipna=False).dropna().sort_index()
-        if (n := len(differences)) < MIN_SEEDS:
+        if len(differences) < MIN_SEEDS:
             few = f"fewer than {MIN_SEEDS} seeds have runs of {', '.join(weights)}"
             return Verdict(claim, protocol, paper, ours, NOT_TESTABLE, few)
-        each = interval(differences.to_numpy(), *(() if unit == "points" else (n, n)))
+        each = interval(differences.to_numpy(), *(() if unit == "points" else 2 * (len(differences),)))
         wide = unit == "points" and each.half > WIDEST
         above, below = each.mean - each.half > least, each.mean + each.half < least
         verdict = UNDECIDED if wide else SUPPORTED if above else CONTRADICTED if below else UNDECIDED
         found.append((verdict, measured, each))
         ours += f"; {measured}: {each} {unit}"
-        more |= dict.fromkeys(weights, (each.n, each.wanted - 1)) if each.n < each.wanted else {}
+        more |= {point: (n, each.wanted - 1) for point in weights if (n := values[point].count()) < each.wanted}
     order = (CONTRADICTED, UNDECIDED, SUPPORTED)
     verdict, measured, each = min(found, key=lambda part: (order.index(part[0]), part[2].mean - part[2].half))
     figures = {"effect": each.mean, "low": each.mean - each.half, "high": each.mean + each.half, "n": each.n}
@@ -174,7 +174,7 @@ def protocols(top1: pd.DataFrame) -> list[str]:
 def point_names(top1: pd.DataFrame, protocol: str) -> pd.DataFrame:
     """The names of the points OPTIMIZER-BATCH: a row per batch, the smallest first, and a column per optimizer. Scaled from
     the smallest batch, LARS and momentum are those tuned there; RMSProp has a schedule of its own."""
-    batches = sorted({int(name[1]) for name in map(re.compile(r"[a-z]+-(\d+)$").match, top1.columns) if name})
+    batches = sorted({int(name[1]) for name in map(re.compile(r"[a-z]+-(\d+)(-scaled)?$").match, top1.columns) if name})
     suffix = {"tuned": "", "scaled": "-scaled"}[protocol]
     names = {name: [f"{name}-{batch}{suffix}" for batch in batches] for name in ("lars", "rmsprop", "momentum")}
     for name in ("lars", "momentum"):
@@ -247,7 +247,7 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
     """
     first = all_devices[0]
     ratio = first.timing["images"] / (len(first.frame("eval")) * first.result["eval_examples"])
-    claim = f"evaluation on all devices shortens end-to-end time ({ratio:.2g} training images per evaluated one)"
+    claim = f"evaluation on all devices shortens end-to-end time ({ratio:.3g} training images per evaluated one)"
     paper = "evaluating on a part of the machine was the bottleneck (section 3; no figures known to us)"
     if any(record.devices_share_cores for record in (*all_devices, *one)):
         why = "the devices are simulated, and each of them computes on all cores already"

@@ -10,6 +10,7 @@ import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
+from effnetlib.reports.claims import MIME, Verdict, seeds_to_run
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.record import load_records
 from effnetlib.suites.outcome import Outcome
@@ -65,26 +66,36 @@ def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.No
     return moved[:-1]
 
 
+def verdicts(notebook: nbformat.NotebookNode) -> list[Verdict]:
+    """What an executed report says of claims."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return [Verdict(**output.data[MIME]) for output in outputs if MIME in output.get("data", {})]
+
+
 def render_index(directory: Path, name: str) -> Path:
-    """Writes the index page of a suite's folder: status, key figures and links. Returns its path."""
+    """Writes the index page of a suite's folder: verdicts, status, key figures and links. Returns its path."""
     records = {record.name: record for record in load_records(directory / "runs")}
     executed = {path.stem for path in directory.glob("executed/*.json")}
-    runs, reports = [], []
+    runs, reports, claims = [], [], []
     for entry in sorted({*records, *executed}):
         record, became = records.get(entry), Outcome.read(directory, entry)
         page = directory / f"{entry}.html"
-        row = {"name": entry, "link": page.name if page.exists() else None, "error": became.error}
+        row = {"name": entry, "link": page.name if page.exists() else None, "error": became.error, "title": entry}
         if became.is_run:
             row["error"] = row["error"] or (record.error if record else "")
             row["status"] = "failed" if row["error"] else record.status if record else "not started"
             runs.append(row | {"record": record})
-        else:
-            source = directory / "executed" / f"{entry}.ipynb"
-            row["title"] = title(read_notebook(source), source) if source.exists() else entry
-            reports.append(row)
+            continue
+        reports.append(row)
+        if (source := directory / "executed" / f"{entry}.ipynb").exists():
+            notebook = read_notebook(source)
+            row["title"] = title(notebook, source)
+            claims += [(row, verdict) for verdict in verdicts(notebook)]
     hosts = sorted({record.environment["host"] for record in records.values() if record.environment})
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())
-    page = template.render(name=name, runs=runs, reports=reports, hosts=hosts, css=markupsafe.Markup(css()))
+    missing = seeds_to_run([verdict for _, verdict in claims])
+    shown = {"runs": runs, "reports": reports, "claims": claims, "missing": missing, "hosts": hosts}
+    page = template.render(name=name, css=markupsafe.Markup(css()), **shown)
     write_atomically(directory / "index.html", page)
     return directory / "index.html"
 
