@@ -83,12 +83,12 @@ class Verdict:
 
 def seeds_to_run(verdicts: Sequence[Verdict]) -> str:
     """Which seeds the rule still asks for, such as "seeds 5-7 of lars-4096, rmsprop-4096"; empty if none."""
-    runs = pd.DataFrame([(name, *seeds) for verdict in verdicts for name, seeds in verdict.more.items()])
-    if runs.empty:
+    asked = pd.DataFrame([(*item[1], item[0]) for verdict in verdicts for item in verdict.more.items()])
+    if asked.empty:
         return ""
-    by_name = runs.groupby(0, sort=False).agg({1: "min", 2: "max"})
-    by_seeds = by_name.groupby([1, 2]).groups
-    return "; ".join(f"seeds {first}-{last} of {', '.join(names)}" for (first, last), names in by_seeds.items())
+    most = asked.sort_values(1, ascending=False, kind="stable").drop_duplicates(2).sort_index()
+    groups = most.groupby([0, 1])[2].agg(", ".join)
+    return "; ".join(f"seeds {first}-{last} of {names}" for (first, last), names in groups.items())
 
 
 class Interval(NamedTuple):
@@ -140,7 +140,8 @@ def judge(
     points = list(dict.fromkeys(point for weights in parts.values() for point in weights))
     if missing := [point for point in points if point not in values]:
         return Verdict(claim, protocol, paper, "-", NOT_TESTABLE, f"there are no runs of {', '.join(missing)}")
-    ours = "; ".join(f"{point}: {mean_and_spread(values[point].dropna())}" for point in points)
+    about = values[points].agg(["mean", "std", "count"])
+    ours = "; ".join("{}: {:.2f} ± {:.2f} % (n = {:.0f})".format(point, *about[point]) for point in points)
     found, more = [], {}
     for measured, weights in parts.items():
         differences = (values[list(weights)] * pd.Series(weights)).sum(axis=1, skipna=False).dropna().sort_index()
@@ -158,12 +159,6 @@ def judge(
     verdict, measured, each = min(found, key=lambda part: (order.index(part[0]), part[2].mean - part[2].half))
     figures = {"effect": each.mean, "low": each.mean - each.half, "high": each.mean + each.half, "n": each.n}
     return Verdict(claim, protocol, paper, ours, verdict, rule, measured, **figures, unit=unit, least=least, more=more)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean of percentages, standard deviation over seeds where there are several, and n."""
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread} % (n = {len(values)})"
 
 
 def protocols(top1: pd.DataFrame) -> list[str]:

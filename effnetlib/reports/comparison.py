@@ -57,13 +57,10 @@ def points(records: Sequence[Record]) -> list[str]:
 def settings(records: Sequence[Record]) -> pd.DataFrame:
     """What differs between the points, one row per field and one column per point: the recipe, the data, and the
     circumstances. Where the runs of a point differ among themselves, all their values."""
-    rows = [
-        asdict(record.recipe)
-        | {f"{split} data": value for split, value in record.data.get("fingerprints", {}).items()}
-        | {name: record.environment.get(name) for name in CIRCUMSTANCES}
-        for record in records
-    ]
-    by_point = pd.DataFrame(rows).map(str).groupby(points(records), sort=False).agg(lambda x: ", ".join(x.unique())).T
+    table = results(records).reindex(columns=[*asdict(records[0].recipe), *CIRCUMSTANCES])
+    for split in ("train", "eval"):
+        table[f"{split} data"] = [record.data.get("fingerprints", {}).get(split) for record in records]
+    by_point = table.map(str).groupby(points(records), sort=False).agg(lambda x: ", ".join(x.unique())).T
     return by_point[by_point.nunique(axis=1) > 1].rename_axis("setting").reset_index()
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,21 +36,22 @@ SHARES = ("top1", "top5", "_share")
 def finished_records(suite: str) -> list[Record]:
     """The records of a suite (a folder under outputs/) that have a result, maybe none: of completed runs, and of those that
     diverged, which count with the top-1 of chance. A line names these, and those that are left out."""
-    found = {"completed": [], "diverged": [], "left out": []}
+    found = {"completed": [], "counted as chance": [], "left out": []}
     for record in load_records(runs_folder(suite)):
-        diverged = (record.error or "").startswith("DivergedError")
-        found["completed" if record.status == "completed" else "diverged" if diverged else "left out"].append(record)
-    for record in found["diverged"]:
-        record.result = dict.fromkeys(("final_top1", "peak_top1", "raw_final_top1"), 1 / record.data["num_classes"])
-    for kind in ("diverged", "left out"):
+        if diverged := (record.error or "").startswith("DivergedError"):
+            chance = 1 / record.data["num_classes"]
+            record.result = dict.fromkeys(("final_top1", "peak_top1", "raw_final_top1"), chance)
+        kind = "counted as chance" if diverged else "completed" if record.status == "completed" else "left out"
+        found[kind].append(record)
+    for kind in ("counted as chance", "left out"):
         if names := ", ".join(f"{record.name} ({record.status})" for record in found[kind]):
-            say(f"Not completed, and {kind.replace('diverged', 'counted as chance')}: {names}.")
-    return sorted(found["completed"] + found["diverged"], key=lambda record: record.name)
+            say(f"Not completed, and {kind}: {names}.")
+    return found["completed"] + found["counted as chance"]
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
-    """The records of `finished_records`, in the order of the names given. A name is that of a run, or of a point: all its seeds.
-    Without names, all but the search for settings (see `search_records`).
+    """The records of `finished_records`, in the order of the names given. A name is that of a run, that of a point (all its
+    seeds), or a pattern such as "search-*". Without names, all but the search for settings (`search-POINT-VALUE`).
 
     Raises:
       EffnetlibError: the suite has no such record, or lacks one that is named.
@@ -61,22 +63,14 @@ def suite_records(suite: str, *names: str) -> list[Record]:
         )
     if not names:
         return [record for record in finished if not record.name.startswith(SEARCH)]
-    found = {name: [record for record in finished if name in (record.name, record.point)] for name in names}
-    if missing := [name for name in names if not found[name]]:
-        known = ", ".join(record.name for record in finished)
-        raise EffnetlibError(f"the suite {suite} holds no completed record of {missing[0]!r}, only of {known}")
-    return [record for name in names for record in found[name]]
-
-
-def search_records(suite: str) -> list[Record]:
-    """The records of a suite's search for settings: those named `search-POINT-VALUE`.
-
-    Raises:
-      EffnetlibError: there is none.
-    """
-    if found := [record for record in finished_records(suite) if record.name.startswith(SEARCH)]:
-        return found
-    raise EffnetlibError(f"the suite {suite} holds no completed record of a search (named {SEARCH}POINT-VALUE)")
+    found = []
+    for name in names:
+        named = [record for record in finished if name == record.point or fnmatchcase(record.name, name)]
+        if not named:
+            known = ", ".join(record.name for record in finished)
+            raise EffnetlibError(f"the suite {suite} holds no completed record of {name!r}, only of {known}")
+        found += named
+    return found
 
 
 def best_rates(records: Sequence[Record]) -> pd.DataFrame:
@@ -84,7 +78,7 @@ def best_rates(records: Sequence[Record]) -> pd.DataFrame:
     says whether lower and higher ones were tried.
 
     Args:
-      records: those of `search_records`.
+      records: those named `search-POINT-VALUE`.
     """
     table = results(records).assign(search=[r.name.removeprefix(SEARCH).rpartition("-")[0] for r in records])
     groups = table.sort_values("lr_per_256").groupby("search")

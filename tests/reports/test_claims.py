@@ -29,7 +29,7 @@ from effnetlib.reports.claims import (
     seeds_to_run,
     warmup,
 )
-from effnetlib.reports.tables import best_rates, search_records
+from effnetlib.reports.tables import best_rates, suite_records
 from effnetlib.runs.record import ONE_CORE_A_DEVICE, Record
 from effnetlib.suites.suite import load_suite
 
@@ -229,7 +229,7 @@ def test_a_verdict_leaves_itself_in_the_notebook():
 
 def test_the_cifar10_suite_trains_what_won_its_search():
     suite = load_suite(Path(__file__).parents[2] / "notebooks/suites/cifar10.yaml")
-    winners = best_rates(search_records("cifar10"))
+    winners = best_rates(suite_records("cifar10", "search-*"))
     assert winners["inside"].all() and set(winners["rates"]) <= {5, 6}
     trained = {}
     for entry in suite.runs:

@@ -16,7 +16,6 @@ from effnetlib.reports.tables import (
     curves,
     over_seeds,
     results,
-    search_records,
     show,
     styled,
     suite_records,
@@ -90,7 +89,7 @@ def test_a_point_is_all_its_seeds_and_a_search_stands_apart():
     assert [record.name for record in suite_records("suite", "lars-64")] == ["lars-64-seed0", "lars-64-seed1"]
     assert [record.name for record in suite_records("suite", "lars-64-seed1")] == ["lars-64-seed1"]
     assert list(results(suite_records("suite"))["point"]) == ["lars-64", "lars-64"]
-    assert [record.name for record in search_records("suite")] == ["search-lars-64-0.5"]
+    assert [record.name for record in suite_records("suite", "search-*")] == ["search-lars-64-0.5"]
 
 
 def test_the_best_rate_is_the_lowest_of_the_highest():
@@ -99,7 +98,7 @@ def test_the_best_rate_is_the_lowest_of_the_highest():
         record.result["final_top1"] = top1
         record.save()
         made_up(f"search-rmsprop-64-{rate}", lr_per_256=rate)
-    best = best_rates(search_records("suite"))
+    best = best_rates(suite_records("suite", "search-*"))
     assert dict(best.loc["lars-64", ["lr_per_256", "rates", "inside"]]) == {
         "lr_per_256": 1.0,
         "rates": 4,
