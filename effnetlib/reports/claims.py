@@ -154,7 +154,7 @@ def judge(
         verdict = UNDECIDED if wide else SUPPORTED if above else CONTRADICTED if below else UNDECIDED
         found.append((verdict, measured, each))
         ours += f"; {measured}: {each} {unit}"
-        more |= {point: (n, each.wanted - 1) for point in weights if (n := values[point].count()) < each.wanted}
+        more |= {point: (n, each.wanted - 1) for point in weights if (n := int(values[point].count())) < each.wanted}
     order = (CONTRADICTED, UNDECIDED, SUPPORTED)
     verdict, measured, each = min(found, key=lambda part: (order.index(part[0]), part[2].mean - part[2].half))
     figures = {"effect": each.mean, "low": each.mean - each.half, "high": each.mean + each.half, "n": each.n}

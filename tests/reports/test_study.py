@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from IPython.display import SVG, Image
 
 from effnetlib import Record
 from effnetlib.reports import claims, html, tables
@@ -17,7 +18,7 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SUITE = load_suite(NOTEBOOKS / "suites/study.yaml")
 REPORTS = {entry.name: dict(entry.parameters) for entry in SUITE.reports}
 # Points of top-1 that a run loses for each doubling of its batch.
-LOSS = {"lars": 1.0, "momentum": 1.1, "rmsprop": 2.0, "rmsprop-scaled": 4.0}
+LOSS = {"lars": 1.0, "momentum": 1.02, "rmsprop": 2.0, "rmsprop-scaled": 4.0}
 
 
 def made_up_top1(name, recipe) -> float:
@@ -111,7 +112,8 @@ def test_a_report_of_the_study_is_drawn_and_judges_its_claims(name, study, monke
         name
     ]
     assert len(verdicts) == sum(map(len, WANTED[name].values()))
-    assert sum(hasattr(each, "metadata") and bool(each.metadata["alt"]) for each in shown) >= 1
+    figures = [each for each in shown if isinstance(each, SVG | Image)]
+    assert figures and all(figure.metadata["alt"] for figure in figures)
     text = " ".join(verdict.ours for verdict in verdicts)
     if name == "02_large_batch":
         assert "rmsprop-4096-scaled: 10.00 ± 0.00 % (n = 5)" in text  # runs that diverged count, as chance
@@ -134,7 +136,7 @@ def test_steps_to_the_target_and_their_line_of_perfect_scaling(study, monkeypatc
     ]
     rows = epochs.set_index(["protocol", "batch", "optimizer"])["epochs to 50%"]
     assert rows["tuned", 128, "LARS"] == pytest.approx(10 * share, rel=0.02)
-    assert rows.isna()["scaled", 4096, "RMSProp"] and rows.notna().sum() == len(rows) - 2
+    assert rows.isna()["scaled", 4096, "RMSProp"] and rows.notna().sum() == len(rows) - 1
 
 
 def test_the_index_names_verdicts_and_the_seeds_still_to_run(study, monkeypatch):
