@@ -28,7 +28,7 @@ MIN_SEEDS = 3
 FIRST_SEEDS, MOST_SEEDS = 5, 8  # of the first stage, and of both
 WIDEST = 1.0  # half an interval, in points of top-1
 MARGIN = 1.0  # points of top-1: what "costs no accuracy" and "is no worse" allow
-MIME = "application/vnd.effnetlib.verdict+json"
+MIME = "application/vnd.effnetlib.verdict.2+json"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def judge(
     if missing := [point for point in points if point not in values]:
         return Verdict(claim, protocol, paper, "-", NOT_TESTABLE, f"there are no runs of {', '.join(missing)}")
     about = values[points].agg(["mean", "std", "count"])
-    ours = "; ".join("{}: {:.2f} ± {:.2f} % (n = {:.0f})".format(point, *about[point]) for point in points)
+    ours = "; ".join("{}: {:.2f} ± {:.2f} % (n = {:.0f})".format(point, *about[point]) for point in points).replace(
+        " ± nan", ""
+    )
     found, more = [], {}
     for measured, weights in parts.items():
         differences = (values[list(weights)] * pd.Series(weights)).sum(axis=1, skipna=False).dropna().sort_index()

@@ -36,17 +36,17 @@ SHARES = ("top1", "top5", "_share")
 def finished_records(suite: str) -> list[Record]:
     """The records of a suite (a folder under outputs/) that have a result, maybe none: of completed runs, and of those that
     diverged, which count with the top-1 of chance. A line names these, and those that are left out."""
-    found = {"completed": [], "counted as chance": [], "left out": []}
-    for record in load_records(runs_folder(suite)):
-        if diverged := (record.error or "").startswith("DivergedError"):
+    records = load_records(runs_folder(suite))
+    for record in records:
+        if (record.error or "").startswith("DivergedError"):
             chance = 1 / record.data["num_classes"]
-            record.result = dict.fromkeys(("final_top1", "peak_top1", "raw_final_top1"), chance)
-        kind = "counted as chance" if diverged else "completed" if record.status == "completed" else "left out"
-        found[kind].append(record)
-    for kind in ("counted as chance", "left out"):
-        if names := ", ".join(f"{record.name} ({record.status})" for record in found[kind]):
-            say(f"Not completed, and {kind}: {names}.")
-    return found["completed"] + found["counted as chance"]
+            record.status, record.result = (
+                "diverged",
+                {"final_top1": chance, "peak_top1": chance, "raw_final_top1": chance},
+            )
+    if others := ", ".join(f"{record.name} ({record.status})" for record in records if record.status != "completed"):
+        say(f"Not completed: {others}. Those that diverged count with the top-1 of chance, the others are left out.")
+    return [record for record in records if record.status in ("completed", "diverged")]
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
@@ -74,12 +74,8 @@ def suite_records(suite: str, *names: str) -> list[Record]:
 
 
 def best_rates(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per search: how many rates were tried, and the one with the highest final top-1 (of equals the lowest). `inside`
-    says whether lower and higher ones were tried.
-
-    Args:
-      records: those named `search-POINT-VALUE`.
-    """
+    """One row per search, from records named `search-POINT-VALUE`: how many rates were tried, and the one with the highest final
+    top-1 (of equals the lowest). `inside` says whether lower and higher ones were tried."""
     table = results(records).assign(search=[r.name.removeprefix(SEARCH).rpartition("-")[0] for r in records])
     groups = table.sort_values("lr_per_256").groupby("search")
     best = table.loc[groups["final_top1"].idxmax(), ["search", "lr_per_256", "peak_lr", "final_top1"]].set_index(
@@ -102,12 +98,8 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
-    """One row per point: the columns `by`, n, and the mean of each of `values` with its standard deviation over seeds, as text.
-    Shares are in percent.
-
-    Args:
-      table: of `results`.
-    """
+    """One row per point of a table of `results`: the columns `by`, n, and the mean of each of `values` with its standard deviation
+    over seeds, as text. Shares are in percent."""
 
     def text(column):
         share = column.name.endswith(SHARES)
@@ -168,11 +160,7 @@ def conditions(records: Sequence[Record]) -> str:
 
 
 def answer(records: Sequence[Record], *said) -> None:
-    """Shows what a report says, and below it the conditions. It belongs into the first cell after the imports.
-
-    Args:
-      said: verdicts, or sentences in Markdown.
-    """
+    """Shows what a report says, verdicts or sentences in Markdown, and below it the conditions."""
     display(*(Markdown(f"**{each}**") if isinstance(each, str) else each for each in said))
     if records:
         display(Markdown(f"Scale: {conditions(records)}"))

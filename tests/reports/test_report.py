@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import matplotlib.pyplot as plt
@@ -14,9 +15,11 @@ from effnetlib.reports.tables import (
     best_rates,
     conditions,
     curves,
+    input_advice,
     over_seeds,
     results,
     show,
+    steps_to,
     styled,
     suite_records,
 )
@@ -80,6 +83,26 @@ def test_reports_read_completed_records_only():
     (outputs_folder() / "suite/runs/b/run.json").write_text("{}")
     with pytest.warns(UserWarning, match="b/run.json is damaged"):
         assert [record.name for record in suite_records("suite")] == ["a"]
+
+
+def test_a_run_that_diverged_counts_as_chance():
+    made_up("lars-64-seed0")
+    diverged = made_up("lars-64-seed1", status="failed", seed=1)
+    diverged.error, diverged.data, diverged.metrics = "DivergedError: the loss is nan", {"num_classes": 10}, []
+    diverged.save()
+    diverged.rewind(0)
+    records = suite_records("suite", "lars-64")
+    assert [record.result["final_top1"] for record in records] == [0.5, 0.1]
+    assert len(curves(records, "eval")) == 2 and "(lars-64-seed0)" in input_advice(records)
+
+
+def test_steps_to_a_top1_are_read_from_a_straight_line():
+    record = made_up("a")  # 0.25 after step 1, 0.5 after step 2
+    assert [steps_to(record, top1) for top1 in (0.1, 0.25, 0.3, 0.5)] == pytest.approx([1, 1, 1.2, 2])
+    assert math.isnan(steps_to(record, 0.51))
+    for step, top1 in ((3, 0.4), (4, 0.6)):  # it falls below what it had, and rises again
+        record.log(kind="eval", step=step, ema_top1=top1)
+    assert [steps_to(record, top1) for top1 in (0.45, 0.5, 0.55)] == pytest.approx([1.8, 2, 3.0])
 
 
 def test_a_point_is_all_its_seeds_and_a_search_stands_apart():
@@ -183,6 +206,12 @@ def test_figures_are_kept_with_their_text_in_256_colours_as_drawings_or_as_photo
         assert kept.mode == "P"
         middle, corner = (kept.width // 2, kept.height // 2), (0, 0)
         assert [kept.convert("RGB").getpixel(at) for at in (middle, corner)] == [(0x12, 0x34, 0x56), (255, 255, 255)]
+    for name, marks, suffix in (("few", 3, ".svg"), ("many", 30_000, ".png")):
+        figure, axes = plt.subplots()
+        axes.plot(range(marks), [k % 7 for k in range(marks)], "o")
+        (outputs_folder() / f"suite/figures/{name}.png").touch()  # of an earlier time, when it was the smaller
+        show(figure, f"suite/figures/{name}", "the smaller form")
+        assert [path.suffix for path in (outputs_folder() / "suite/figures").glob(f"{name}.*")] == [suffix]
     drawing = show(plt.figure(), "suite/figures/x.svg", "nothing")
     assert drawing._repr_svg_()[1] == {"alt": "nothing"} and (outputs_folder() / "suite/figures/x.svg").exists()
     photograph = show(plt.figure(), "suite/figures/x.jpg", "black")

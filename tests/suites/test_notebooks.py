@@ -93,7 +93,7 @@ def test_reports_read_runs_of_the_laptop_suite_unless_told_otherwise():
     runs = [run["name"] for run in yaml.safe_load((FOLDER / "suites/laptop.yaml").read_text())["runs"]]
     for path in NOTEBOOKS:
         for name, parameter in papermill.inspect_notebook(str(path)).items():
-            if name in ("runs", "pair"):
+            if name in ("runs", "pair", "decays", "warmups"):
                 assert set(ast.literal_eval(parameter["default"])) <= set(runs)
 
 
@@ -187,7 +187,7 @@ def _execute(notebook, outputs, **parameters):
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *READ_NO_SUITE)])
 def test_every_report_draws_the_published_records(name, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
-    suite = "cifar10" if name == "12_learning_rates" else "laptop"  # which of them has a search
+    suite = "cifar10" if name in ("12_learning_rates", "16_reality_check") else "laptop"  # which of them has a search
     shutil.copytree(PUBLISHED.parent / suite / "runs", outputs / suite / "runs")
     notebook = _execute(name, outputs, suite=suite)
     assert _drawn(notebook)
