@@ -28,6 +28,7 @@ from effnetlib.recipe import Recipe
 from effnetlib.reports import html
 from effnetlib.reports.claims import CONTRADICTED, SUPPORTED, SYMBOLS, UNDECIDED
 from effnetlib.reports.html import css, read_notebook, render_index, title
+from effnetlib.reports.style import SETTINGS
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.record import Record, load_records
@@ -130,7 +131,7 @@ def draw_claims(found: list[dict]) -> str:
     # An interval that leaves the axis ends in an arrow.
     points = [abs(each[end]) for each in rows for end in ("low", "high") if each["unit"] == "points"]
     reach = min(WIDEST_AXIS, 1.1 * max(points, default=WIDEST_AXIS))
-    with plt.style.context(["default", {"svg.hashsalt": "claims", "font.size": 9}]):
+    with plt.style.context(["default", SETTINGS | {"font.size": 9}]):
         figure, axes = plt.subplots(figsize=(10, 0.9 + 0.52 * len(rows)), layout="constrained")
         for place, each in enumerate(rows):
             colour = COLOURS[each["verdict"]]
