@@ -105,13 +105,18 @@ def refresh() -> Path:
 
 def verdicts(published: Path) -> list[dict]:
     """What the published reports say of each claim under each protocol: the fields of `effnetlib.reports.claims.Verdict`, and
-    `suite` and `report`. Where several suites have tested a claim, that with the most seeds."""
-    found = {}
+    `suite` and `report`. Where several suites have tested a claim, that with the most seeds. What a suite's report cannot test is
+    left out where the same report could test anything in another suite."""
+    found = []
     for path in sorted(published.glob("*/executed/*.ipynb")):
         where = {"suite": path.parent.parent.name, "report": path.stem}
-        for each in html.verdicts(read_notebook(path)):
-            found.setdefault((each.claim, each.protocol), []).append(asdict(each) | where)
-    return sorted((max(rows, key=lambda row: row["n"]) for rows in found.values()), key=lambda row: row["report"])
+        found += [asdict(each) | where for each in html.verdicts(read_notebook(path))]
+    tested = {each["report"]: each["suite"] for each in found if each["n"]}
+    best = {}
+    for each in sorted(found, key=lambda row: row["n"]):
+        if each["n"] or tested.get(each["report"], each["suite"]) == each["suite"]:
+            best[each["claim"], each["protocol"]] = each
+    return sorted(best.values(), key=lambda row: (row["report"], found.index(row)))
 
 
 def claims_json(published: Path) -> str:
@@ -120,7 +125,7 @@ def claims_json(published: Path) -> str:
     return json.dumps([{name: each[name] for name in names} for each in verdicts(published)], indent=2) + "\n"
 
 
-WIDEST_AXIS = 6
+WIDEST_AXIS = 10
 COLOURS = {SUPPORTED: "#1a7f37", CONTRADICTED: "#b3261e", UNDECIDED: "#6b6b6b"}
 
 

@@ -77,8 +77,12 @@ def test_of_two_suites_that_tested_a_claim_the_one_with_more_seeds_counts(projec
         executed = project / suite / "executed"
         executed.mkdir(parents=True)
         top1 = pd.DataFrame({"a": 50 + 0.85 * np.array([-1, 1, 0, 1, -1, 2][:seeds]), "b": 50.0})
-        shown = nbformat.v4.new_output("display_data", data=warmup(top1, "a", "b", "LARS")._repr_mimebundle_())
-        cells = [nbformat.v4.new_code_cell(outputs=[shown])]
+        claims = [
+            warmup(top1, "a", "b", "LARS"),
+            *([warmup(top1, "a", "c", "momentum")] if suite == "untested" else []),
+        ]
+        outputs = [nbformat.v4.new_output("display_data", data=claim._repr_mimebundle_()) for claim in claims]
+        cells = [nbformat.v4.new_code_cell(outputs=outputs)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), executed / "03_schedules.ipynb")
     (found,) = publish.verdicts(project)
     assert (found["suite"], found["n"], found["verdict"]) == ("larger", 6, "undecided")
