@@ -194,7 +194,7 @@ def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> St
         table["optimizer"] = table["optimizer"].replace(NAMES)
     style = Styler(table, cell_ids=False, thousands=",", na_rep=missing, escape="html").hide()
     for name in table.select_dtypes("Float64"):
-        most = table[name].abs().fillna(0).max()
+        most = max(table[name].abs().fillna(0), default=0)
         digits = min(precision, 0 if most >= 1000 else 1 if most >= 100 and not name.endswith("%") else precision)
         form = "{:.4g}" if "learning rate" in name else f"{{:,.{digits}f}}"
         style = style.format(form, [name], na_rep=missing)

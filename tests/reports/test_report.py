@@ -252,6 +252,7 @@ def test_integers_stay_integers_in_a_table_that_lacks_some():
 def test_a_table_to_read_has_headings_with_units_percent_and_no_index():
     table = pd.DataFrame({"optimizer": ["lars", "rmsprop"], "final_top1": [0.4474, None], "global_batch_size": [2048, 128],
                           "peak_lr": [15.104, 0.064], "eval_seconds": [1234.5, 1.0], "name_of_mine": ["<b>", "x"]})  # fmt: skip
+    assert "<th" in styled(pd.DataFrame({"p": []}, dtype="Float64")).to_html()  # no rows
     assert ">-<" in styled(pd.DataFrame({"p": [None, None]}, dtype="Float64")).to_html()  # nothing but gaps
     html = styled(table).to_html()
     assert re.findall(r"<th[^>]*>([^<]*)</th>", html) == [
