@@ -95,6 +95,7 @@ def test_pages_rendered_now_are_whole_and_stay_on_the_page(browser):
     suites = folder.parent.parent / "notebooks/suites"
     suites.mkdir(parents=True)
     (suites / "suite.yaml").touch()
+    (suites.parent / "12_learning_rates.ipynb").touch()
     published = folder.parent / "published"
     shutil.copytree(folder, published / "suite")
     (published / "index.html").write_text(companion(published))
