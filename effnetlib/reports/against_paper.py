@@ -14,6 +14,7 @@ from effnetlib.data import describe
 from effnetlib.presets import PAPER_PRESETS
 from effnetlib.recipe import Recipe
 from effnetlib.reports import paper
+from effnetlib.reports.tables import results
 from effnetlib.runs.record import Record
 
 DAWNBENCH_TOP5 = 0.93
@@ -34,96 +35,74 @@ def saw_imagenet(record: Record) -> bool:
     return record.data.get("num_classes", assumed) == IMAGENET.num_classes
 
 
-def changed_fields(record: Record) -> dict[str, tuple]:
-    """The fields of the recipe that are not as in the preset of its row: (ours, the preset's) by name. The seed is no change,
-    nor is where ImageNet lies."""
+def changed_fields(record: Record) -> list[str]:
+    """The fields of the recipe that are not as in the preset of its row, such as "epochs 90, not 350". The seed is no change, nor
+    is where ImageNet lies."""
     ours, preset = asdict(record.recipe), asdict(Recipe.preset(row_of(record)))
     free = {"seed", "dataset"} if saw_imagenet(record) else {"seed"}
-    return {name: (ours[name], preset[name]) for name in preset if name not in free and ours[name] != preset[name]}
+    pairs = {name: (ours[name], preset[name]) for name in preset if name not in free and ours[name] != preset[name]}
+    text = {name: [f"{x:g}" if isinstance(x, float) else str(x) for x in pair] for name, pair in pairs.items()}
+    return [f"{name} {mine}, not {theirs}" for name, (mine, theirs) in text.items()]
 
 
 def deviations(record: Record) -> list[str]:
     """How a run that has a row in Table 2 deviates from it: recipe, data and hardware, one phrase each."""
-
-    def text(value):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-
+    said, trained = changed_fields(record), record.data.get("train_examples", IMAGENET.train_examples)
+    if trained != IMAGENET.train_examples:
+        said.append(f"trained on {trained:,} images, not {IMAGENET.train_examples:,}")
+    if (evaluated := record.result["eval_examples"]) != IMAGENET.eval_examples:
+        said.append(f"evaluated on {evaluated:,} images, not {IMAGENET.eval_examples:,}")
     cores = paper.table2().set_index("preset")["cores"][row_of(record)]
-    said = [f"{name} {text(ours)}, not {text(preset)}" for name, (ours, preset) in changed_fields(record).items()]
-    counts = {
-        "trained": (record.data.get("train_examples"), IMAGENET.train_examples),
-        "evaluated": (record.result.get("eval_examples"), IMAGENET.eval_examples),
-    }
-    said += [f"{verb} on {n:,} images, not {all_:,}" for verb, (n, all_) in counts.items() if n not in (None, all_)]
     if (record.environment["devices"], record.environment["device_kind"]) != (cores, "TPU v3"):
         said.append(f"{_devices(record)}, not {cores:,} TPU-v3 cores")
     return said
 
 
+def _ours(records: Sequence[Record]) -> pd.DataFrame:
+    """Our ImageNet runs, one row per run. `preset` is the row of Table 2 whose recipe a run has, if any."""
+    records = [record for record in records if saw_imagenet(record)]
+    table = results(records).reset_index()
+    columns = (
+        "preset",
+        "variant",
+        "global_batch_size",
+        "precision",
+        "peak_top1",
+        "final_top1",
+        "images_per_second",
+        "seconds_to_peak",
+    )
+    table = table.reindex(columns=[*columns, "run"])
+    table["preset"] = [row_of(r) if row_of(r) and not changed_fields(r) else None for r in records]
+    table["resolution"] = [r.recipe.resolution for r in records]
+    table["cores"] = [r.environment["devices"] for r in records]
+    return table.assign(on=[_devices(r) for r in records])
+
+
 def table2(records: Sequence[Record]) -> pd.DataFrame:
     """Table 2 with the top-1 of the runs of each row's recipe beside it; one row per run, and one where there is none."""
-    rows = []
-    for row in paper.table2().itertuples():
-        stated = {"preset": row.preset, "cores": row.cores, "paper top-1 %": 100 * row.top1, "checked": row.checked}
-        ours = [
-            {
-                "our peak top-1 %": 100 * record.result["peak_top1"],
-                "difference, points": 100 * (record.result["peak_top1"] - row.top1),
-                "our final top-1 %": 100 * record.result["final_top1"],
-                "run": record.name,
-            }
-            for record in _of_recipe(records, row.preset)
-        ]
-        rows += [stated | each for each in ours or [{}]]
-    ours = ["our peak top-1 %", "difference, points", "our final top-1 %", "run"]
-    return pd.DataFrame(rows, columns=[*stated, *ours])
+    ours = _ours(records)[["preset", "peak_top1", "final_top1", "run"]]
+    ours = ours.rename(columns={"peak_top1": "our_peak_top1", "final_top1": "our_final_top1"})
+    table = paper.table2().rename(columns={"top1": "paper_top1"}).merge(ours, "left", "preset")
+    return table.assign(**{"difference, points": 100 * (table["our_peak_top1"] - table["paper_top1"])})
 
 
 def table1(records: Sequence[Record]) -> pd.DataFrame:
-    """Table 1 with our images/ms beside it; one row per run, and one where there is none."""
-
-    def step(recipe):
-        return (
-            recipe.variant,
-            recipe.global_batch_size,
-            recipe.resolution,
-            recipe.precision,
-        )  # the optimizer hardly counts
-
-    rows = []
-    for row in paper.table1().itertuples():
-        stated = {"model": row.variant, "cores": row.cores, "batch": row.global_batch_size}
-        stated |= {"paper images/ms": row.images_per_ms, "checked": row.checked}
-        wanted = step(Recipe.preset(f"{row.variant}-{row.global_batch_size}-lars"))
-        ours = [
-            {
-                "our images/ms": record.result["images_per_second"] / 1e3,
-                "ours / paper": record.result["images_per_second"] / 1e3 / row.images_per_ms,
-                "on": _devices(record),
-                "run": record.name,
-            }
-            for record in records
-            if saw_imagenet(record) and step(record.recipe) == wanted
-        ]
-        rows += [stated | each for each in ours or [{}]]
-    return pd.DataFrame(rows, columns=[*stated, "our images/ms", "ours / paper", "on", "run"])
+    """Table 1 with our images/ms beside it; one row per run, and one where there is none. The optimizer hardly counts."""
+    stated = paper.table1().rename(columns={"images_per_ms": "paper images/ms"}).drop(columns="all_reduce_percent")
+    presets = [Recipe.preset(f"{row.variant}-{row.global_batch_size}-lars") for row in stated.itertuples()]
+    step = ["variant", "global_batch_size", "resolution", "precision"]  # what decides its speed
+    keys = stated.assign(**{name: [getattr(preset, name) for preset in presets] for name in step})
+    ours = _ours(records).assign(**{"our images/ms": lambda table: table["images_per_second"] / 1e3})
+    table = keys.merge(ours[[*step, "our images/ms", "on", "run"]], "left", step).drop(columns=step[2:])
+    return table.assign(**{"ours / paper": table["our images/ms"] / table["paper images/ms"]})
 
 
 def figure1(records: Sequence[Record]) -> pd.DataFrame:
     """Figure 1: the paper's points and our runs of its recipes, by its clock, which stops at the peak."""
-    ours = [
-        {
-            "variant": record.recipe.variant,
-            "cores": record.environment["devices"],
-            "global_batch_size": record.recipe.global_batch_size,
-            "minutes": record.result["seconds_to_peak"] / 60,
-            "top1": record.result["peak_top1"],
-            "whose": record.name,
-        }
-        for preset in PAPER_PRESETS
-        for record in _of_recipe(records, preset)
-    ]
-    return pd.DataFrame(paper.figure1().assign(whose="paper").to_dict("records") + ours)
+    ours = _ours(records).dropna(subset="preset").rename(columns={"run": "whose", "peak_top1": "top1"})
+    stated, ours = paper.figure1().assign(whose="paper"), ours.assign(minutes=ours["seconds_to_peak"] / 60)
+    return pd.DataFrame(stated.to_dict("records") + ours[stated.columns].to_dict("records"))
 
 
 def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
@@ -133,10 +112,9 @@ def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
     Args:
       chip_hour: dollars per chip and hour.
     """
-    stated = paper.history().assign(
-        hardware=lambda table: [f"{row.hardware} ({row.year})" for row in table.itertuples()],
-        seconds=lambda table: 60 * table["minutes"],
-    )
+    stated = paper.history()
+    stated["hardware"] += " (" + stated["year"].astype(str) + ")"
+    stated["seconds"] = 60 * stated["minutes"]
     columns = ["what", "hardware", "seconds", "dollars", "top1", "top5", "checked"]
     ours = [_to_93(record, chip_hour) for record in records if saw_imagenet(record)]
     return pd.DataFrame(stated[columns].to_dict("records") + ours, columns=columns)
@@ -146,42 +124,38 @@ def _to_93(record: Record, chip_hour: float) -> dict:
     evaluations = record.frame("eval")
     there = evaluations[evaluations["ema_top5"] >= DAWNBENCH_TOP5]
     row = evaluations.loc[evaluations["ema_top5"].idxmax()] if there.empty else there.iloc[0]
+    checked = "ours" if row["nseen"] == IMAGENET.eval_examples else f"ours, on {row['nseen']:,} images"
     found = {"what": record.name, "hardware": _devices(record), "top1": row["ema_top1"], "top5": row["ema_top5"]}
-    images = "" if row["nseen"] == IMAGENET.eval_examples else f", on {row['nseen']:,} images"
     if there.empty:
-        return found | {"checked": f"ours{images}: 93 % not reached"}
+        return found | {"checked": f"{checked}: 93 % not reached"}
     # A CPU has no chips that are rented by the hour.
     dollars = None if record.environment.get("platform") == "cpu" else chip_hour * chips(record) * row["seconds"] / 3600
-    return found | {"seconds": row["seconds"], "dollars": dollars, "checked": f"ours{images}"}
+    return found | {"seconds": row["seconds"], "dollars": dollars, "checked": checked}
 
 
 def chips(record: Record) -> int:
     """How many chips the run's devices are on: up to TPU v3, two cores share one."""
-    devices = record.environment["devices"]
-    return devices // 2 if record.environment["device_kind"] in TWO_CORES_PER_CHIP else devices
+    return record.environment["devices"] // (2 if record.environment["device_kind"] in TWO_CORES_PER_CHIP else 1)
 
 
 def stated_deviations(records: Sequence[Record]) -> pd.DataFrame:
     """One row per run that has a row in Table 2: its peak, what was evaluated, and every deviation."""
-    rows = [
-        {
-            "run": record.name,
-            "beside": row_of(record),
-            "recipe": "another" if changed_fields(record) else "the same",
-            "peak_top1": record.result["peak_top1"],
-            "at epoch": record.result["peak_epoch"],
-            "weights": record.result["evaluated_weights"],
-            "peak chosen among": f"{len(record.frame('eval'))} evaluations of {record.result['eval_examples']:,} images",
-            "deviations": "; ".join(deviations(record)) or "none known",
-        }
-        for record in records
-        if row_of(record)
+    records = [record for record in records if row_of(record)]
+    columns = [
+        "run",
+        "beside",
+        "recipe",
+        "peak_top1",
+        "peak_epoch",
+        "evaluated_weights",
+        "eval_examples",
+        "evaluations",
     ]
-    return pd.DataFrame(rows)
-
-
-def _of_recipe(records: Sequence[Record], preset: str) -> list[Record]:
-    return [each for each in records if row_of(each) == preset and saw_imagenet(each) and not changed_fields(each)]
+    table = results(records).reset_index().reindex(columns=columns)
+    table["beside"] = [row_of(record) for record in records]
+    table["recipe"] = ["another" if changed_fields(record) else "the same" for record in records]
+    table["evaluations"] = [len(record.frame("eval")) for record in records]
+    return table.assign(deviations=["; ".join(deviations(record)) or "none known" for record in records])
 
 
 def _devices(record: Record) -> str:

@@ -1,17 +1,19 @@
-"""The paper's claims as questions to runs. What counts as support was written before the first result was known.
+"""Claims as questions to runs. What counts as support was written before the first result was known.
 
-Every figure is a final top-1 (of the moving average, over all evaluation examples) or a time, with at least three seeds per
-point. Every comparison is a difference of means with its 95 % interval (Welch's: the variances may differ).
-
-There are four verdicts. *Supported*: the interval lies on the claim's side. *Contradicted*: it lies on the other side.
-*Undecided*: it holds both. *Not testable here*: the runs are missing, or cannot answer.
+A claim is one difference between runs, or several, each of which must lie above a limit: 0, or minus a margin where the claim is
+that something costs nothing. Differences are taken seed by seed. There are four verdicts. *Supported*: the interval lies on
+the claim's side. *Contradicted*: it lies on the other. *Undecided*: it holds both, or is too wide. *Not testable here*: runs are
+missing, or cannot answer.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from effnetlib.reports.paper import table2
@@ -23,31 +25,32 @@ UNDECIDED = "undecided"
 NOT_TESTABLE = "not testable here"
 SYMBOLS = {SUPPORTED: "✓", CONTRADICTED: "✗", UNDECIDED: "?", NOT_TESTABLE: "–"}
 MIN_SEEDS = 3
-FEW_SEEDS = f"a point has fewer than {MIN_SEEDS} seeds"
-MARGIN = 0.01  # of top-1: what "costs no accuracy" allows
-MIME = "application/vnd.effnetlib.verdict+json"
+FIRST_SEEDS, MOST_SEEDS = 5, 8  # of the first stage, and of both
+WIDEST = 1.0  # half an interval, in points of top-1
+MARGIN = 1.0  # points of top-1: what "costs no accuracy" and "is no worse" allow
+MIME = "application/vnd.effnetlib.verdict.2+json"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What runs say of a claim. In a notebook it shows itself. It also leaves its fields in the executed notebook, where
-    `publish.py` collects them.
+    """What runs say of a claim. In a notebook it shows itself, and leaves its fields there, where `html.verdicts` finds them.
 
     Attributes:
-      claim: in one sentence. paper: what the paper states of it. ours: our figures, with n and spread.
-      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE.
-      why: what counts as support, or why it cannot be tested.
-      measured: what `effect` is, in a few words; empty where the claim cannot be tested.
-      effect, low, high: the estimate and its 95 % interval, in `unit` ("points" of top-1, or "% of the time").
-      least: the effect above which the claim holds, in the same unit: 0, or minus the margin of an equivalence.
-      n: the least number of seeds per point.
+      claim: in one sentence. protocol: "tuned" at each batch or "scaled" from the smallest; "timed" where it is about time.
+      paper: what the paper states of it. ours: our figures, with n and spread.
+      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why it cannot be tested.
+      measured: the difference that decides, in words; empty where the claim cannot be tested, as are `effect` and its interval.
+      effect, low, high: its mean and 95 % interval in `unit`: "points" of top-1, or "percent" of the time.
+      least: the limit above which the claim holds, in the same unit. n: the number of seeds.
+      more: the seeds that the rule still asks for, as (first, last), by the name of the runs.
     """
 
     claim: str
+    protocol: str
     paper: str
     ours: str
     verdict: str
-    why: str
+    rule: str
     measured: str = ""
     effect: float | None = None
     low: float | None = None
@@ -55,173 +58,182 @@ class Verdict:
     unit: str = "points"
     least: float = 0.0
     n: int = 0
+    more: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def finding(self) -> str:
         """The effect with its interval and n; where the claim cannot be tested, why not."""
         if self.effect is None:
-            return self.why
-        interval = f"95 % interval {self.low:+.2f} to {self.high:+.2f}"
-        return f"{self.measured} is {self.effect:+.2f} {self.unit} ({interval}, n = {self.n} seeds each)"
+            return self.rule
+        interval = f"95 % interval {self.low:+.2f} to {self.high:+.2f}, n = {self.n}"
+        return f"{self.measured} is {self.effect:+.2f} {self.unit} ({interval})"
 
     def _repr_mimebundle_(self, **_):
-        shown = {name: getattr(self, name) for name in ("claim", "paper", "ours", "verdict", "why")}
+        shown = {name: getattr(self, name) for name in ("claim", "protocol", "paper", "ours", "verdict", "rule")}
+        shown |= {"still to run": seeds_to_run([self])} if self.more else {}
         cell = '<td style="text-align: left; white-space: normal">'
         rows = "".join(f"<tr><th>{name}</th>{cell}{escape(value)}</td></tr>" for name, value in shown.items())
         name = f"{SYMBOLS[self.verdict]} {self.verdict.capitalize()}"
-        said = f'<p class="verdict"><strong class="{self.verdict}">{name}</strong>: {escape(self.finding)}.</p>'
+        about = f"{self.claim} ({self.protocol}): {self.finding}."
+        said = f'<p class="verdict"><strong class="{self.verdict}">{name}</strong>: {escape(about)}</p>'
         details = f"<details><summary>how this was judged</summary><table>{rows}</table></details>"
-        text = "\n".join(f"{name:8}{value}" for name, value in shown.items())
-        return {"text/plain": f"{name}: {self.finding}.\n{text}", "text/html": said + details, MIME: asdict(self)}
+        text = "\n".join(f"{name}: {value}" for name, value in shown.items())
+        return {"text/plain": f"{name}: {about}\n{text}", "text/html": said + details, MIME: asdict(self)}
 
 
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its 95 % interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-    def points(self) -> str:
-        """As percentage points."""
-        return f"{100 * self.estimate:+.2f} points (95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f})"
-
-    def judged(self, least: float = 0.0) -> str:
-        """The verdict on "above `least`"."""
-        return SUPPORTED if self.low > least else CONTRADICTED if self.high < least else UNDECIDED
-
-    def figures(self, measured: str, points: Sequence[Sequence]) -> dict:
-        """The fields of a `Verdict` that say how large the effect is, and on how many seeds per point it rests."""
-        values = {"effect": 100 * self.estimate, "low": 100 * self.low, "high": 100 * self.high}
-        return values | {"measured": measured, "n": min(map(len, points))}
+def seeds_to_run(verdicts: Sequence[Verdict]) -> str:
+    """Which seeds the rule still asks for, such as "seeds 5-7 of lars-4096, rmsprop-4096"; empty if none."""
+    asked = pd.DataFrame([(*item[1], item[0]) for verdict in verdicts for item in verdict.more.items()])
+    if asked.empty:
+        return ""
+    most = asked.sort_values(1, ascending=False, kind="stable").drop_duplicates(2).sort_index()
+    groups = most.groupby([0, 1])[2].agg(", ".join)
+    return "; ".join(f"seeds {first}-{last} of {names}" for (first, last), names in groups.items())
 
 
-def contrast(*terms: tuple[float, Sequence[float]]) -> Interval:
-    """``sum_i weight_i * mean_i`` of independent samples, with Welch and Satterthwaite's interval.
+class Interval(NamedTuple):
+    """A mean over n seeds with half its 95 % interval, and the number of seeds that the rule asks for."""
 
-    The variance is ``v = sum_i v_i``, ``v_i = weight_i^2 * s_i^2 / n_i``, the degrees of freedom ``v^2 / sum_i v_i^2 / (n_i - 1)``.
+    mean: float
+    half: float
+    n: int
+    wanted: int
+
+    def __str__(self):
+        return f"{self.mean:+.2f} ({self.mean - self.half:+.2f} to {self.mean + self.half:+.2f})"
+
+
+def interval(differences: Sequence[float], first: int = FIRST_SEEDS, most: int = MOST_SEEDS) -> Interval:
+    """Stein's interval in two stages (1945), for differences of top-1 in points, ordered by seed.
+
+    The standard deviation s of the first five decides how many count: the least ``n`` with ``t * s / sqrt(n) <= 1``, at least 5
+    and at most 8, where ``t = t(0.975, 4)``. The interval is ``mean +- t * s / sqrt(n)``, with the mean of the first n. It covers
+    in 95 % of all cases whatever the true spread is, because n depends on s alone. Fewer than five are one stage of them all,
+    as are any number where `first` and `most` are that number: this is Student's interval.
+    """
+    stage = np.asarray(differences[:first])
+    reach = stats.t.ppf(0.975, len(stage) - 1) * np.std(stage, ddof=1)
+    wanted = first if len(stage) < first else int(np.clip(np.ceil((reach / WIDEST) ** 2), first, most))
+    used = differences[:wanted]
+    return Interval(float(np.mean(used)), float(reach / np.sqrt(len(used))), len(used), wanted)
+
+
+def by_seed(records: Sequence[Record]) -> pd.DataFrame:
+    """Final top-1 in percent: a row per seed, and a column per point."""
+    rows = [(record.recipe.seed, record.point, 100 * record.result["final_top1"]) for record in records]
+    return pd.DataFrame(rows, columns=["seed", "point", "top1"]).pivot(index="seed", columns="point", values="top1")
+
+
+def judge(
+    claim: str, paper: str, parts: Mapping[str, Mapping[str, int]], values: pd.DataFrame, *, protocol: str = "tuned", least: float = 0,
+    unit: str = "points",
+) -> Verdict:  # fmt: skip
+    """The verdict on "every part lies above `least`". Contradicted: one of them lies below. The part furthest from support is shown.
 
     Args:
-      terms: (weight, values) pairs, of at least two values each.
+      claim, paper, protocol, least, unit: as in `Verdict`.
+      parts: by what is measured, the weight of each point's value in the sum.
+      values: a row per seed and a column per point, in `unit`s. Top-1 is judged in two stages, and undecided while half the
+        interval is wider than a point. A time is judged in one stage.
     """
-    variances = np.array([weight**2 * np.var(values, ddof=1) / len(values) for weight, values in terms])
-    freedom = np.array([len(values) - 1 for _, values in terms])
-    estimate = float(sum(weight * np.mean(values) for weight, values in terms))
-    if not variances.any():
-        return Interval(estimate, estimate, estimate)
-    degrees = variances.sum() ** 2 / (variances**2 / freedom).sum()
-    low, high = stats.t.interval(0.95, degrees, estimate, np.sqrt(variances.sum()))
-    return Interval(estimate, float(low), float(high))
+    rule = f"the 95 % interval of {', and of '.join(parts)} lies above {least:g}{f' {unit}' if least else ''}"
+    points = list(dict.fromkeys(point for weights in parts.values() for point in weights))
+    if missing := [point for point in points if point not in values]:
+        return Verdict(claim, protocol, paper, "-", NOT_TESTABLE, f"there are no runs of {', '.join(missing)}")
+    about = values[points].agg(["mean", "std", "count"])
+    ours = "; ".join("{}: {:.2f} ± {:.2f} % (n = {:.0f})".format(point, *about[point]) for point in points).replace(
+        " ± nan", ""
+    )
+    found, more = [], {}
+    for measured, weights in parts.items():
+        differences = (values[list(weights)] * pd.Series(weights)).sum(axis=1, skipna=False).dropna().sort_index()
+        if len(differences) < MIN_SEEDS:
+            few = f"fewer than {MIN_SEEDS} seeds have runs of {', '.join(weights)}"
+            return Verdict(claim, protocol, paper, ours, NOT_TESTABLE, few)
+        each = interval(differences.to_numpy(), *(() if unit == "points" else 2 * (len(differences),)))
+        wide = unit == "points" and each.half > WIDEST
+        above, below = each.mean - each.half > least, each.mean + each.half < least
+        verdict = UNDECIDED if wide else SUPPORTED if above else CONTRADICTED if below else UNDECIDED
+        found.append((verdict, measured, each))
+        ours += f"; {measured}: {each} {unit}"
+        more |= {point: (n, each.wanted - 1) for point in weights if (n := int(values[point].count())) < each.wanted}
+    order = (CONTRADICTED, UNDECIDED, SUPPORTED)
+    verdict, measured, each = min(found, key=lambda part: (order.index(part[0]), part[2].mean - part[2].half))
+    figures = {"effect": each.mean, "low": each.mean - each.half, "high": each.mean + each.half, "n": each.n}
+    return Verdict(claim, protocol, paper, ours, verdict, rule, measured, **figures, unit=unit, least=least, more=more)
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """As a percentage: mean, standard deviation over seeds where there are several, and n."""
-    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.2f}{spread} % (n = {len(values)})"
+def protocols(top1: pd.DataFrame) -> list[str]:
+    """Those for large batches that a suite has runs of. Here and below `top1` is that of `by_seed`."""
+    return ["tuned", *(["scaled"] if top1.columns.str.endswith("-scaled").any() else [])]
 
 
-def large_batch(points: Mapping[tuple[str, int], Sequence[float]]) -> Verdict:
-    """RMSProp loses accuracy as the batch grows and LARS keeps it.
+def point_names(top1: pd.DataFrame, protocol: str) -> pd.DataFrame:
+    """The names of the points OPTIMIZER-BATCH: a row per batch, the smallest first, and a column per optimizer. Scaled from
+    the smallest batch, LARS and momentum are those tuned there; RMSProp has a schedule of its own."""
+    batches = sorted({int(name[1]) for name in map(re.compile(r"[a-z]+-(\d+)(-scaled)?$").match, top1.columns) if name})
+    suffix = {"tuned": "", "scaled": "-scaled"}[protocol]
+    names = {name: [f"{name}-{batch}{suffix}" for batch in batches] for name in ("lars", "rmsprop", "momentum")}
+    for name in ("lars", "momentum"):
+        names[name][0] = names[name][0].removesuffix(suffix)
+    return pd.DataFrame(names, index=batches)
 
-    Args:
-      points: final top-1 by (optimizer, global batch size).
-    """
+
+def large_batch(top1: pd.DataFrame, protocol: str) -> Verdict:
+    """RMSProp loses accuracy as the batch grows, and LARS keeps it."""
     claim = "RMSProp loses accuracy as the batch grows, and LARS keeps it"
-    top1 = (100 * table2().set_index("preset")["top1"]).map("{:.1f} %".format)
+    stated = table2().set_index("preset")["top1"].map("{:.1%}".format)
     paper = (
-        f"B2 with RMSProp: {top1['b2-4096-rmsprop']} at 4,096 and {top1['b2-16384-rmsprop']} at 16,384; "
-        f"with LARS: {top1['b2-16384-lars']} there and {top1['b2-32768-lars']} at 32,768 (Table 2)"
+        f"B2 with RMSProp: {stated['b2-4096-rmsprop']} at 4,096 and {stated['b2-16384-rmsprop']} at 16,384; "
+        f"with LARS: {stated['b2-16384-lars']} there and {stated['b2-32768-lars']} at 32,768 (Table 2)"
     )
-    small, large = min(batch for _, batch in points), max(batch for _, batch in points)
-    rule = (
-        f"from a batch of {small:,} to one of {large:,} RMSProp loses, it loses more than LARS, and LARS is ahead at {large:,}: "
-        "all three intervals above 0 (contradicted: one of them below)"
-    )
-    if missing := {(name, batch) for name in ("rmsprop", "lars") for batch in (small, large)} - set(points):
-        return Verdict(claim, paper, "-", NOT_TESTABLE, f"there are no runs of {sorted(missing)}")
-    means = _means({f"{optimizer} at {batch:,}": values for (optimizer, batch), values in sorted(points.items())})
-    if _few(points.values()):
-        return Verdict(claim, paper, means, NOT_TESTABLE, FEW_SEEDS)
-    rmsprop, lars = (((1, points[name, small]), (-1, points[name, large])) for name in ("rmsprop", "lars"))
-    loses = contrast(*rmsprop)
-    more = contrast(*rmsprop, *((-weight, values) for weight, values in lars))
-    ahead = contrast((1, points["lars", large]), (-1, points["rmsprop", large]))
-    ours = (
-        f"{means}. RMSProp loses {loses.points()}, that much more than LARS: {more.points()}; "
-        f"LARS is ahead at {large:,} by {ahead.points()}"
-    )
-    verdicts = {interval.judged() for interval in (loses, more, ahead)}
-    verdict = next(each for each in (CONTRADICTED, UNDECIDED, SUPPORTED) if each in verdicts)
-    figures = ahead.figures(f"LARS minus RMSProp at {large:,}", points.values())
-    return Verdict(claim, paper, ours, verdict, rule, **figures)
+    names = point_names(top1, protocol)
+    small, large = names.iloc[0], names.iloc[-1]
+    loss = {small["rmsprop"]: 1, large["rmsprop"]: -1}
+    parts = {
+        f"RMSProp at {small.name:,} minus RMSProp at {large.name:,}": loss,
+        f"RMSProp's loss to {large.name:,} minus LARS's": loss | {small["lars"]: -1, large["lars"]: 1},
+        f"LARS minus RMSProp at {large.name:,}": {large["lars"]: 1, large["rmsprop"]: -1},
+    }
+    return judge(claim, paper, parts, top1, protocol=protocol)
 
 
-def better(
-    claim: str, paper: str, ours: tuple[str, Sequence[float]], other: tuple[str, Sequence[float]], margin: float = 0.0
-) -> Verdict:
-    """Whether one way is better than another, or worse by less than a margin: the interval of the difference of final top-1 lies
-    above 0, or above minus the margin.
-
-    Args:
-      claim, paper: as in `Verdict`.
-      ours, other: (name, final top-1 of the seeds) of the way that the claim favours, and of the other.
-    """
-    rule = f"the interval of {ours[0]} minus {other[0]} lies above {f'{-100 * margin:.0f} point' if margin else 0}"
-    means = _means(dict((ours, other)))
-    if _few((ours[1], other[1])):
-        return Verdict(claim, paper, means, NOT_TESTABLE, FEW_SEEDS)
-    difference = contrast((1, ours[1]), (-1, other[1]))
-    figures = difference.figures(f"{ours[0]} minus {other[0]}", (ours[1], other[1])) | {"least": -100 * margin}
-    said = f"{means}; difference {difference.points()}"
-    return Verdict(claim, paper, said, difference.judged(-margin), rule, **figures)
+def plain_optimizer(top1: pd.DataFrame, protocol: str) -> Verdict:
+    """Momentum is no worse than LARS at the largest batch: the question that came after the paper."""
+    claim = "a plain optimizer, momentum, is no worse than LARS at a large batch"
+    paper = "no such optimizer was tried; Nado et al. (2021) found that it does as well for ResNet-50"
+    large = point_names(top1, protocol).iloc[-1]
+    parts = {f"momentum minus LARS at {large.name:,}": {large["momentum"]: 1, large["lars"]: -1}}
+    return judge(claim, paper, parts, top1, protocol=protocol, least=-MARGIN)
 
 
-def polynomial_decay(polynomial: Sequence[float], exponential: Sequence[float]) -> Verdict:
-    """Polynomial decay beats exponential for LARS. Takes the final top-1 of each."""
-    claim = "polynomial decay beats exponential decay for LARS"
-    paper = "polynomial decay was found best for LARS (no figures known to us)"
-    return better(claim, paper, ("polynomial", polynomial), ("exponential", exponential))
+def better(claim: str, paper: str, top1: pd.DataFrame, ours: str, *others: str, least: float = 0) -> Verdict:
+    """One point is better than each of several others."""
+    return judge(claim, paper, {f"{ours} minus {other}": {ours: 1, other: -1} for other in others}, top1, least=least)
 
 
-def warmup(with_warmup: Sequence[float], without: Sequence[float]) -> Verdict:
-    """Warm-up is needed by LARS at a large batch. Takes the final top-1 of each."""
-    claim = "warm-up is needed at a large batch"
+def polynomial_decay(top1: pd.DataFrame, polynomial: str, exponential: str, which: str) -> Verdict:
+    """Polynomial decay beats an exponential one for LARS: `which`, in words. Takes the names of the points, as do those below."""
+    claim = f"polynomial decay beats exponential decay {which}, for LARS"
+    return better(claim, "polynomial decay was found best (no figures known to us)", top1, polynomial, exponential)
+
+
+def warmup(top1: pd.DataFrame, usual: str, none: str, optimizer: str) -> Verdict:
+    """Warm-up is needed at a large batch."""
     paper = "43 to 50 epochs of 350 in its LARS recipes (Table 2; no figures without)"
-    return better(claim, paper, ("with warm-up", with_warmup), ("without", without))
+    return better(f"warm-up is needed at a large batch, by {optimizer}", paper, top1, usual, none)
 
 
-def bfloat16_convolutions(bfloat16: Sequence[float], float32: Sequence[float]) -> Verdict:
-    """bfloat16 convolutions cost no accuracy: less than MARGIN. Takes the final top-1 of each."""
-    claim = "bfloat16 convolutions cost no accuracy"
-    paper = "no loss of accuracy (section 3; no figures known to us)"
-    return better(claim, paper, ("bfloat16", bfloat16), ("float32", float32), MARGIN)
-
-
-def batch_norm_batch(points: Mapping[int, Sequence[float]]) -> Verdict:
-    """Accuracy depends on the batch-norm batch size, with an optimum.
-
-    Args:
-      points: final top-1 by batch-norm batch size.
-    """
+def batch_norm_batch(top1: pd.DataFrame, small: str, middle: str, large: str) -> Verdict:
+    """Accuracy depends on the batch-norm batch size, with an optimum: the one in the middle beats both ends."""
     claim = "accuracy depends on the batch-norm batch size, with an optimum"
-    paper = "the group size was tuned (section 3; no figures known to us)"
-    rule = (
-        "one-way analysis of variance gives p < 0.05, and the best mean lies at neither end of the sizes "
-        "(contradicted: p < 0.05, and it lies at an end)"
-    )
-    sizes = sorted(points)
-    means = _means({f"{size:,}": points[size] for size in sizes})
-    if _few(points.values()):
-        return Verdict(claim, paper, means, NOT_TESTABLE, FEW_SEEDS)
-    p = float(stats.f_oneway(*points.values()).pvalue)
-    best = max(sizes, key=lambda size: np.mean(points[size]))
-    ends = [size for size in (sizes[0], sizes[-1]) if size != best]
-    end = max(ends, key=lambda size: np.mean(points[size]))
-    verdict = UNDECIDED if p >= 0.05 else SUPPORTED if len(ends) == 2 else CONTRADICTED
-    gain = contrast((1, points[best]), (-1, points[end]))
-    figures = gain.figures(f"groups of {best:,} minus groups of {end:,}", points.values())
-    return Verdict(claim, paper, f"{means}; p = {p:.2g}, best at {best:,}", verdict, rule, **figures)
+    return better(claim, "the group size was tuned (section 3; no figures known to us)", top1, middle, small, large)
+
+
+def bfloat16_convolutions(top1: pd.DataFrame, bfloat16: str, float32: str) -> Verdict:
+    """bfloat16 convolutions cost no accuracy: less than a point."""
+    paper = "no loss of accuracy (section 3; no figures known to us)"
+    return better("bfloat16 convolutions cost no accuracy", paper, top1, bfloat16, float32, least=-MARGIN)
 
 
 def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record]) -> Verdict:
@@ -230,30 +242,16 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
     Args:
       all_devices, one: runs of one recipe on several devices, evaluated on all of them and on one.
     """
-    claim = "evaluation on all devices shortens end-to-end time"
-    paper = "evaluating on a part of the machine was the bottleneck, so it evaluates on all cores (section 3; no figures known to us)"
-    rule = "the interval of the seconds saved lies above 0"
+    first = all_devices[0]
+    ratio = first.timing["images"] / (len(first.frame("eval")) * first.result["eval_examples"])
+    claim = f"evaluation on all devices shortens end-to-end time ({ratio:.3g} training images per evaluated one)"
+    paper = "evaluating on a part of the machine was the bottleneck (section 3; no figures known to us)"
     if any(record.devices_share_cores for record in (*all_devices, *one)):
         why = "the devices are simulated, and each of them computes on all cores already"
-        return Verdict(claim, paper, "-", NOT_TESTABLE, why)
-    if _few((all_devices, one)):
-        return Verdict(claim, paper, "-", NOT_TESTABLE, FEW_SEEDS)
-    on_all, on_one = ([record.timing["total_seconds"] for record in records] for records in (all_devices, one))
-    saved = contrast((1, on_one), (-1, on_all))
-    means = "; ".join(
-        f"on {name}: {np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} s (n = {len(values)})"
-        for name, values in (("all devices", on_all), ("one", on_one))
-    )
-    ours = f"{means}; saved {saved.estimate:.1f} s (95 % interval {saved.low:.1f} to {saved.high:.1f})"
-    share = contrast((1 / np.mean(on_one), on_one), (-1 / np.mean(on_one), on_all))
-    figures = share.figures("time saved", (on_all, on_one)) | {"unit": "% of the time"}
-    return Verdict(claim, paper, ours, saved.judged(), rule, **figures)
-
-
-def _few(points) -> bool:
-    """Whether a point has too few seeds to judge."""
-    return min(map(len, points)) < MIN_SEEDS
-
-
-def _means(points: Mapping[str, Sequence[float]]) -> str:
-    return "; ".join(f"{name}: {mean_and_spread(values)}" for name, values in points.items())
+        return Verdict(claim, "timed", paper, "-", NOT_TESTABLE, why)
+    seconds = {
+        name: pd.Series({record.recipe.seed: record.timing["total_seconds"] for record in records})
+        for name, records in (("on one", one), ("on all", all_devices))
+    }
+    shares = 100 * pd.DataFrame(seconds) / seconds["on one"].mean()
+    return judge(claim, paper, {"time saved": {"on one": 1, "on all": -1}}, shares, protocol="timed", unit="percent")

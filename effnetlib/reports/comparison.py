@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from effnetlib.errors import EffnetlibError
-from effnetlib.reports.claims import MIN_SEEDS, contrast
+from effnetlib.reports.claims import MIN_SEEDS, interval
 from effnetlib.reports.tables import results
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.record import Record
@@ -34,7 +33,7 @@ def load(paths: Sequence[Path]) -> list[Record]:
             raise EffnetlibError(f"{path} is not the folder of a run: run.json is missing")
         found |= {folder.resolve(): Record.load(folder) for folder in folders}
     for record in found.values():
-        if not any(row["kind"] == "eval" for row in record.metrics):
+        if record.frame("eval").empty:
             raise EffnetlibError(f"the run {record.directory} has not been evaluated yet (it is {record.status})")
     if len(found) < 2:
         raise EffnetlibError(f"a comparison wants two runs or more, and {', '.join(map(str, paths))} is one")
@@ -52,22 +51,16 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 def points(records: Sequence[Record]) -> list[str]:
     """The point of each run: its label without the seed."""
-    named = zip(labels(records), records, strict=True)
-    return [label.removesuffix(record.name) + record.point for label, record in named]
+    return [label.removesuffix(r.name) + r.point for label, r in zip(labels(records), records, strict=True)]
 
 
 def settings(records: Sequence[Record]) -> pd.DataFrame:
     """What differs between the points, one row per field and one column per point: the recipe, the data, and the
     circumstances. Where the runs of a point differ among themselves, all their values."""
-    table = pd.DataFrame(
-        [
-            asdict(record.recipe)
-            | {f"{split} data": value for split, value in record.data.get("fingerprints", {}).items()}
-            | {name: record.environment.get(name) for name in CIRCUMSTANCES}
-            for record in records
-        ]
-    ).map(str)
-    by_point = table.groupby(points(records), sort=False).agg(lambda values: ", ".join(dict.fromkeys(values))).T
+    table = results(records).reindex(columns=[*asdict(records[0].recipe), *CIRCUMSTANCES])
+    for split in ("train", "eval"):
+        table[f"{split} data"] = [record.data.get("fingerprints", {}).get(split) for record in records]
+    by_point = table.map(str).groupby(points(records), sort=False).agg(lambda x: ", ".join(x.unique())).T
     return by_point[by_point.nunique(axis=1) > 1].rename_axis("setting").reset_index()
 
 
@@ -79,14 +72,14 @@ def outcomes(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def difference(records: Sequence[Record]) -> str:
-    """One sentence on the final top-1 of two points; what it would take where it cannot be told."""
+    """One sentence on the final top-1 of two points, seed by seed; what it would take where it cannot be told."""
     table = outcomes(records).dropna(subset=["final_top1"])
-    values = {point: list(rows["final_top1"]) for point, rows in table.groupby("point", sort=False)}
-    if len(values) != 2:
-        return f"{len(values)} points have a result; a difference with its interval is given of two."
-    (first, ours), (second, theirs) = values.items()
-    said = f"Final top-1 of {first} minus {second}"
-    if min(len(ours), len(theirs)) < MIN_SEEDS:
-        gap = 100 * (np.mean(ours) - np.mean(theirs))
-        return f"{said}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds each that may be chance."
-    return f"{said}: {contrast((1, ours), (-1, theirs)).points()}."
+    top1 = 100 * table.pivot_table("final_top1", "seed", "point", sort=False)
+    if len(top1.columns) != 2:
+        return f"{len(top1.columns)} points have a result; a difference with its interval is given of two."
+    first, second = top1
+    said, differences = f"Final top-1 of {first} minus {second}", (top1[first] - top1[second]).dropna().sort_index()
+    if (n := len(differences)) < MIN_SEEDS:
+        gap = top1[first].mean() - top1[second].mean()
+        return f"{said}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds in both that may be chance."
+    return f"{said}: {interval(differences, n, n)} points (95 % interval, {n} seeds)."

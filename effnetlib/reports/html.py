@@ -10,6 +10,7 @@ import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
+from effnetlib.reports.claims import MIME, Verdict, seeds_to_run
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.record import load_records
 from effnetlib.suites.outcome import Outcome
@@ -27,21 +28,15 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
 
 
 def render_html(directory: Path, name: str) -> Path:
-    """Renders the executed notebook `name` of a suite's folder to one self-contained HTML file.
-
-    Args:
-      directory: the suite's folder; the notebook is ``executed/NAME.ipynb`` in it, and ``NAME.html`` is written.
-
-    Returns:
-      The HTML file, with a banner where the notebook failed.
-    """
+    """Renders ``executed/NAME.ipynb`` of a suite's folder to one self-contained HTML file, ``NAME.html``, with a banner where the
+    notebook failed. Returns its path."""
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = read_notebook(executed)
-    cells = [cell for cell in notebook.cells if cell.id not in ("badges", "setup")]
-    answers = [cell for cell in cells if "answer" in cell.metadata.get("tags", ())]  # they stand under the title
-    notebook.cells = _code_at_the_end([*cells[:1], *answers, *(cell for cell in cells[1:] if cell not in answers)])
-    for cell in notebook.cells[:1]:  # the badges are images from the network
-        cell.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", cell.source)
+    first, *cells = (cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
+    if first.cell_type == "markdown":  # the badges are images from the network
+        first.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", first.source)
+    cells.sort(key=lambda cell: "answer" not in cell.metadata.get("tags", ()))  # answers stand under the title
+    notebook.cells = _code_at_the_end([first, *cells])
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
     page["error"] = Outcome.read(directory, name).error
@@ -65,27 +60,32 @@ def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.No
     return moved[:-1]
 
 
+def verdicts(notebook: nbformat.NotebookNode) -> list[Verdict]:
+    """What an executed report says of claims."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return [Verdict(**output.data[MIME]) for output in outputs if MIME in output.get("data", {})]
+
+
 def render_index(directory: Path, name: str) -> Path:
-    """Writes the index page of a suite's folder: status, key figures and links. Returns its path."""
+    """Writes the index page of a suite's folder: verdicts, status, key figures and links. Returns its path."""
     records = {record.name: record for record in load_records(directory / "runs")}
-    executed = {path.stem for path in directory.glob("executed/*.json")}
-    runs, reports = [], []
-    for entry in sorted({*records, *executed}):
+    shown = {"runs": [], "reports": [], "claims": [], "name": name, "css": markupsafe.Markup(css())}
+    for entry in sorted({*records, *(path.stem for path in directory.glob("executed/*.json"))}):
         record, became = records.get(entry), Outcome.read(directory, entry)
-        page = directory / f"{entry}.html"
-        row = {"name": entry, "link": page.name if page.exists() else None, "error": became.error}
+        link = f"{entry}.html" if (directory / f"{entry}.html").exists() else None
+        row = {"name": entry, "link": link, "error": became.error, "title": entry, "record": record}
         if became.is_run:
             row["error"] = row["error"] or (record.error if record else "")
             row["status"] = "failed" if row["error"] else record.status if record else "not started"
-            runs.append(row | {"record": record})
-        else:
-            source = directory / "executed" / f"{entry}.ipynb"
-            row["title"] = title(read_notebook(source), source) if source.exists() else entry
-            reports.append(row)
-    hosts = sorted({record.environment["host"] for record in records.values() if record.environment})
+        elif (source := directory / "executed" / f"{entry}.ipynb").exists():
+            notebook = read_notebook(source)
+            row["title"] = title(notebook, source)
+            shown["claims"] += [(row, verdict) for verdict in verdicts(notebook)]
+        shown["runs" if became.is_run else "reports"].append(row)
+    shown["hosts"] = sorted({record.environment["host"] for record in records.values() if record.environment})
+    shown["missing"] = seeds_to_run([verdict for _, verdict in shown["claims"]])
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())
-    page = template.render(name=name, runs=runs, reports=reports, hosts=hosts, css=markupsafe.Markup(css()))
-    write_atomically(directory / "index.html", page)
+    write_atomically(directory / "index.html", template.render(shown))
     return directory / "index.html"
 
 

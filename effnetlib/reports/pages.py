@@ -19,15 +19,12 @@ NAMED_POINTS = 3  # of a comparison, in the name of its folder
 
 
 def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
-    """Renders the executed reports of a suite's folder anew, and its index. Where there are records and no executed report, the
-    paper against ours is executed first. So it is where it was executed before, unless it is as new as the records.
+    """Renders the executed reports of a suite's folder anew, and its index, which it returns. Where there are records and no executed
+    report, the paper against ours is executed first. So it is where it was executed before, unless it is as new as the records.
 
     Args:
       directory: the suite's folder, or `runs` in it.
       chip_hour: dollars per chip and hour, for the paper against ours.
-
-    Returns:
-      The index page.
 
     Raises:
       EffnetlibError: the folder holds neither, or is a run's.
@@ -61,22 +58,17 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
 
 
 def compare(paths: Sequence[Path]) -> Path:
-    """Executes the comparison of runs, under outputs/comparisons, and returns its page.
-
-    Args:
-      paths: as in `comparison.load`.
-    """
+    """Executes the comparison of runs, under outputs/comparisons, and returns its page. Takes the paths of `comparison.load`."""
     records = comparison.load(paths)
     points = [point.replace("/", "-") for point in dict.fromkeys(comparison.points(records))]
     more = f"-and-{len(points) - NAMED_POINTS}-more" * (len(points) > NAMED_POINTS)
     name = f"comparisons/{'-against-'.join(points[:NAMED_POINTS])}{more}"
-    suite = report_alone(name, COMPARISON, runs=[str(record.directory) for record in records])
-    _execute(suite)
-    return suite.directory / f"{COMPARISON}.html"
+    return _execute(report_alone(name, COMPARISON, runs=[str(record.directory) for record in records]))
 
 
-def _execute(suite: Suite) -> None:
-    """Executes a suite of one report; one that fails is an error."""
+def _execute(suite: Suite) -> Path:
+    """Executes a suite of one report, and returns its page. A report that fails is an error."""
     (settled,) = execute.execute(suite)
     if settled.error:
         raise FailedError(f"the report {settled.name} failed: {settled.error}")
+    return suite.directory / f"{settled.name}.html"

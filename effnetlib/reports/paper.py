@@ -71,20 +71,12 @@ def history() -> pd.DataFrame:
 
 
 def trainable_parameters() -> dict[str, int]:
-    """Trainable parameters at 1,000 classes, from two public listings."""
-    return {
-        "b0": 5_288_548,
-        "b1": 7_794_184,
-        "b2": 9_109_994,
-        "b3": 12_233_232,
-        "b4": 19_341_616,
-        "b5": 30_389_784,
-        "b6": 43_040_704,
-        "b7": 66_347_960,
-    }
+    """Trainable parameters at 1,000 classes by variant, from two public listings."""
+    counts = [5_288_548, 7_794_184, 9_109_994, 12_233_232, 19_341_616, 30_389_784, 43_040_704, 66_347_960]
+    return {f"b{i}": count for i, count in enumerate(counts)}
 
 
 def published_top1() -> dict[str, float]:
     """ImageNet top-1 of the weights that the reference's authors trained with AutoAugment, which timm (`aa_in1k`) and Keras
     pass on. Source: README of tensorflow/tpu, models/official/efficientnet."""
-    return {"b0": 0.771, "b1": 0.791, "b2": 0.801, "b3": 0.816, "b4": 0.829, "b5": 0.836, "b6": 0.840, "b7": 0.843}
+    return {f"b{i}": top1 for i, top1 in enumerate([0.771, 0.791, 0.801, 0.816, 0.829, 0.836, 0.840, 0.843])}

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable
 
+import numpy as np
 import seaborn as sns
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -48,17 +49,18 @@ def log_ticks(axes, values: Iterable[float]) -> None:
 
 
 def label_lines(axes) -> None:
-    """Replaces the legend: each line's name stands at its right end, in its colour, apart from its neighbours."""
+    """Replaces the legend: each line's name stands at the height of its last point, in its colour, apart from its neighbours. Call it
+    when all panels that share an axis are drawn."""
     if axes.get_legend():
         axes.get_legend().remove()
-    to_fraction, lowest, ends = axes.transData + axes.transAxes.inverted(), -1.0, []
     axes.get_ylim()  # settles the limits
+    to_fraction, lowest, ends = axes.transData + axes.transAxes.inverted(), -1.0, []
     for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-        colour = handle.get_color()
-        line = max((line for line in axes.lines if line.get_color() == colour), key=lambda line: len(line.get_xdata()))
-        ends.append((to_fraction.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1], name, colour))
+        same = [line.get_xydata() for line in axes.lines if line.get_color() == handle.get_color()]
+        longest = max((points[np.isfinite(points).all(axis=1)] for points in same), key=len)
+        if len(longest):
+            ends.append((to_fraction.transform(longest[-1])[1], NAMES.get(name, name), handle.get_color()))
     for height, name, colour in sorted(ends):
         lowest = max(height, lowest + 0.075)
-        axes.annotate(
-            NAMES.get(name, name), (1.02, lowest), xycoords="axes fraction", color=colour, va="center", fontsize=10
-        )
+        place = {"xycoords": "axes fraction", "va": "center", "fontsize": 10}
+        axes.annotate(name, (1.02, lowest), color=colour, **place)

@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -24,8 +25,10 @@ from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.planning.topology import GIB
 from effnetlib.recipe import Recipe
-from effnetlib.reports.claims import CONTRADICTED, MIME, NOT_TESTABLE, SUPPORTED, UNDECIDED
+from effnetlib.reports import html
+from effnetlib.reports.claims import CONTRADICTED, SUPPORTED, SYMBOLS, UNDECIDED
 from effnetlib.reports.html import css, read_notebook, render_index, title
+from effnetlib.reports.style import SETTINGS
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.record import Record, load_records
@@ -101,60 +104,59 @@ def refresh() -> Path:
 
 
 def verdicts(published: Path) -> list[dict]:
-    """What every published report says of a claim: the fields of `effnetlib.reports.claims.Verdict`, and `suite` and `report`. Where
-    one suite can test a claim, those that cannot are left out."""
+    """What the published reports say of each claim under each protocol: the fields of `effnetlib.reports.claims.Verdict`, and
+    `suite` and `report`. Where several suites have tested a claim, that with the most seeds. What a suite's report cannot test is
+    left out where the same report could test anything in another suite."""
     found = []
     for path in sorted(published.glob("*/executed/*.ipynb")):
         where = {"suite": path.parent.parent.name, "report": path.stem}
-        notebook = read_notebook(path)
-        outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-        found += [output.data[MIME] | where for output in outputs if MIME in output.get("data", {})]
-    tested = {each["claim"] for each in found if each["verdict"] != NOT_TESTABLE}
-    kept = [each for each in found if each["verdict"] != NOT_TESTABLE or each["claim"] not in tested]
-    return sorted(kept, key=lambda each: each["report"])
+        found += [asdict(each) | where for each in html.verdicts(read_notebook(path))]
+    tested = {each["report"]: each["suite"] for each in found if each["n"]}
+    best = {}
+    for each in sorted(found, key=lambda row: row["n"]):
+        if each["n"] or tested.get(each["report"], each["suite"]) == each["suite"]:
+            best[each["claim"], each["protocol"]] = each
+    return sorted(best.values(), key=lambda row: (row["report"], found.index(row)))
 
 
 def claims_json(published: Path) -> str:
-    """A row per claim: its suite, the effect with its 95 % interval, n, the verdict and its rule."""
-    names = ("claim", "suite", "measured", "effect", "low", "high", "unit", "least", "n", "verdict")
-    rows = [{name: each[name] for name in names} | {"rule": each["why"]} for each in verdicts(published)]
-    return json.dumps(rows, indent=2) + "\n"
+    """A row per claim and protocol: its suite, the effect with its 95 % interval, n, the verdict and its rule."""
+    names = ("claim", "protocol", "suite", "measured", "effect", "low", "high", "unit", "least", "n", "verdict", "rule")
+    return json.dumps([{name: each[name] for name in names} for each in verdicts(published)], indent=2) + "\n"
 
 
+WIDEST_AXIS = 10
 COLOURS = {SUPPORTED: "#1a7f37", CONTRADICTED: "#b3261e", UNDECIDED: "#6b6b6b"}
 
 
 def draw_claims(found: list[dict]) -> str:
-    """A forest plot, as SVG: a row per claim that was tested, its effect with the 95 % interval, and the verdict beside it. The
-    claim holds where the interval lies in the shaded part of its row."""
+    """A forest plot, as SVG: a row per claim and protocol that was tested, its effect with the 95 % interval, and the verdict
+    beside it. The claim holds where the interval lies in the shaded part of its row."""
     rows = [each for each in found if each["effect"] is not None]
-    settings = {"svg.hashsalt": "claims", "font.size": 9}
-    with plt.style.context(["default", settings]):
+    # An interval that leaves the axis ends in an arrow.
+    points = [abs(each[end]) for each in rows for end in ("low", "high") if each["unit"] == "points"]
+    reach = min(WIDEST_AXIS, 1.1 * max(points, default=WIDEST_AXIS))
+    with plt.style.context(["default", SETTINGS | {"font.size": 9}]):
         figure, axes = plt.subplots(figsize=(10, 0.9 + 0.52 * len(rows)), layout="constrained")
-        # Times vary more than top-1: an interval that leaves the axis ends in an arrow.
-        reach = 1.1 * max(
-            (abs(each[end]) for each in rows for end in ("low", "high") if each["unit"] == "points"), default=9
-        )
         for place, each in enumerate(rows):
             colour = COLOURS[each["verdict"]]
-            axes.axhspan(
-                place - 0.36, place + 0.36, (each["least"] + reach) / (2 * reach), 1, color="#eaf3ec", zorder=0
-            )
+            side = (each["least"] + reach) / (2 * reach)
+            axes.axhspan(place - 0.36, place + 0.36, side, 1, color="#eaf3ec", zorder=0)
             axes.plot([each["low"], each["high"]], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
             axes.plot(each["effect"], place, "o", color=colour, markersize=7)
             for end, beyond, arrow in ((-reach, each["low"] < -reach, "<"), (reach, each["high"] > reach, ">")):
                 if beyond:
                     axes.plot(end, place, arrow, color=colour, markersize=8, clip_on=False)
-            text = f"{each['verdict']}  (n = {each['n']})"
+            text = f"{SYMBOLS[each['verdict']]} {each['verdict']}  (n = {each['n']})"
             axes.annotate(text, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=colour)
-        names = [f"{textwrap.fill(each['claim'], 60)}\n" for each in rows]
-        labels = [f"{name}{each['measured']}, {each['unit']}" for name, each in zip(names, rows, strict=True)]
+        names = [textwrap.fill(f"{each['claim']} ({each['protocol']})", 70) for each in rows]
+        labels = [f"{name}\n{each['measured']}, {each['unit']}" for name, each in zip(names, rows, strict=True)]
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.axvline(0, color="#888888", linewidth=0.8, linestyle="--")
         axes.set(
             xlim=(-reach, reach),
             ylim=(len(rows) - 0.5, -0.5),
-            xlabel="effect with its 95 % interval; the claim holds in the shaded part",
+            xlabel="effect with its 95 % interval, in points of top-1 or percent of the time; the claim holds in the shaded part",
         )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
@@ -235,15 +237,17 @@ def _claims(found: list[dict]) -> Iterator[str]:
     if not found:
         yield "No claim is judged yet: that takes the whole of the CIFAR-10 suite, whose runs are not all done."
         return
-    yield "| claim of the paper | measured here (95 % interval) | seeds | verdict |"
-    yield "|---|---|---|---|"
+    yield "| claim | protocol | measured here (95 % interval) | seeds | verdict |"
+    yield "|---|---|---|---|---|"
     for each in found:
-        link = f"[{each['verdict']}](outputs/published/{each['suite']}/{each['report']}.html)"
+        link = (
+            f"[{SYMBOLS[each['verdict']]} {each['verdict']}](outputs/published/{each['suite']}/{each['report']}.html)"
+        )
         measured = "-"
         if each["effect"] is not None:
             effect, low, high = (f"{each[name]:+.1f}" for name in ("effect", "low", "high"))
             measured = f"{each['measured']}: {effect} {each['unit']} ({low} to {high})"
-        yield f"| {each['claim']} | {measured} | {each['n'] or '-'} | {link} |"
+        yield f"| {each['claim']} | {each['protocol']} | {measured} | {each['n'] or '-'} | {link} |"
 
 
 def _plans(published: Path) -> Iterator[str]:

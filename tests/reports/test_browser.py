@@ -9,9 +9,9 @@ import nbformat
 import pytest
 from playwright.sync_api import sync_playwright
 from publish import companion
+from test_publish import verdict
 from test_report import made_up, notebook, outcome
 
-from effnetlib.reports.claims import warmup
 from effnetlib.reports.html import render_html, render_index
 from effnetlib.reports.tables import results, show
 
@@ -78,12 +78,11 @@ def test_pages_rendered_now_are_whole_and_stay_on_the_page(browser):
     records = [made_up(f"a-run-of-a-rather-long-name-{seed}", seed=seed) for seed in range(3)]
     figure, _ = plt.subplots(figsize=(12, 4))
     image = show(figure, "suite/figures/empty.png", "nothing at all")
-    verdict = warmup([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
     outputs = [
         nbformat.v4.new_output("display_data", {"image/png": image._repr_mimebundle_()[0]["image/png"]},
                                metadata={"image/png": {"alt": image.alt}}),
         nbformat.v4.new_output("display_data", {"text/html": results(records).to_html()}),
-        nbformat.v4.new_output("display_data", verdict._repr_mimebundle_()),
+        nbformat.v4.new_output("display_data", verdict()._repr_mimebundle_()),
         nbformat.v4.new_output("stream", name="stdout", text="a line without end " * 50),
     ]  # fmt: skip
     cells = [
@@ -96,6 +95,7 @@ def test_pages_rendered_now_are_whole_and_stay_on_the_page(browser):
     suites = folder.parent.parent / "notebooks/suites"
     suites.mkdir(parents=True)
     (suites / "suite.yaml").touch()
+    (suites.parent / "12_learning_rates.ipynb").touch()
     published = folder.parent / "published"
     shutil.copytree(folder, published / "suite")
     (published / "index.html").write_text(companion(published))

@@ -2,6 +2,8 @@ import json
 import os
 
 import nbformat
+import numpy as np
+import pandas as pd
 import publish
 import pytest
 from test_report import made_up, outcome
@@ -28,10 +30,16 @@ def project(tmp_path, monkeypatch):
     return published
 
 
-def report_of(top1, without, name="03_schedules"):
+def verdict(effect=30, seeds=5):
+    """A made-up verdict: the usual warm-up is better by so many points, seed by seed."""
+    without = 50 + np.arange(float(seeds))
+    return warmup(pd.DataFrame({"with": without + effect, "without": without}), "with", "without", "LARS")
+
+
+def report_of(verdict, name="03_schedules"):
     """A suite with one run and one executed report, which shows a verdict."""
     folder = outcome(name, run=False)
-    shown = nbformat.v4.new_output("display_data", data=warmup(top1, without)._repr_mimebundle_())
+    shown = nbformat.v4.new_output("display_data", data=verdict._repr_mimebundle_())
     cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), nbformat.v4.new_code_cell(outputs=[shown])]
     metadata = {"papermill": {"input_path": f"/home/someone/{name}.ipynb", "version": "2"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / f"executed/{name}.ipynb")
@@ -41,7 +49,7 @@ def report_of(top1, without, name="03_schedules"):
 
 def test_what_is_published_is_records_reports_and_what_they_say(project):
     made_up("lars-64-seed0")
-    suite = report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
+    suite = report_of(verdict())
     (suite / "runs/lars-64-seed0/checkpoints").mkdir()
     (suite / "runs/lars-64-seed0/checkpoints/big").write_text("")
     (suite / "lars-64-seed0.html").write_text("a run's page")
@@ -51,32 +59,54 @@ def test_what_is_published_is_records_reports_and_what_they_say(project):
         "index.html", "claims.json", "claims.svg", "suite/index.html", "suite/03_schedules.html", "suite/executed/03_schedules.ipynb",
         "suite/executed/03_schedules.json", "suite/runs/lars-64-seed0/run.json", "suite/runs/lars-64-seed0/metrics.jsonl",
     }  # fmt: skip
-    assert page == project / "index.html" and "Warm-up is needed" in page.read_text()
-    assert 'class="completed">supported' in page.read_text() and "+30.00 points" in page.read_text()
+    assert page == project / "index.html" and "Warm-up is needed at a large batch, by LARS (tuned)" in page.read_text()
+    assert 'class="completed">supported' in page.read_text() and "+30.00 (+30.00 to +30.00) points" in page.read_text()
     notebook = nbformat.read(project / "suite/executed/03_schedules.ipynb", as_version=4)
     assert notebook.metadata.papermill == {"input_path": "03_schedules.ipynb", "version": "2"}
     readme = (project.parent.parent / "README.md").read_text()
     assert readme.startswith("before\n") and readme.endswith("after\n") and "old" not in readme
-    assert "| with warm-up minus without: +30.0 points (+27.7 to +32.3) | 3 |" in readme
-    assert "| [supported](outputs/published/suite/03_schedules.html) |" in readme
+    assert "by LARS | tuned | with minus without: +30.0 points (+30.0 to +30.0) | 5 |" in readme
+    assert "| [✓ supported](outputs/published/suite/03_schedules.html) |" in readme
     publish.publish(suite)
     assert (project.parent.parent / "README.md").read_text() == readme
     assert not [path for path in project.iterdir() if path.name.startswith(".")]
 
 
-def test_a_claim_that_one_suite_tested_is_not_untestable(project):
-    for suite, runs in (("small", 1), ("large", 3)):
+def test_of_two_suites_that_tested_a_claim_the_one_with_more_seeds_counts(project):
+    for suite, seeds in (("first", 5), ("larger", 6), ("untested", 2)):
         executed = project / suite / "executed"
         executed.mkdir(parents=True)
-        shown = nbformat.v4.new_output("display_data", data=warmup([0.5] * runs, [0.5] * runs)._repr_mimebundle_())
-        cells = [nbformat.v4.new_code_cell(outputs=[shown])]
+        top1 = pd.DataFrame({"a": 50 + 0.85 * np.array([-1, 1, 0, 1, -1, 2][:seeds]), "b": 50.0})
+        claims = [
+            warmup(top1, "a", "b", "LARS"),
+            *([warmup(top1, "a", "c", "momentum")] if suite == "untested" else []),
+        ]
+        outputs = [nbformat.v4.new_output("display_data", data=claim._repr_mimebundle_()) for claim in claims]
+        cells = [nbformat.v4.new_code_cell(outputs=outputs)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), executed / "03_schedules.ipynb")
     (found,) = publish.verdicts(project)
-    assert found["suite"] == "large" and found["verdict"] == "undecided"
+    assert (found["suite"], found["n"], found["verdict"]) == ("larger", 6, "undecided")
+    (row,) = json.loads(publish.claims_json(project))
+    assert {"claim", "protocol", "suite", "effect", "low", "high", "unit", "n", "verdict", "rule"} <= set(row)
+    assert row["rule"] == "the 95 % interval of a minus b lies above 0" and row["low"] < row["effect"] < row["high"]
+
+
+def test_the_forest_plot_has_a_row_per_claim_and_protocol():
+    rows = [
+        {"claim": "a", "protocol": protocol, "measured": "x minus y", "unit": "points", "least": least, "effect": effect,
+         "low": effect - 0.5, "high": effect + 0.5, "verdict": name, "n": 5}
+        for protocol, name, effect, least in (("tuned", "supported", 2, 0), ("scaled", "contradicted", -2, -1), ("timed", "undecided", 90, 0))
+    ]  # fmt: skip
+    untested = {"claim": "b", "protocol": "tuned", "effect": None, "verdict": "not testable here"}
+    drawn = publish.draw_claims([*rows, untested])
+    assert drawn == publish.draw_claims([*rows, untested])  # the same figure gives the same file
+    for text in ("a (tuned)", "a (scaled)", "✓ supported  (n = 5)", "✗ contradicted  (n = 5)", "? undecided  (n = 5)"):
+        assert f">{text}<" in drawn
+    assert "b (tuned)" not in drawn
 
 
 def test_without_a_suite_the_tables_are_written_from_what_is_published(project):
-    page = publish.publish(report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52]))
+    page = publish.publish(report_of(verdict()))
     readme = project.parent.parent / "README.md"
     written = readme.read_text()
     readme.write_text(written.replace("supported", "forgotten"))
@@ -87,7 +117,7 @@ def test_without_a_suite_the_tables_are_written_from_what_is_published(project):
 
 def test_nothing_is_published_of_a_suite_that_failed_or_never_ran(project):
     made_up("lars-64-seed0")
-    suite = report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
+    suite = report_of(verdict())
     publish.publish(suite)
     before = (project / "suite/03_schedules.html").read_bytes()
     (suite / "executed/03_schedules.json").write_text(
@@ -105,7 +135,7 @@ def test_nothing_is_published_of_a_suite_that_failed_or_never_ran(project):
 def test_whatever_fails_on_the_way_the_old_one_stays(project, monkeypatch, step, crash):
     """Five copies, the index, the old folder's renaming and the new one's. After a crash nothing is mended until the next time."""
     made_up("lars-64-seed0")
-    suite = report_of([0.8, 0.81, 0.82], [0.5, 0.51, 0.52])
+    suite = report_of(verdict())
     publish.publish(suite)
 
     def content():

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import matplotlib.pyplot as plt
@@ -14,10 +15,11 @@ from effnetlib.reports.tables import (
     best_rates,
     conditions,
     curves,
+    input_advice,
     over_seeds,
     results,
-    search_records,
     show,
+    steps_to,
     styled,
     suite_records,
 )
@@ -83,6 +85,26 @@ def test_reports_read_completed_records_only():
         assert [record.name for record in suite_records("suite")] == ["a"]
 
 
+def test_a_run_that_diverged_counts_as_chance():
+    made_up("lars-64-seed0")
+    diverged = made_up("lars-64-seed1", status="failed", seed=1)
+    diverged.error, diverged.data, diverged.metrics = "DivergedError: the loss is nan", {"num_classes": 10}, []
+    diverged.save()
+    diverged.rewind(0)
+    records = suite_records("suite", "lars-64")
+    assert [record.result["final_top1"] for record in records] == [0.5, 0.1]
+    assert len(curves(records, "eval")) == 2 and "(lars-64-seed0)" in input_advice(records)
+
+
+def test_steps_to_a_top1_are_read_from_a_straight_line():
+    record = made_up("a")  # 0.25 after step 1, 0.5 after step 2
+    assert [steps_to(record, top1) for top1 in (0.1, 0.25, 0.3, 0.5)] == pytest.approx([1, 1, 1.2, 2])
+    assert math.isnan(steps_to(record, 0.51))
+    for step, top1 in ((3, 0.4), (4, 0.6)):  # it falls below what it had, and rises again
+        record.log(kind="eval", step=step, ema_top1=top1)
+    assert [steps_to(record, top1) for top1 in (0.45, 0.5, 0.55)] == pytest.approx([1.8, 2, 3.0])
+
+
 def test_a_point_is_all_its_seeds_and_a_search_stands_apart():
     for seed in (0, 1):
         made_up(f"lars-64-seed{seed}", seed=seed)
@@ -90,7 +112,7 @@ def test_a_point_is_all_its_seeds_and_a_search_stands_apart():
     assert [record.name for record in suite_records("suite", "lars-64")] == ["lars-64-seed0", "lars-64-seed1"]
     assert [record.name for record in suite_records("suite", "lars-64-seed1")] == ["lars-64-seed1"]
     assert list(results(suite_records("suite"))["point"]) == ["lars-64", "lars-64"]
-    assert [record.name for record in search_records("suite")] == ["search-lars-64-0.5"]
+    assert [record.name for record in suite_records("suite", "search-*")] == ["search-lars-64-0.5"]
 
 
 def test_the_best_rate_is_the_lowest_of_the_highest():
@@ -99,7 +121,7 @@ def test_the_best_rate_is_the_lowest_of_the_highest():
         record.result["final_top1"] = top1
         record.save()
         made_up(f"search-rmsprop-64-{rate}", lr_per_256=rate)
-    best = best_rates(search_records("suite"))
+    best = best_rates(suite_records("suite", "search-*"))
     assert dict(best.loc["lars-64", ["lr_per_256", "rates", "inside"]]) == {
         "lr_per_256": 1.0,
         "rates": 4,
@@ -184,6 +206,12 @@ def test_figures_are_kept_with_their_text_in_256_colours_as_drawings_or_as_photo
         assert kept.mode == "P"
         middle, corner = (kept.width // 2, kept.height // 2), (0, 0)
         assert [kept.convert("RGB").getpixel(at) for at in (middle, corner)] == [(0x12, 0x34, 0x56), (255, 255, 255)]
+    for marks, suffix in ((50, ".svg"), (30_000, ".png")):
+        figure = plt.figure(figsize=(12, 12))
+        figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[]).plot([k % 49 for k in range(marks)])
+        (outputs_folder() / "suite/figures/either.svg").touch()  # of an earlier time
+        show(figure, "suite/figures/either", "the smaller form")
+        assert [path.suffix for path in (outputs_folder() / "suite/figures").glob("either.*")] == [suffix]
     drawing = show(plt.figure(), "suite/figures/x.svg", "nothing")
     assert drawing._repr_svg_()[1] == {"alt": "nothing"} and (outputs_folder() / "suite/figures/x.svg").exists()
     photograph = show(plt.figure(), "suite/figures/x.jpg", "black")
@@ -224,6 +252,7 @@ def test_integers_stay_integers_in_a_table_that_lacks_some():
 def test_a_table_to_read_has_headings_with_units_percent_and_no_index():
     table = pd.DataFrame({"optimizer": ["lars", "rmsprop"], "final_top1": [0.4474, None], "global_batch_size": [2048, 128],
                           "peak_lr": [15.104, 0.064], "eval_seconds": [1234.5, 1.0], "name_of_mine": ["<b>", "x"]})  # fmt: skip
+    assert "<th" in styled(pd.DataFrame({"p": []}, dtype="Float64")).to_html()  # no rows
     assert ">-<" in styled(pd.DataFrame({"p": [None, None]}, dtype="Float64")).to_html()  # nothing but gaps
     html = styled(table).to_html()
     assert re.findall(r"<th[^>]*>([^<]*)</th>", html) == [

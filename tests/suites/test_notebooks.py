@@ -100,7 +100,7 @@ def test_reports_read_runs_of_the_laptop_suite_unless_told_otherwise():
     runs = [run["name"] for run in yaml.safe_load((FOLDER / "suites/laptop.yaml").read_text())["runs"]]
     for path in NOTEBOOKS:
         for name, parameter in papermill.inspect_notebook(str(path)).items():
-            if name in ("runs", "pair"):
+            if name in ("runs", "pair", "decays", "warmups"):
                 assert set(ast.literal_eval(parameter["default"])) <= set(runs)
 
 
@@ -227,7 +227,7 @@ def _outputs(notebook):
 def test_every_report_draws_the_published_records(name, execute, tmp_path, monkeypatch):
     # To count the parameters of B0 to B7 takes ten seconds. They are tested in test_model.
     monkeypatch.setattr("effnetlib.model.count_params", {"nano": 1, **paper.trainable_parameters()}.get)
-    suite = "cifar10" if name == "12_learning_rates" else "laptop"  # which of them has a search
+    suite = "cifar10" if name in ("12_learning_rates", "16_reality_check") else "laptop"  # which of them has a search
     shutil.copytree(PUBLISHED.parent / suite / "runs", tmp_path / "outputs" / suite / "runs")
     notebook = execute(name, suite=suite)
     assert _drawn(notebook)

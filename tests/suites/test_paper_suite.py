@@ -184,10 +184,11 @@ def test_the_comparison_of_points_with_seeds():
     table = settings(records).set_index("setting")
     assert "seed" not in table.index and dict(table.loc["optimizer"]) == {"lars": "lars", "rmsprop": "rmsprop"}
     assert list(outcomes(records)["final_top1"]) == [0.8] * 6
-    for record, top1 in zip(records, [0.79, 0.80, 0.81, 0.69, 0.70, 0.71], strict=True):
+    for record, top1 in zip(records, [0.79, 0.80, 0.81, 0.69, 0.71, 0.70], strict=True):
         record.result["final_top1"] = top1
-    # Welch: 10 points, 4 degrees of freedom, half the interval 2.776 x sqrt(2 x 1 / 3).
-    assert difference(records) == "Final top-1 of lars minus rmsprop: +10.00 points (95 % interval +7.73 to +12.27)."
+    # Seed by seed: 10, 9 and 11 points, so s = 1, and half the interval is t(0.975, 2) / sqrt(3) = 4.303 / sqrt(3).
+    said = "Final top-1 of lars minus rmsprop: +10.00 (+7.52 to +12.48) points (95 % interval, 3 seeds)."
+    assert difference(records) == said
     assert "may be chance" in difference([records[0], records[3]])
     made_up("lars-seed0", "b2-4096-rmsprop", folder="other")
     same = load([runs / "lars-seed0", outputs_folder() / "other/runs/lars-seed0"])
