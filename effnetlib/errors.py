@@ -1,7 +1,6 @@
 """The one exception for bad input: a sentence that says what is wrong, where, and the nearest valid choice."""
 
 import difflib
-import unicodedata
 from collections.abc import Iterable
 
 
@@ -25,18 +24,6 @@ def require(condition: object, sentence: str) -> None:
 def first_line(error: Exception) -> str:
     """The first line of another library's error, cut to 200 characters; its class where it says nothing."""
     return next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
-
-
-def shown(name: str) -> str:
-    r"""The name of a file or a class for a sentence. It is escaped where it looks like another name.
-
-    That is so for blanks at its ends, letters made of parts, and invisible characters.
-
-    >>> print(shown("ant"), shown("ant "), shown("A\u0308pfel"))
-    ant 'ant ' 'A\u0308pfel'
-    """
-    plain = name.isprintable() and name == " ".join(name.split()) != "" and unicodedata.is_normalized("NFKC", name)
-    return name if plain else ascii(name)
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:

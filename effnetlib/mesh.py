@@ -4,6 +4,7 @@ Source: section 3.4 of the paper (groups of more than 16 replicas form 2-D tiles
 v0.7 entry (resnet-research-TF-tpu-v3-8192/util/image_util.py), the nearest published code by the same people.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -122,11 +123,8 @@ def on_every_device(tree, sharding: NamedSharding):
 
     `jax.device_put` would first compare them across the processes, with one collective per array.
     """
-
-    def place(x):
-        return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
-
-    return jax.tree.map(place, tree)
+    place = functools.partial(jax.make_array_from_callback, sharding=sharding)
+    return jax.tree.map(lambda x: place(np.shape(x), data_callback=lambda index: np.asarray(x)[index]), tree)
 
 
 def shapes_of(tree, sharding: NamedSharding):

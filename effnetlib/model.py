@@ -242,9 +242,3 @@ class EfficientNet(nnx.Module):
         if train:
             x = _drop(x, self.dropout, jax.random.fold_in(key, len(self.blocks)), x.shape)
         return self.classifier(x)
-
-
-def count_params(name: str, num_classes: int = 1000) -> int:
-    """Trainable parameters of a variant, from shapes alone (nothing is allocated)."""
-    model = nnx.eval_shape(lambda: EfficientNet(name, num_classes))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

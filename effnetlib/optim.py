@@ -110,20 +110,17 @@ def nesterov(
 
 # What a recipe's `optimizer` may be, at one learning rate. A new one is a function like those above, and a line here.
 OPTIMIZERS = {
-    "lars": lambda recipe, learning_rate: lars(
-        learning_rate,
-        weight_decay=recipe.lars_weight_decay,
-        momentum=recipe.momentum,
-        trust_coefficient=recipe.lars_trust_coefficient,
-        eps=recipe.lars_eps,
+    "lars": lambda recipe, lr: lars(
+        lr, weight_decay=recipe.lars_weight_decay, momentum=recipe.momentum,
+        trust_coefficient=recipe.lars_trust_coefficient, eps=recipe.lars_eps,
     ),
-    "rmsprop": lambda recipe, learning_rate: rmsprop(
-        learning_rate, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps
+    "rmsprop": lambda recipe, lr: rmsprop(
+        lr, decay=recipe.rmsprop_decay, momentum=recipe.momentum, eps=recipe.rmsprop_eps
     ),
-    "momentum": lambda recipe, learning_rate: nesterov(
-        learning_rate, weight_decay=recipe.momentum_weight_decay, momentum=recipe.momentum
+    "momentum": lambda recipe, lr: nesterov(
+        lr, weight_decay=recipe.momentum_weight_decay, momentum=recipe.momentum
     ),
-}
+}  # fmt: skip
 
 
 def l2_penalty(params) -> jax.Array:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from effnetlib.data.images import AUGMENTATIONS
 from effnetlib.data.sources import KNOWN, SUBSETS, DataInfo, describe
-from effnetlib.errors import EffnetlibError, did_you_mean
+from effnetlib.errors import EffnetlibError, did_you_mean, require
 from effnetlib.mesh import groups_fit, nearest_group_size
 from effnetlib.model import VARIANTS
 from effnetlib.optim import OPTIMIZERS
@@ -53,7 +53,7 @@ def typed(name: str, value, hint):
 class Recipe:
     """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
 
-    `Recipe.help()` shows every setting with its default, its meaning and what is accepted.
+    `effnetlib.suites.parameters.settings_table()` shows every setting as a table.
 
     Raises:
       EffnetlibError: a value of the wrong type or out of range, or an impossible combination.
@@ -104,7 +104,7 @@ class Recipe:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), _HINTS[field.name]))
+            object.__setattr__(self, field.name, typed(field.name, getattr(self, field.name), HINTS[field.name]))
         object.__setattr__(self, "dataset", name_or_path(self.dataset, "dataset"))
         self.validate()
 
@@ -119,23 +119,6 @@ class Recipe:
         return cls(**preset_fields(name))
 
     @classmethod
-    def from_parameters(cls, parameters: Mapping) -> "Recipe":
-        """The recipe of train.ipynb's parameters: `preset`, changed by every setting that is not None.
-
-        A setting is given by its name or in the mapping `settings`. An unknown name is an EffnetlibError.
-        """
-        check_parameters(parameters, TRAIN_PARAMETERS)
-        if not parameters.get("preset"):
-            raise EffnetlibError("the parameter 'preset' is missing")
-        settings = parameters.get("settings") or {}
-        if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
-            raise EffnetlibError(f"settings must map the names of settings to values, and is {settings!r}")
-        changes = {name: parameters[name] for name in _HINTS if parameters.get(name) is not None}
-        if twice := [name for name in changes if name in settings]:
-            raise EffnetlibError(f"{twice[0]} is given twice, as a parameter and in settings")
-        return cls.preset(parameters["preset"]).replace(**changes, **settings)
-
-    @classmethod
     def recorded(cls, fields: Mapping, hash: str | None) -> "Recipe":
         """The recipe of a record that any version wrote. Nothing is checked, and the hash is the one given, if any.
 
@@ -148,7 +131,7 @@ class Recipe:
 
     def replace(self, **changes) -> "Recipe":
         """A copy with some fields changed, validated anew."""
-        check_parameters(changes, _HINTS, "a recipe has no field")
+        check_parameters(changes, HINTS, "a recipe has no field")
         return dataclasses.replace(self, **changes)
 
     @functools.cached_property
@@ -160,18 +143,6 @@ class Recipe:
         differ = {field.name: value for field in dataclasses.fields(self)
                   if (value := getattr(self, field.name)) != field.default}  # fmt: skip
         return hashlib.sha256(json.dumps(differ, sort_keys=True).encode()).hexdigest()[:12]
-
-    @classmethod
-    def help(cls):
-        """Every setting as a table for a notebook: default, meaning with the unit, and what is accepted."""
-        import pandas as pd
-
-        rows = [
-            {"setting": field.name, "default": field.default, "meaning": field.metadata["help"],
-             "accepted": _accepted(field) or _HINTS[field.name].__name__}
-            for field in dataclasses.fields(cls)
-        ]  # fmt: skip
-        return pd.DataFrame(rows).set_index("setting").style.set_properties(**{"text-align": "left"})
 
     # Derived values. Those that count examples need the size of the data set. For a folder that is a listing.
 
@@ -234,10 +205,6 @@ class Recipe:
         number of devices before it compiles or writes anything.
         """
 
-        def require(condition, sentence):
-            if not condition:
-                raise EffnetlibError(sentence)
-
         for field in dataclasses.fields(self):
             value, of = getattr(self, field.name), field.metadata
             if choices := of.get("choices"):
@@ -245,7 +212,7 @@ class Recipe:
             elif not isinstance(value, str | None):
                 inside = of.get("least", value) <= value <= of.get("most", value)
                 inside &= of.get("above", -math.inf) < value < of.get("below", math.inf)
-                require(inside, f"{field.name} must be {_accepted(field)}, and is {value}")
+                require(inside, f"{field.name} must be {accepted(field)}, and is {value}")
         batch, group = self.global_batch_size, self.batch_norm_batch_size
         wrong = f"global_batch_size {batch} does not divide into batch-norm groups of {group}: the nearest "
         require(batch % group == 0, f"{wrong}batch_norm_batch_size that fits is {nearest_group_size(batch, group)}")
@@ -266,15 +233,11 @@ class Recipe:
             require(self.eval_every_epochs > 0.9999 * least, f"{wrong}{least:.6g}")
 
 
-def _accepted(field: dataclasses.Field) -> str:
+def accepted(field: dataclasses.Field) -> str:
     """What is accepted for a setting, in words."""
     words = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
     bounds = [f"{word} {field.metadata[name]:,}" for name, word in words.items() if name in field.metadata]
     return ", ".join(field.metadata.get("choices", ())) or " and ".join(bounds)
 
 
-_HINTS = typing.get_type_hints(Recipe)
-
-# What train.ipynb takes: a preset, what is not part of a recipe, and every setting.
-TRAIN_OPTIONS = dict(directory=str, settings=dict, simulated_devices=int, eval_devices=int, max_minutes=float)
-TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *_HINTS)
+HINTS = typing.get_type_hints(Recipe)  # setting -> type

@@ -10,12 +10,13 @@ from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, Recipe, make_mesh
 from effnetlib.mesh import batch_sharding, replicated
-from effnetlib.model import VARIANTS, _drop, block_specs, count_params, round_filters, stage_repeats
+from effnetlib.model import VARIANTS, _drop, block_specs, round_filters, stage_repeats
 from effnetlib.ops import depthwise, pointwise
 from effnetlib.ops.depthwise import TPU_NARROW_CHANNELS, depthwise_conv, plain_depthwise_conv
 from effnetlib.ops.norm_swish import norm_swish, plain_norm_swish
 from effnetlib.ops.norm_swish_gate import norm_swish_gate, plain_norm_swish_gate
 from effnetlib.ops.pointwise import full_conv, plain_pointwise_conv, pointwise_conv
+from effnetlib.planning.flops import count_params
 from effnetlib.reports import paper
 from effnetlib.step import make_train_step
 

@@ -9,6 +9,7 @@ from effnetlib import EffnetlibError, Recipe
 from effnetlib.presets import PAPER_PRESETS, SESSION_MINUTES
 from effnetlib.recipe import setting
 from effnetlib.reports import paper
+from effnetlib.suites.parameters import settings_table, train_recipe
 
 DIGITS = Recipe.preset("digits-64-lars")
 
@@ -103,7 +104,7 @@ def test_adding_a_setting_changes_no_hash():
 
 
 def test_help_explains_every_setting():
-    table = Recipe.help().data
+    table = settings_table().data
     assert list(table.index) == [field.name for field in dataclasses.fields(Recipe)]
     assert table.loc["label_smoothing", "accepted"] == "at least 0 and below 1"
     assert table.loc["decay", "accepted"] == "polynomial, exponential" and all(table["meaning"].str.len() > 4)
@@ -168,15 +169,15 @@ def test_unknown_preset_names_the_nearest():
 
 def test_parameters_of_the_training_notebook():
     given = {"preset": "digits-64-lars", "seed": 3, "epochs": None, "directory": "x"}
-    assert Recipe.from_parameters(given) == DIGITS.replace(seed=3)
+    assert train_recipe(given) == DIGITS.replace(seed=3)
     more = {"settings": {"momentum": 0.5, "epochs": 12.0}, "warmup_epochs": 1.0}
-    assert Recipe.from_parameters({"preset": "digits-64-lars"} | more) == DIGITS.replace(
+    assert train_recipe({"preset": "digits-64-lars"} | more) == DIGITS.replace(
         momentum=0.5, epochs=12.0, warmup_epochs=1.0
     )
     with pytest.raises(EffnetlibError, match="no field 'momentun': did you mean momentum?"):
-        Recipe.from_parameters({"preset": "digits-64-lars", "settings": {"momentun": 0.5}})
+        train_recipe({"preset": "digits-64-lars", "settings": {"momentun": 0.5}})
     with pytest.raises(EffnetlibError, match="did you mean global_batch_size?"):
-        Recipe.from_parameters({"preset": "digits-64-lars", "global_batchsize": 128})
+        train_recipe({"preset": "digits-64-lars", "global_batchsize": 128})
 
 
 def test_an_unknown_field():

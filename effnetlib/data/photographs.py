@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from effnetlib.data.split import Split
+from effnetlib.data.split import Split, shown
 from effnetlib.data.workers import Packed
-from effnetlib.errors import EffnetlibError, first_line, shown
+from effnetlib.errors import EffnetlibError, first_line
 
 # The suffixes of photographs, and the format that each promises.
 FORMATS = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | dict.fromkeys((".tif", ".tiff"), "TIFF")

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -80,3 +81,15 @@ def _decoded(encoded: Callable, index: int) -> tuple[np.ndarray, int]:
 
 def _at(read: Callable, indices: np.ndarray, index: int):
     return read(int(indices[index]))
+
+
+def shown(name: str) -> str:
+    r"""The name of a file or a class for a sentence. It is escaped where it looks like another name.
+
+    That is so for blanks at its ends, letters made of parts, and invisible characters.
+
+    >>> print(shown("ant"), shown("ant "), shown("A\u0308pfel"))
+    ant 'ant ' 'A\u0308pfel'
+    """
+    plain = name.isprintable() and name == " ".join(name.split()) != "" and unicodedata.is_normalized("NFKC", name)
+    return name if plain else ascii(name)

@@ -1,6 +1,17 @@
-"""The multiply-adds of a model, counted from its shapes."""
+"""The parameters and the multiply-adds of a model, counted from its shapes."""
 
-from effnetlib.model import block_specs, head_filters, scaling
+import math
+
+import jax
+from flax import nnx
+
+from effnetlib.model import EfficientNet, block_specs, head_filters, scaling
+
+
+def count_params(name: str, num_classes: int = 1000) -> int:
+    """Trainable parameters of a variant, from shapes alone (nothing is allocated)."""
+    model = nnx.eval_shape(lambda: EfficientNet(name, num_classes))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def multiply_adds(name: str, resolution: int | None = None, num_classes: int = 1000) -> int:

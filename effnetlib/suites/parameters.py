@@ -1,15 +1,20 @@
 """The parameters of a notebook, read and checked: papermill injects whatever it is given, and only warns."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
 import yaml
 
 from effnetlib.errors import EffnetlibError, require
-from effnetlib.recipe import check_parameters, typed
+from effnetlib.recipe import HINTS, Recipe, accepted, check_parameters, typed
 
 INJECTED = "# Parameters\n"
+
+# What train.ipynb takes: a preset, what is not part of a recipe, and every setting.
+TRAIN_OPTIONS = dict(directory=str, settings=dict, simulated_devices=int, eval_devices=int, max_minutes=float)
+TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *HINTS)
 
 
 class _Loader(yaml.SafeLoader):
@@ -89,3 +94,31 @@ def _assigned(source: str) -> dict[str, str | None]:
         elif not isinstance(statement, ast.Import | ast.ImportFrom):
             return {}
     return names
+
+
+def train_recipe(parameters: Mapping) -> Recipe:
+    """The recipe of train.ipynb's parameters: `preset`, changed by every setting that is not None.
+
+    A setting is given by its name or in the mapping `settings`. An unknown name is an EffnetlibError.
+    """
+    check_parameters(parameters, TRAIN_PARAMETERS)
+    require(parameters.get("preset"), "the parameter 'preset' is missing")
+    settings = parameters.get("settings") or {}
+    names = isinstance(settings, Mapping) and all(isinstance(name, str) for name in settings)
+    require(names, f"settings must map the names of settings to values, and is {settings!r}")
+    changes = {name: parameters[name] for name in HINTS if parameters.get(name) is not None}
+    twice = [name for name in changes if name in settings]
+    require(not twice, f"{', '.join(twice)} is given twice, as a parameter and in settings")
+    return Recipe.preset(parameters["preset"]).replace(**changes, **settings)
+
+
+def settings_table():
+    """Every setting of a recipe as a table for a notebook: default, meaning with the unit, and what is accepted."""
+    import pandas as pd
+
+    rows = [
+        {"setting": field.name, "default": field.default, "meaning": field.metadata["help"],
+         "accepted": accepted(field) or HINTS[field.name].__name__}
+        for field in dataclasses.fields(Recipe)
+    ]  # fmt: skip
+    return pd.DataFrame(rows).set_index("setting").style.set_properties(**{"text-align": "left"})

@@ -28,9 +28,9 @@ import papermill
 import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean, require
-from effnetlib.recipe import TRAIN_OPTIONS, Recipe, check_parameters, typed
+from effnetlib.recipe import Recipe, check_parameters, typed
 from effnetlib.runs.paths import name_or_path, outputs_folder, user_path
-from effnetlib.suites.parameters import read_yaml
+from effnetlib.suites.parameters import TRAIN_OPTIONS, read_yaml, train_recipe
 
 TRAIN_NOTEBOOK = "train"
 WAYS = (["lr_per_256"], ["peak_lr"])
@@ -73,7 +73,7 @@ class Entry:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe.from_parameters(self.parameters)
+        return train_recipe(self.parameters)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _check_entry(suite: Suite, entry: Entry) -> None:
         if not entry.is_run:
             check_parameters(entry.parameters, papermill.inspect_notebook(str(suite.notebook_path(entry))))
             return
-        Recipe.from_parameters(entry.parameters)
+        train_recipe(entry.parameters)
         for name, hint in TRAIN_OPTIONS.items():
             typed(name, entry.parameters.get(name), hint | None)
         for search in entry.tuned.values():

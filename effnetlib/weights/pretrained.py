@@ -15,7 +15,8 @@ from flax import nnx
 from effnetlib import data
 from effnetlib.data.images import normalize
 from effnetlib.data.photographs import WHOLE, WNID
-from effnetlib.errors import EffnetlibError, shown
+from effnetlib.data.split import shown
+from effnetlib.errors import EffnetlibError
 from effnetlib.evaluation import EvalResult, evaluate
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import EfficientNet

@@ -61,7 +61,7 @@ class Runs:
         self.count += 1
         simulate = f"effnetlib.simulate_devices({devices}); " if devices else ""
         program = (
-            f"import effnetlib; {simulate}effnetlib.train(effnetlib.Recipe.from_parameters({parameters!r}), "
+            f"import effnetlib; from effnetlib.suites.parameters import train_recipe; {simulate}effnetlib.train(train_recipe({parameters!r}), "
             f"{str(self.folder / self.name)!r}, eval_devices={eval_devices})"
         )
         return self._timing(["-c", program])

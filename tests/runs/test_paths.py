@@ -14,6 +14,7 @@ from effnetlib.reports.comparison import load
 from effnetlib.reports.pages import report_suite
 from effnetlib.reports.tables import show
 from effnetlib.runs.paths import name_or_path, outputs_folder, runs_folder, user_path
+from effnetlib.suites.parameters import train_recipe
 from effnetlib.suites.suite import load_suite
 from effnetlib.weights.pretrained import Pretrained, evaluate_pretrained, import_weights
 
@@ -193,7 +194,7 @@ def test_paths_in_a_suite_begin_where_the_command_runs_and_not_where_the_kernels
     photos = str(here.parent / "photos")
     assert suite.notebooks == here / "notebooks"
     assert [run.parameters.get("dataset") for run in suite.runs] == [photos, None]
-    assert Recipe.from_parameters(suite.runs[0].parameters).dataset == photos
+    assert train_recipe(suite.runs[0].parameters).dataset == photos
     wanted = ["lars-64", str(here / "outputs/other/runs/lars-64"), str(here.parent / "home/runs/x")]
     assert suite.reports[0].parameters["runs"] == wanted
     changed = load_suite("notebooks/suites/mine.yaml", {"dataset": "./photos"})

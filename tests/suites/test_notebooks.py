@@ -27,14 +27,14 @@ from papermill.parameterize import parameterize_notebook
 from test_prepare import by_class
 from traitlets.config import Config
 
-from effnetlib import EfficientNet, EffnetlibError, Recipe, Record, errors
+from effnetlib import EfficientNet, EffnetlibError, Recipe, Record
 from effnetlib.data.prepare import prepare
-from effnetlib.recipe import TRAIN_OPTIONS, TRAIN_PARAMETERS
+from effnetlib.data.split import shown
 from effnetlib.reports import paper
 from effnetlib.reports.tables import styled
 from effnetlib.runs import checkpoints
 from effnetlib.runs.record import environment
-from effnetlib.suites.parameters import notebook_parameters
+from effnetlib.suites.parameters import TRAIN_OPTIONS, TRAIN_PARAMETERS, notebook_parameters
 from effnetlib.suites.suite import load_suite
 from effnetlib.weights import files
 
@@ -226,7 +226,7 @@ def _outputs(notebook):
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS if path.stem not in ("train", *READ_NO_SUITE)])
 def test_every_report_draws_the_published_records(name, execute, tmp_path, monkeypatch):
     # To count the parameters of B0 to B7 takes ten seconds. They are tested in test_model.
-    monkeypatch.setattr("effnetlib.model.count_params", {"nano": 1, **paper.trainable_parameters()}.get)
+    monkeypatch.setattr("effnetlib.planning.flops.count_params", {"nano": 1, **paper.trainable_parameters()}.get)
     suite = "cifar10" if name in ("12_learning_rates", "16_reality_check") else "laptop"  # which of them has a search
     shutil.copytree(PUBLISHED.parent / suite / "runs", tmp_path / "outputs" / suite / "runs")
     notebook = execute(name, suite=suite)
@@ -271,7 +271,7 @@ def test_the_confusion_is_legible_quick_and_no_markup(classes, tmp_path):
     labels = np.repeat(np.arange(classes), 10)
     guesses = np.where(rng.random(len(labels)) < 0.5, labels, rng.integers(0, classes, len(labels)))
     guesses[:3] = 1  # of class 0
-    names = [errors.shown(name) for name in (ODD_NAMES * classes)[:classes]]
+    names = [shown(name) for name in (ODD_NAMES * classes)[:classes]]
     sns.set_theme(style="whitegrid", rc={"text.parse_math": False})
 
     def show(figure, path, alt):

@@ -35,6 +35,7 @@ from effnetlib.reports.against_paper import (
 from effnetlib.reports.comparison import difference, labels, load, outcomes, points, settings
 from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.step import lower_train_step, make_train_step
+from effnetlib.suites.parameters import train_recipe
 from effnetlib.suites.suite import load_suite
 
 SUITE = load_suite(Path(__file__).parents[2] / "notebooks/suites/paper.yaml")
@@ -62,7 +63,7 @@ def made_up(name, preset, folder="paper", *, devices=128, kind="TPU v3", top5=0.
 
 
 def test_the_suite_is_table_2_and_gives_table_1():
-    recipes = {entry.name: Recipe.from_parameters(entry.parameters) for entry in SUITE.runs}
+    recipes = {entry.name: train_recipe(entry.parameters) for entry in SUITE.runs}
     assert list(recipes) == list(paper.table2()["preset"]) and len(recipes) == 11
     assert recipes == {name: Recipe.preset(name) for name in PAPER_PRESETS}
     steps = {(recipe.variant, recipe.global_batch_size, CORES[name]) for name, recipe in recipes.items()}
