@@ -122,17 +122,13 @@ class Evaluator:
         everywhere = replicated(self.mesh)
         weights = jax.device_put(weights, everywhere)
         sums = [on_every_device(ZEROS, everywhere) for _ in weights]
-        try:
-            for number, batch in enumerate(eval_batches(self.split, **self.batches, reader=self.reader), 1):
-                for i, each in enumerate(weights):
-                    sums[i] = self.step(each, sums[i], batch)
-                    if self.one_at_a_time:
-                        jax.block_until_ready(sums[i])
-                if progress:
-                    progress.update(number)
-        except BaseException:
-            self.close()
-            raise
+        for number, batch in enumerate(eval_batches(self.split, **self.batches, reader=self.reader), 1):
+            for i, each in enumerate(weights):
+                sums[i] = self.step(each, sums[i], batch)
+                if self.one_at_a_time:
+                    jax.block_until_ready(sums[i])
+            if progress:
+                progress.update(number)
         results = [EvalResult(**{name: value.item() for name, value in total.items()}) for total in sums]
         for seen in (result.nseen for result in results):
             if seen != len(self.split):

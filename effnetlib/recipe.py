@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from effnetlib.data.images import AUGMENTATIONS
 from effnetlib.data.sources import KNOWN, SUBSETS, DataInfo, describe
@@ -31,9 +31,8 @@ def setting(default, help: str, **accepted):
 def check_parameters(names: Iterable[str], known: Iterable[str], sentence: str = "there is no parameter") -> None:
     """Raises EffnetlibError with the nearest known name if a name is unknown."""
     known = list(known)
-    for name in names:
-        if name not in known:
-            raise EffnetlibError(f"{sentence} {name!r}: {did_you_mean(name, known)}")
+    if unknown := [name for name in names if name not in known]:
+        raise EffnetlibError(f"{sentence} {unknown[0]!r}: {did_you_mean(unknown[0], known)}")
 
 
 def typed(name: str, value, hint):
@@ -41,11 +40,9 @@ def typed(name: str, value, hint):
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
         value = float(value) if abs(value) < 1e300 else math.inf
-    if type(value) not in kinds:
-        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise EffnetlibError(f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
-    if type(value) is float and not math.isfinite(value):
-        raise EffnetlibError(f"{name} must be a finite number, and is {value}")
+    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    require(type(value) in kinds, f"{name} must be {wanted}, and is {value!r} ({type(value).__name__})")
+    require(type(value) is not float or math.isfinite(value), f"{name} must be a finite number, and is {value}")
     return value
 
 
@@ -53,10 +50,7 @@ def typed(name: str, value, hint):
 class Recipe:
     """What to train, completely. The defaults are the paper's B2 run at batch 32,768 (`b2-32768-lars`).
 
-    `effnetlib.suites.parameters.settings_table()` shows every setting as a table.
-
-    Raises:
-      EffnetlibError: a value of the wrong type or out of range, or an impossible combination.
+    Raises EffnetlibError for a value of the wrong type or out of range, or an impossible combination.
     """
 
     dataset: str = setting("imagenet", "digits, cifar10, imagenet; or photographs or shards: a path, or a cached name")
@@ -117,17 +111,6 @@ class Recipe:
         names alone mean `-64-rmsprop`. The optimizer is `rmsprop`, `lars`, or `momentum`, which the paper does not have.
         """
         return cls(**preset_fields(name))
-
-    @classmethod
-    def recorded(cls, fields: Mapping, hash: str | None) -> "Recipe":
-        """The recipe of a record that any version wrote. Nothing is checked, and the hash is the one given, if any.
-
-        Unknown fields are left out. Missing ones have their defaults.
-        """
-        recipe = object.__new__(cls)
-        vars(recipe).update({field.name: fields.get(field.name, field.default) for field in dataclasses.fields(cls)})
-        vars(recipe).update({"hash": hash} if hash else {})
-        return recipe
 
     def replace(self, **changes) -> "Recipe":
         """A copy with some fields changed, validated anew."""

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import jax
@@ -58,8 +58,8 @@ class Record:
         log, metrics = directory / "metrics.jsonl", []
         try:
             run = json.loads((directory / "run.json").read_text())
-            fields = {name: run[name] for name in SECTIONS if run.get(name) is not None}
-            recipe = Recipe.recorded(dict(run["recipe"]), run.get("recipe_hash"))
+            sections = {name: run[name] for name in SECTIONS if run.get(name) is not None}
+            recipe = _recipe(dict(run["recipe"]), run.get("recipe_hash"))
             lines = log.read_bytes().splitlines() if log.exists() else []
         except FileNotFoundError:
             raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
@@ -68,7 +68,7 @@ class Record:
             raise EffnetlibError(f"{damaged}: it is left as it is; mend it, or delete the folder") from None
         with contextlib.suppress(ValueError):
             metrics.extend(map(json.loads, lines))  # up to the line that is none
-        return cls(directory, recipe, **fields, metrics=metrics, as_read=run)
+        return cls(directory, recipe, **sections, metrics=metrics, as_read=run)
 
     @property
     def name(self) -> str:
@@ -179,3 +179,11 @@ def _git_commit() -> str | None:
         return git(["git", "rev-parse", "HEAD"]).strip() + changed
     except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
         return None
+
+
+def _recipe(known: dict, hash: str | None) -> Recipe:
+    """The recipe of a record that any version wrote: not checked, without unknown fields, and with the hash given, if any."""
+    recipe = object.__new__(Recipe)
+    vars(recipe).update({each.name: known.get(each.name, each.default) for each in fields(Recipe)})
+    vars(recipe).update({"hash": hash} if hash else {})
+    return recipe
