@@ -47,8 +47,8 @@ def start(
     missing = [name for name, value in found.items() if not value]
     if len(missing) == 3 or found["processes"] == "1":
         return
-    unknown = f"of coordinator, processes and process {', '.join(missing)} is not known: give all three, "
-    require(not missing, f"{unknown}as parameters or as EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES, EFFNETLIB_PROCESS")
+    unknown = f"{', '.join(missing)} is not known: give all three of coordinator, processes and process, as parameters"
+    require(not missing, f"{unknown} or as EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS")
     address, *numbers = found.values()
     require(
         all(re.fullmatch(r"-?\d+", text) for text in numbers),

@@ -46,11 +46,11 @@ class Meter:
         self.timing[name] += time.perf_counter() - start
 
     def resume(self) -> None:
-        """Starts to count ``train_seconds``, until `pause`."""
+        """Counts ``train_seconds`` from here until `pause`."""
         self.training_since = time.perf_counter()
 
     def pause(self) -> None:
-        """Stops to count ``train_seconds``, after the last metrics are read. Raises DivergedError."""
+        """Reads the last metrics, and stops counting ``train_seconds``. Raises DivergedError."""
         self._read_and_keep(None)
         if self.training_since is not None:
             self.timing["train_seconds"] += time.perf_counter() - self.training_since

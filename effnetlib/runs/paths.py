@@ -67,7 +67,7 @@ def published_folder() -> Path:
 
 
 def runs_folder(suite: str) -> Path:
-    """The folder of a suite's records: `outputs/SUITE/runs`. If it has none, the published records, and a line says so."""
+    """The folder of a suite's records: `outputs/SUITE/runs`. Without records, the published folder, and a line says so."""
     mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
     if any(mine.glob("*/run.json")) or not published.exists():
         return mine

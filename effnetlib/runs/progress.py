@@ -91,8 +91,8 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows the step, images per second, the time left, and the latest values given to `update`. An earlier process has `done`
-    some of the `total` steps. There are so many `images` per step. `unit` is the word for a step."""
+    """Shows the step, images per second, the time left, and the latest values given to `update`. An earlier process did
+    `done` of the `total` steps. `images` is the number of images per step. `unit` is the word for a step."""
 
     def __init__(self, total: int, done: int, images: int, unit: str = "step"):
         self.total, self.first, self.images, self.unit = total, done, images, unit

@@ -116,7 +116,7 @@ class Record:
         return pd.DataFrame([row for row in self.metrics if row["kind"] == kind])
 
     def summarize(self) -> None:
-        """Fills `result` from the evaluations. The peak is that of the moving average, as in the reference."""
+        """Fills `result` from the evaluations. The peak is the moving average's, as in the reference."""
         rows = [row for row in self.metrics if row["kind"] == "eval"]
         peak, last = max(rows, key=lambda row: row["ema_top1"]), rows[-1]
         self.result = {

@@ -29,7 +29,7 @@ CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", 
 def open_run(
     recipe: Recipe, directory: Path | str, eval_devices: int | None, max_minutes: float | None
 ) -> Iterator["Run"]:
-    """Opens a run's folder, in all processes. Arguments and errors are those of `train`. Everything is checked before anything
+    """Opens a run's folder in all processes. For arguments and errors see `train`. Everything is checked before anything
     is written. When the block ends, the record holds the status. Nothing is written if the run was completed before."""
     devices = jax.devices()
     with contextlib.ExitStack() as block:

@@ -60,7 +60,7 @@ class Stop(_Handler):
         """`requested`, but the same in every process: if one must stop, all must. All must call it equally often.
 
         The processes agree about every `AGREE_SECONDS`, at the pace of the slowest. `interval` is the number of calls per
-        agreement. It restarts at 1 when the work, `during`, changes. It at most doubles, as one quick call promises no others.
+        agreement. It restarts at 1 when the work, `during`, changes. It at most doubles: slow calls may follow a quick one.
         """
         import jax
         import numpy as np
