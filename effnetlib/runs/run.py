@@ -71,7 +71,7 @@ def open_run(
             if not isinstance(error, OSError):
                 raise
             met = f"an error of the file system: {error.strerror or error} ({error.filename or 'no file named'})"
-            raise FailedError(f"the run in {directory} met {met}; once it is mended, the same call goes on") from error
+            raise FailedError(f"the run in {directory} met {met}; fix it, and the same call goes on") from error
         finally:
             with contextlib.suppress(OSError):  # if the disk fails again, the error above says so
                 record.save()
@@ -113,7 +113,7 @@ class Run:
         """Saves the state and raises PreemptedError if any process was asked to stop."""
         if reason := self.stop.requested_anywhere(during):
             at = self._save_now(state)
-            raise PreemptedError(f"stopped at {at} ({reason}); saved, and the same command or cell, run again, goes on")
+            raise PreemptedError(f"stopped at {at} ({reason}); saved: run the same command or cell again to go on")
 
     @contextlib.contextmanager
     def saved_first(self, state) -> Iterator[None]:
@@ -126,7 +126,7 @@ class Run:
             at = self._save_now(state, by_any=True)
             reason = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
             failed = f"the input failed after {at}: {reason}"
-            raise FailedError(f"{failed}; saved, and once it is mended the same call goes on") from error
+            raise FailedError(f"{failed}; saved: fix the cause, and the same call goes on") from error
 
     def _save_now(self, state, by_any: bool = False) -> str:
         self.meter.pause()

@@ -47,7 +47,7 @@ _price = click.option("--price", type=click.FloatRange(0), help="Dollars per chi
 @click.argument("suite")
 @click.option("--only", metavar="NAME", help="Execute only this run or report, or all that match, as 'lars-*'.")
 @_set
-@click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="Time for a kernel to start: 60.")
+@click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="Time limit of a kernel start: 60.")
 def run(suite, only, changes, start_timeout):
     """Execute the notebooks of SUITE (a YAML file) and render their reports. Finished ones are skipped.
 
@@ -93,9 +93,7 @@ def report(directories, price):
 @click.option("--topology", required=True, help="TPU generation, and chips per direction: v3:32x16x1, v5e:2x4.")
 @_set
 @_price
-@click.option(
-    "--images-per-core", type=click.FloatRange(0, min_open=True), help="Images/s that a host prepares per core."
-)
+@click.option("--images-per-core", type=click.FloatRange(0, min_open=True), help="Input images/s per host core.")
 @click.option("--json", "as_json", is_flag=True, help="All figures, as JSON.")
 def plan(preset, topology, changes, price, images_per_core, as_json):
     """Predict the needs of PRESET (such as b0-1024-lars) on a TPU slice: memory, time, collectives, and the images per second
