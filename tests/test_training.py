@@ -288,7 +288,7 @@ def test_a_photograph_that_cannot_be_read_loses_nothing_and_may_be_replaced(tiny
     good = bad.read_bytes()
     bad.write_bytes(b"no photograph")
     with pytest.raises(
-        FailedError, match=rf"the input failed after step (\d+) of .*{bad.name}.*saved, and once"
+        FailedError, match=rf"the input failed after step (\d+) of .*{bad.name}.*saved: fix the cause"
     ) as failed:
         train(recipe, tmp_path / "run")
     step = int(str(failed.value).split("after step ")[1].split()[0])

@@ -1,4 +1,4 @@
-"""A run's checkpoints: `DIRECTORY/checkpoints/STEP`, with the train state and the clock, written by Orbax."""
+"""A run's checkpoints: Orbax writes the train state and the clock to `DIRECTORY/checkpoints/STEP`."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ FOLDER = "checkpoints"
 
 class _Checkpoints(ocp.CheckpointManager):
     def metrics(self, step):
-        """Top-1 as `save` wrote it beside the clock; None where it did not, or where that is damaged."""
+        """The top-1 that `save` wrote with the clock. None if it is missing or damaged."""
         try:
             return {"top1": float(json.loads((self.directory / str(step) / "timing/metadata").read_text())["top1"])}
         except Exception:
@@ -30,15 +30,15 @@ class _Checkpoints(ocp.CheckpointManager):
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run's folder, of which the last two and the best are kept. Process 0 alone writes the state, which
-    all have, and each process reads it for itself."""
+    """Opens the checkpoints of a run's folder. It keeps the last two and the best. Each process has the whole state, so only
+    process 0 writes. Each process reads on its own."""
     process, policies = jax.process_index(), ocp.checkpoint_managers
-    alone = ocp.options.MultiprocessingOptions(
+    single = ocp.options.MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
     )
     best = policies.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
-    kept = policies.AnyPreservationPolicy([policies.LatestN(2), best])
-    options = ocp.CheckpointManagerOptions(preservation_policy=kept, create=False, multiprocessing_options=alone)
+    keep = policies.AnyPreservationPolicy([policies.LatestN(2), best])
+    options = ocp.CheckpointManagerOptions(preservation_policy=keep, create=False, multiprocessing_options=single)
     (directory / FOLDER).mkdir(exist_ok=True)
     return _Checkpoints((directory / FOLDER).absolute(), options=options)
 
@@ -46,8 +46,8 @@ def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
 def save(
     checkpoints: ocp.CheckpointManager, step: int, state: dict, timing: dict | None = None, top1: float | None = None
 ) -> None:
-    """Begins to write a state (host arrays by name, see `TrainState`) and the clock; `finish` ends it. The best checkpoint is
-    that of the highest `top1`; None was not evaluated. Both raise OSError."""
+    """Starts to write a state (host arrays by name, see `TrainState`) and the clock; `finish` waits for the end. The best
+    checkpoint has the highest `top1`; None means not evaluated. Raises OSError."""
     metrics = None if top1 is None else {"top1": top1}
     items = {"state": ocp.args.StandardSave(state), "timing": ocp.args.JsonSave((timing or {}) | (metrics or {}))}
     with _os_errors():
@@ -55,7 +55,7 @@ def save(
 
 
 def finish(checkpoints: ocp.CheckpointManager) -> None:
-    """Waits until what was begun is on disk."""
+    """Waits until the checkpoint is on disk. Raises OSError."""
     with _os_errors():
         checkpoints.wait_until_finished()
 
@@ -66,18 +66,18 @@ def _os_errors():
         yield
     except OSError:
         raise
-    except Exception as error:  # a ValueError where TensorStore finds the disk full
+    except Exception as error:  # TensorStore raises ValueError on a full disk
         raise OSError(f"a checkpoint cannot be written: {str(error)[-200:]}") from error
 
 
 def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, dict] | None:
-    """State and clock of the latest checkpoint that can be read; None where there is none.
+    """Returns state and clock of the latest readable checkpoint, or None if there is no checkpoint.
 
-    The state is host arrays with the structure of `template`. Later checkpoints, which cannot be read, are moved aside,
-    and a line says so. Process 0 decides, and all processes read the same.
+    The state is host arrays with the structure of `template`. Later, unreadable checkpoints are moved aside, and a line
+    names each. Process 0 chooses the checkpoint, and all processes read it.
 
     Raises:
-      FailedError: there are checkpoints, and none can be read. Nothing is moved.
+      FailedError: there are checkpoints, but none can be read. Nothing is moved.
     """
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
     folder = Path(checkpoints.directory)
@@ -85,7 +85,7 @@ def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, d
     def read(step):
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), timing=ocp.args.JsonRestore())
         restored = checkpoints.restore(step, args=items)
-        if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, abstract):  # Orbax does not ask
+        if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, abstract):  # Orbax does not check
             raise ValueError("its arrays have other shapes than this program's")
         restored.timing.pop("top1", None)
         return restored.state, restored.timing
@@ -97,12 +97,12 @@ def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, d
                 try:
                     found, step = read(candidate), candidate
                     break
-                except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+                except Exception as error:  # Orbax may raise anything on a damaged file
                     failed[candidate] = first_line(error)
             if failed and not found:
                 raise FailedError(
-                    f"no checkpoint in {folder} can be read (that of step {max(failed)}: {failed[max(failed)]}); they are "
-                    "left as they are: mend that, or go back to the versions that wrote them, and run it again"
+                    f"no checkpoint in {folder} can be read (that of step {max(failed)}: {failed[max(failed)]}); "
+                    "nothing was moved: repair them, or go back to the versions that wrote them, and run it again"
                 )
             for candidate, error in failed.items():
                 say(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}")
@@ -117,11 +117,11 @@ def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, d
 
 
 def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
-    """Step and moving average, the weights that evaluation means, of the latest checkpoint that can be read, with a line
-    on each later one; or of the one with the highest top-1 (`best`).
+    """Returns the step and the moving average of the weights, which evaluation uses. They come from the latest readable
+    checkpoint, or with `best` from the one with the highest top-1. A line names each later, unreadable one.
 
     Raises:
-      EffnetlibError: there is no checkpoint, or none that was evaluated, or none can be read.
+      EffnetlibError: there is no checkpoint, none was evaluated (`best`), or none can be read.
     """
     wrong = f"{directory} holds no checkpoint"
     if not (directory / FOLDER).is_dir():
@@ -133,10 +133,10 @@ def latest_weights(directory: Path, best: bool = False) -> tuple[int, Weights]:
             steps = sorted(scores, key=scores.get)[-1:]
             wrong += " whose top-1 was measured"
         for step in steps:
-            try:  # the optimizer's state is unknown here, so the tree comes as it was written, its keys as text
+            try:  # no template, because the optimizer is unknown here; so all keys arrive as text
                 state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
                 return step, tuple(_with_numbered_blocks(state[name]) for name in ("ema_params", "ema_batch_stats"))
-            except Exception as error:  # whatever a truncated, missing or foreign file makes Orbax raise
+            except Exception as error:  # Orbax may raise anything on a damaged file
                 reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
                 wrong = f"the checkpoint of step {step} in {directory} is damaged: {reason}"
                 if step != steps[-1]:

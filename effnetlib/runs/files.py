@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, checked before work begins, one process at a time."""
+"""Files and folders: atomic writes, checks before work begins, and locks against a second process."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from effnetlib.runs.progress import say
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file whole: a reader sees the old content or the new one, never a part, even after a crash."""
+    """Replaces a whole file. A reader sees the old or the new content, never a part, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -28,8 +28,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which becomes `folder` when the block ends; after an error nothing is left. `folder` must
-    not exist, or be empty."""
+    """Yields an empty folder to fill. It becomes `folder` when the block ends. An error leaves nothing behind. `folder` must
+    be missing or empty."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         filled = Path(scratch) / folder.name
@@ -39,7 +39,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def make_writable(folder: Path, what: str = "the folder") -> None:
-    """Makes a folder if it is missing. Raises EffnetlibError, about `what`, if files cannot be written there."""
+    """Makes a folder if it is missing. Raises EffnetlibError, which names `what`, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -52,7 +52,7 @@ def exclusive_lock(folder: Path, doing: str) -> Iterator[None]:
     """Locks a folder while the block runs. The lock is released when the process ends, even if it is killed.
 
     Raises:
-      EffnetlibError: another process holds the lock (the sentence says which), or the folder cannot be written.
+      EffnetlibError: another process holds the lock (the error names it), or the folder cannot be written.
     """
     make_writable(folder)
     with open(folder / ".lock", "a+") as file:
@@ -62,8 +62,8 @@ def exclusive_lock(folder: Path, doing: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise EffnetlibError(f"{holder} is {doing} {folder} at this moment: wait for it, or stop it") from None
-        except OSError as error:  # mounted buckets know no locks
-            say(f"{folder} cannot be locked ({error.strerror}): nothing keeps a second process out")
+        except OSError as error:  # a mounted bucket has no locks
+            say(f"{folder} cannot be locked ({error.strerror}): start no second process here")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

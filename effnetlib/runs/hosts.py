@@ -1,4 +1,4 @@
-"""The processes of a slice, one per host: how they join JAX's multi-controller runtime, and act as one."""
+"""The processes of a slice, one per host: they join JAX's multi-controller runtime, and act as one."""
 
 import contextlib
 import ipaddress
@@ -16,12 +16,12 @@ from jax.experimental import multihost_utils
 from effnetlib.errors import EffnetlibError, FailedError, require
 from effnetlib.runs.progress import at_work
 
-PORT = 8476  # JAX moved to another one in 0.8.1, which the usual firewalls of TPU slices do not let through
+PORT = 8476  # the usual firewalls of TPU slices block JAX's own default since 0.8.1
 PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
-RESOLVE_SECONDS = 60.0  # a pod that has just begun to start may not have its name yet
+RESOLVE_SECONDS = 60.0  # a pod that is starting may have no name yet
 ADDRESS = re.compile(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", re.ASCII)
-_visits = itertools.count()  # a barrier has a name of its own each time
+_barriers = itertools.count()  # each barrier needs its own name
 
 
 def start(
@@ -32,14 +32,14 @@ def start(
 ) -> None:
     """Joins this process to the others. Call it before anything else touches jax's devices.
 
-    The `coordinator` is process 0: HOST, HOST:PORT or [IPv6]:PORT, with port 8476 if none is given. `process` is the number of
-    this one of all `processes`, from 0. What is None is read from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and
-    EFFNETLIB_PROCESS. With one process, or none of the three, nothing happens. After a minute a line says that some are missing.
-    (Where only process 0 has come, jaxlib ends the waiting processes itself, with a stack trace.)
+    The `coordinator` is process 0: HOST, HOST:PORT or [IPv6]:PORT; the default port is 8476. `processes` is their number, and
+    `process` the index of this one, from 0. The default of each is the variable EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES
+    or EFFNETLIB_PROCESS. With one process, or none of the three, nothing happens. After a minute of waiting a line says so.
+    (If process 0 comes but another does not, jaxlib ends the waiting processes itself, with a stack trace.)
 
     Raises:
-      EffnetlibError: only some of the three are known, or one is impossible.
-      FailedError: process 0 did not come, or its name cannot be resolved for a minute.
+      EffnetlibError: only some of the three are known, or one is invalid.
+      FailedError: process 0 did not come, or its name did not resolve for a minute.
     """
     found = {"coordinator": coordinator, "processes": processes, "process": process}
     for name, value in found.items():
@@ -47,11 +47,11 @@ def start(
     missing = [name for name, value in found.items() if not value]
     if len(missing) == 3 or found["processes"] == "1":
         return
-    unknown = f"of coordinator, processes and process {', '.join(missing)} is not known: give all three, "
-    require(not missing, f"{unknown}as parameters or as EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES, EFFNETLIB_PROCESS")
+    unknown = f"{', '.join(missing)} is not known: give all three of coordinator, processes and process, as parameters"
+    require(not missing, f"{unknown} or as EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS")
     address, *numbers = found.values()
     require(
-        all(re.fullmatch(r"-?\d+", each) for each in numbers),
+        all(re.fullmatch(r"-?\d+", text) for text in numbers),
         f"processes and process are numbers, not {' and '.join(numbers)}",
     )
     count, number = map(int, numbers)
@@ -68,24 +68,24 @@ def start(
         _wait_for(host, port, time.monotonic() + timeout_seconds, answer=number > 0)
         for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
             hosts = os.environ.get(name, os.environ.get(other, "")).split(",")
-            os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), host]))  # a proxy could not reach it
+            os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), host]))  # no proxy can reach it
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    """The two parts of an address. A port follows an IPv6 address only where that stands in brackets."""
+    """Splits an address. An IPv6 address needs brackets before a port."""
     given = address.strip()
     parts = ADDRESS.fullmatch(f"[{given}]" if given.count(":") > 1 and given[0] != "[" else given)
-    with contextlib.suppress(ValueError):  # no address in the brackets
+    with contextlib.suppress(ValueError):  # the brackets hold no IPv6 address
         if parts and 0 < (port := int(parts[3] or PORT)) < 65536:
             return parts[2] or str(ipaddress.IPv6Address(parts[1])), port
-    forms = "HOST, HOST:PORT or [IPv6]:PORT is one, up to port 65535"
-    raise EffnetlibError(f"coordinator {address!r} is no address: {forms}")
+    wrong = f"coordinator {address!r} is no address"
+    raise EffnetlibError(f"{wrong}: HOST, HOST:PORT or [IPv6]:PORT is wanted, with a port up to 65535")
 
 
 def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
-    """Waits until the host has an address and, for an `answer`, until somebody listens there.
-    Where nobody does, jaxlib's client would abort the process."""
+    """Waits until the host's name resolves and, with `answer`, until its port accepts a connection.
+    Without a listener, jaxlib's client would abort the process."""
     resolved = time.monotonic()
     while True:
         try:
@@ -103,22 +103,22 @@ def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this is process 0, the only one that writes."""
+    """Whether this is process 0. Only process 0 writes."""
     return jax.process_index() == 0
 
 
 def wait_for_all(place: str) -> None:
-    """Waits until every process has come to this place, for half an hour. A collective would not do: on CPU it gives up after
-    30 seconds, and some processes compile for longer than others."""
-    from orbax.checkpoint import multihost  # takes long
+    """Waits up to half an hour until every process reaches this place. A collective would give up after 30 seconds on CPU,
+    but some processes compile much longer than others."""
+    from orbax.checkpoint import multihost  # slow to import
 
-    multihost.get_barrier_sync_fn()(key=f"{place} {next(_visits)}", timeout_ms=1000 * TIMEOUT_SECONDS)
+    multihost.get_barrier_sync_fn()(key=f"{place} {next(_barriers)}", timeout_ms=1000 * TIMEOUT_SECONDS)
 
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """Raises an EffnetlibError of this block in every process, since the others would wait for the one that raised. Theirs
-    names that one."""
+    """Raises an EffnetlibError of this block in every process. Otherwise the others would wait in vain. Their error names the
+    process that refused."""
     refusal = None
     try:
         yield
@@ -137,11 +137,11 @@ def simulate_devices(count: int) -> None:
     """Gives this process `count` CPU devices. Call it after `start`, and before anything else touches jax's devices.
 
     Raises:
-      EffnetlibError: jax runs already, with other devices (in a notebook: restart the kernel).
+      EffnetlibError: jax already runs with other devices (in a notebook: restart the kernel).
     """
-    with contextlib.suppress(RuntimeError):  # the backend has started; whether that matters is seen below
+    with contextlib.suppress(RuntimeError):  # the backend runs already; its devices are checked below
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-    there = f"{jax.local_device_count()} {jax.default_backend()}"
-    wrong = f"{count} simulated devices were asked for, but jax already runs with {there} device(s)"
-    require(there == f"{count} cpu", f"{wrong}: restart the kernel and run from the top")
+    present = f"{jax.local_device_count()} {jax.default_backend()}"
+    wrong = f"{count} simulated devices were asked for, but jax already runs with {present} device(s)"
+    require(present == f"{count} cpu", f"{wrong}: restart the kernel and run from the top")

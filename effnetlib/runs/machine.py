@@ -1,4 +1,4 @@
-"""What the machine and the user's shell decide: settings of jax, kept away from the numbers, and usable cores."""
+"""What the machine and the shell decide: settings of jax, which a run pins, and the number of usable cores."""
 
 import contextlib
 import math
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-# Settings that change numbers or end a run in an error, with their values in a run. A name that the installed version
-# does not know is passed over.
+# The values in a run of all settings that can change numbers or raise errors. Names unknown to the installed version
+# are skipped.
 PINNED = {
     "jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0,
     "jax_enable_custom_prng": False, "jax_legacy_prng_key": "allow", "jax_safer_randint": True,
@@ -22,14 +22,14 @@ PINNED = {
     "jax_transfer_guard": "allow", "jax_transfer_guard_host_to_device": "allow",
     "jax_transfer_guard_device_to_device": "allow", "jax_transfer_guard_device_to_host": "allow",
 }  # fmt: skip
-# Settings in the environment; not those that say where programs run and are kept.
+# Variables with settings. Those that choose where programs run or are cached change no numbers.
 VARIABLES = re.compile(r"(JAX|FLAX|NNX)_(?!PLATFORM|COMPILATION_CACHE|PERSISTENT_CACHE)|NVIDIA_TF32_OVERRIDE$")
 
 
 @contextlib.contextmanager
 def pinned() -> Iterator[dict[str, str]]:
-    """Keeps the settings of `PINNED` while the block runs, whatever the shell or the notebook has set.
-    Yields, for the record, those that were otherwise, and all other settings in the environment."""
+    """Applies `PINNED` while the block runs, whatever the shell or the notebook has set.
+    Yields for the record: the replaced values, and all other settings in the environment."""
     import flax
 
     found = {name.lower(): value for name, value in os.environ.items() if VARIABLES.match(name)}
@@ -42,7 +42,7 @@ def pinned() -> Iterator[dict[str, str]]:
                 continue
             if before is not None:
                 found[name] = str(getattr(before, "value", before))
-            if hasattr(jax, name.removeprefix("jax_")):  # wins over a `with jax...` of the user's
+            if hasattr(jax, name.removeprefix("jax_")):  # overrides the user's own `with jax...`
                 block.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
             else:
                 block.callback(config.update, name, before)
@@ -51,16 +51,16 @@ def pinned() -> Iterator[dict[str, str]]:
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """The cores that this process may use: by its affinity, and by the quotas, rounded up, of its control group and those
-    above it (containers and jobs of SLURM have them)."""
+    """The number of cores that this process may use: min(CPU affinity, quotas rounded up). Its control group and each group
+    above may have a quota, for example in a container or a SLURM job."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has none
     cores = os.process_cpu_count() or 1 if hasattr(os, "process_cpu_count") else len(affinity(0))  # since Python 3.13
     for line in own.read_text().splitlines() if own.is_file() else []:
-        _, controllers, path = line.split(":", 2)  # version 2 has no controllers, and one file of quota and period
+        _, controllers, path = line.split(":", 2)  # version 2: no controllers, quota and period in one file
         group = cgroups / controllers / path.strip("/")
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                 quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
                 cores = min(cores, max(1, math.ceil(quota / period))) if quota > 0 else cores
     return cores

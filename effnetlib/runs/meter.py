@@ -1,4 +1,4 @@
-"""What a run measures: its clock, and the metrics of its steps."""
+"""What a run measures: its time, and the metrics of its steps."""
 
 import contextlib
 import time
@@ -10,8 +10,8 @@ import numpy as np
 from effnetlib.runs.progress import Progress
 from effnetlib.runs.record import Record
 
-LOGGED_STEPS = 200  # about as many training rows as a run's metrics hold
-EXPLODED_LOSS = 1000.0  # nats: no cross-entropy comes near it unless the weights have blown up
+LOGGED_STEPS = 200  # a run logs about this many training rows
+EXPLODED_LOSS = 1000.0  # nats; only exploded weights reach such a cross-entropy
 CLOCKS = ("compile_seconds", "train_seconds", "eval_seconds", "input_wait_seconds", "total_seconds")
 
 
@@ -20,22 +20,22 @@ class DivergedError(RuntimeError):
 
 
 class Meter:
-    """The clock of a run, and the metrics of its steps: checks them, shows them, and logs them. The clock goes on from the
-    record's ``timing``, and is written there. There is a learning rate for every step, float32 ``[total_steps]``. The run
-    goes on from `step`, that of its latest checkpoint, or 0."""
+    """Measures the time of a run; checks, shows and logs the metrics of its steps. The clock continues from the record's
+    ``timing``, and updates it. `learning_rates` is float32 ``[total_steps]``. `step` is the step of the latest checkpoint,
+    or 0."""
 
     def __init__(self, record: Record, learning_rates: np.ndarray, step: int):
         self.record, self.timing, self.learning_rates = record, record.timing, learning_rates
         self.total = len(learning_rates)
         self.log_every = max(1, self.total // LOGGED_STEPS)
         self.progress = Progress(self.total, step, record.recipe.global_batch_size)
-        self.pending: tuple[int, dict] | None = None  # a step that has begun, and its metrics, not yet read
+        self.pending: tuple[int, dict] | None = None  # the latest step and its metrics, not yet read
         self.saved(step)
         self.zero = time.perf_counter() - self.timing["total_seconds"]
         self.training_since: float | None = None
 
     def now(self) -> float:
-        """Seconds on the paper's clock, which starts when all is compiled."""
+        """Seconds on the paper's clock, which starts after compilation."""
         return time.perf_counter() - self.zero
 
     @contextlib.contextmanager
@@ -46,11 +46,11 @@ class Meter:
         self.timing[name] += time.perf_counter() - start
 
     def resume(self) -> None:
-        """From here to `pause`, time counts as ``train_seconds``."""
+        """Counts ``train_seconds`` from here until `pause`."""
         self.training_since = time.perf_counter()
 
     def pause(self) -> None:
-        """Reads the metrics of all steps. Raises DivergedError."""
+        """Reads the last metrics, and stops counting ``train_seconds``. Raises DivergedError."""
         self._read_and_keep(None)
         if self.training_since is not None:
             self.timing["train_seconds"] += time.perf_counter() - self.training_since
@@ -61,12 +61,12 @@ class Meter:
         self.saved_step, self.saved_at = step, time.monotonic()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that has begun, and reads those of the step before: so the devices have work while the
-        host reads. Raises DivergedError, for the step read."""
+        """Keeps the metrics of a step in progress, and reads the metrics of the step before. So the devices have work while
+        the host reads. Raises DivergedError for the step it reads."""
         self._read_and_keep((step, metrics))
 
-    def _read_and_keep(self, begun: tuple[int, dict] | None) -> None:
-        pending, self.pending = self.pending, begun
+    def _read_and_keep(self, latest: tuple[int, dict] | None) -> None:
+        pending, self.pending = self.pending, latest
         if pending is None:
             return
         step, metrics = pending
@@ -88,7 +88,7 @@ class Meter:
             self._log("train", step, row | {"lr": lr, "images_per_second": rate, "seconds": seconds})
 
     def add_evaluation(self, step: int, raw, ema) -> None:
-        """Logs and shows the `EvalResult`s of the weights and of their moving average."""
+        """Logs and shows the `EvalResult`s of the raw weights and of their moving average."""
         row = {"nseen": raw.nseen, "top1": raw.top1, "top5": raw.top5, "loss": raw.loss}
         row |= {"ema_top1": ema.top1, "ema_top5": ema.top5, "ema_loss": ema.loss, "seconds": self.now()}
         self._log("eval", step, row)

@@ -1,4 +1,4 @@
-"""Paths: what a user may give as one, and the folders where results are written and read."""
+"""Paths that users give, and the folders where results are written and read."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from effnetlib.errors import EffnetlibError, require
 from effnetlib.runs.progress import say
 
-# One slash too: pathlib makes gs:/bucket of gs://bucket.
+# One slash is enough: pathlib turns gs://bucket into gs:/bucket.
 _ADDRESS = re.compile(r"^\s*[\w+.@-]+:(?:/|$)|/\s*[A-Za-z][\w+.-]+:(?:/|$)")
 _HOST_OR_DRIVE = re.compile(r"[\w+.@-]+:[^/]*")
 _VARIABLE = re.compile(r"(?:^|/)(?:\$[A-Za-z_]|%\w+%)|\$[({]|`|\{\{")
@@ -15,21 +15,21 @@ _WRAPPED = re.compile(r"^\s|\s$|^(['\"]).*\1$", re.DOTALL)
 
 
 def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: bool = False) -> Path:
-    """The absolute path that a user means, with ``~`` expanded: the one rule for every door.
+    """Checks a path from a user and makes it absolute, with ``~`` expanded. Every path from a user comes through here.
 
-    `what` is the flag, parameter or variable that it was given as, for the sentence. A relative path begins in the folder
-    `base`, or the working directory. Where a `folder` is meant, it need not exist.
+    `what` is the flag, parameter or variable that errors name. A relative path begins in `base`, or in the working
+    directory. `folder`: the path means a folder, which need not exist.
 
     Raises:
-      EffnetlibError: it is empty, in quotes, an address such as gs://BUCKET or HOST:PLACE, holds a variable, or a file is where
-        a folder should be.
+      EffnetlibError: the path is empty, in quotes, holds a variable, or is an address such as gs://BUCKET or HOST:PLACE. Or
+        a file is where a folder should be.
     """
     given, wrong = os.fspath(text), f"{what} {os.fspath(text)!r}"
     require(given.strip() and "\0" not in given, f"{wrong} is not a path: name a file or folder")
     first = _HOST_OR_DRIVE.match(given)
     address = _ADDRESS.search(given) or (first and not os.path.lexists(Path(base or "", first[0])))
     require(not address, f"{wrong} is an address: mount it, or copy what it holds, and give the path on this machine")
-    unfilled = f"{wrong} holds a variable, which no shell has replaced: write out what it stands for"
+    unfilled = f"{wrong} holds a variable, which no shell has replaced: write out its value"
     require(not _VARIABLE.search(given), unfilled)
     require(
         not _WRAPPED.search(given), f"{wrong} begins and ends with quotes, or has a blank at an end: leave them out"
@@ -41,20 +41,20 @@ def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: 
     except FileNotFoundError:
         raise EffnetlibError(f"{wrong} begins in the working directory, which was deleted: change to another") from None
     lowest = path if folder else path.parent
-    place = next(each for each in (lowest, *lowest.parents) if os.path.exists(each))
+    place = next(p for p in (lowest, *lowest.parents) if os.path.exists(p))
     require(place.is_dir(), f"{wrong} cannot be used: {place} is a file, where a folder is wanted")
     return path
 
 
 def name_or_path(text: str, what: str) -> str:
-    """A path, which holds a slash or begins with a dot or ``~``, as `user_path` makes it; anything else, a name, as it is."""
+    """Makes a path absolute, and returns a name as it is. A path holds a slash, or begins with a dot or ``~``."""
     path = user_path(text, what)
     return str(path) if "/" in text or text.startswith((".", "~")) else text
 
 
 def outputs_folder() -> Path:
-    """Where runs write: the environment variable EFFNETLIB_OUTPUTS, else `outputs/` of the checkout around the working
-    directory, else `outputs/` in the working directory."""
+    """The folder where runs write: the environment variable EFFNETLIB_OUTPUTS, else `outputs/` of the checkout around the
+    working directory, else `outputs/` in the working directory."""
     if given := os.environ.get("EFFNETLIB_OUTPUTS"):
         return user_path(given, "EFFNETLIB_OUTPUTS", folder=True)
     here = Path.cwd()
@@ -62,12 +62,12 @@ def outputs_folder() -> Path:
 
 
 def published_folder() -> Path:
-    """`outputs/published` of the checkout that this package runs from: what git keeps of earlier runs."""
+    """`outputs/published` of this package's checkout: earlier runs, kept in git."""
     return Path(__file__).parents[2] / "outputs/published"
 
 
 def runs_folder(suite: str) -> Path:
-    """Where a suite's records are: `outputs/SUITE/runs`. Where there are none, the published ones, and a line says so."""
+    """The folder of a suite's records: `outputs/SUITE/runs`. Without records, the published folder, and a line says so."""
     mine, published = (user_path(suite, "suite", base) / "runs" for base in (outputs_folder(), published_folder()))
     if any(mine.glob("*/run.json")) or not published.exists():
         return mine

@@ -1,4 +1,4 @@
-"""Progress of long work: in place in a notebook, a plain line now and then elsewhere; a curve where somebody watches."""
+"""Progress of long work: in place in a notebook, plain lines elsewhere, and a curve if a user watches the notebook."""
 
 import atexit
 import contextlib
@@ -10,31 +10,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-LINE_SECONDS = 15.0  # between plain lines
-IN_PLACE_SECONDS = 0.5  # between changes of a line that is shown in place
-CLEAR = "\r\x1b[K"  # a terminal's: back to the beginning of the line, and delete it
+LINE_SECONDS = 15.0  # between two plain lines
+IN_PLACE_SECONDS = 0.5  # between two updates of a line in place
+CLEAR = "\r\x1b[K"  # for a terminal: go to the start of the line, and erase it
 
 
 def say(text: object, *, end: str = "\n", err: bool = False) -> bool:
-    """Prints a line for people, to stdout or stderr. Trouble with the output never ends the work: characters that it does not
-    know become "?", and a line that cannot be written is lost. False if somebody may miss that, as on a full device."""
+    """Prints a line for people, to stdout or stderr. An output error never ends the work: unknown characters become "?", and
+    a line that cannot be written is lost. Returns False if a user may miss the line, as on a full disk."""
     stream = sys.stderr if err else sys.stdout
     try:
         try:
             print(text, end=end, file=stream or io.StringIO(), flush=True)
         except UnicodeEncodeError:
-            known = str(text).encode(stream.encoding, "replace").decode(stream.encoding)
-            print(known, end=end, file=stream, flush=True)
+            printable = str(text).encode(stream.encoding, "replace").decode(stream.encoding)
+            print(printable, end=end, file=stream, flush=True)
     except BrokenPipeError:
-        pass  # `| head`: nobody misses it
-    except (OSError, ValueError, RuntimeError):  # closed; or a signal's handler speaks amid a line
+        pass  # as after `| head`: nobody misses the line
+    except (OSError, ValueError, RuntimeError):  # closed, or a signal handler prints in the middle of a line
         return False
     return True
 
 
 @atexit.register
 def _end_output() -> None:
-    """Loses what still cannot be written. Python would show a traceback, and exit with 120."""
+    """Drops output that still cannot be written. Python would print a traceback, and exit with 120."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
@@ -45,11 +45,11 @@ def _end_output() -> None:
 
 @contextlib.contextmanager
 def at_work(text: str, state: Callable[[], str] | None = None, seconds: float = LINE_SECONDS) -> Iterator[Callable]:
-    """Says on stderr that the block is still running: ``TEXT · ELAPSED · STATE``, one line every so many seconds.
+    """Says on stderr that the block is still running: ``TEXT · ELAPSED · STATE``, one line per `seconds`.
 
-    `state` returns how far it is. It is called in a thread of its own, only when a line is due, and must not raise. With it, a
-    terminal shows one line that changes in place, and that is gone when the block ends. Gives a function that prints a line
-    of its own to stdout meanwhile.
+    `state` returns the progress as text. It is called in a thread of its own, only when a line is due, and must not raise.
+    With `state`, a terminal shows one line that changes in place. The line is erased when the block ends. Yields a function
+    that prints another line to stdout meanwhile.
     """
     in_place = state is not None and os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
     done, start = threading.Event(), time.perf_counter()
@@ -91,20 +91,20 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows steps, images per second, the time left, and the latest values given to `update`. Of `total` steps of so many
-    `images`, an earlier process has `done` some. `unit` is what a step is called."""
+    """Shows the step, images per second, the time left, and the latest values given to `update`. An earlier process did
+    `done` of the `total` steps. `images` is the number of images per step. `unit` is the word for a step."""
 
     def __init__(self, total: int, done: int, images: int, unit: str = "step"):
         self.total, self.first, self.images, self.unit = total, done, images, unit
         self.start, self.shown, self.values, self.displays = time.perf_counter(), 0.0, {}, {}
         kernel = _kernel()
         self.in_notebook = kernel is not None
-        # A front end that could ask its user for input has one; papermill and nbconvert say that they have none.
+        # A front end with a user allows input. papermill and nbconvert do not allow it.
         self.watched = getattr(kernel, "_allow_stdin", False)
         self.interval = IN_PLACE_SECONDS if self.in_notebook else LINE_SECONDS
 
     def update(self, step: int, **values) -> None:
-        """Shows the state after `step` if it is time to, and always at the last step."""
+        """Shows the state after `step` if a line is due, and always at the last step."""
         self.values |= values
         now = time.perf_counter()
         if now - self.shown >= self.interval or step == self.total:
@@ -116,7 +116,7 @@ class Progress:
                 say(line)
 
     def draw(self, epochs: Sequence[float], top1: Sequence[float]) -> None:
-        """Draws top-1 against epochs in place, where somebody watches the notebook."""
+        """Draws top-1 against epochs in place, if a user watches the notebook."""
         if not self.watched:
             return
         from IPython.display import Image
@@ -128,7 +128,7 @@ class Progress:
         axes.set(xlabel="epoch", ylabel="top-1 (moving average)", xlim=(0, None), ylim=(0, 1))
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=100, facecolor="white")
-        # As metadata: IPython 7, Colab's, has no parameter for it.
+        # As metadata, because IPython 7 (Colab) has no parameter for it.
         alt = {"alt": "Top-1 against epochs, so far"}
         self._display("curve", *Image(data=drawn.getvalue(), metadata=alt)._repr_mimebundle_())
 
@@ -148,7 +148,7 @@ class Progress:
 
 
 def _kernel():
-    """The Jupyter kernel that this process is, if it is one."""
+    """The Jupyter kernel of this process, or None."""
     if "ipykernel" not in sys.modules:
         return None
     from IPython import get_ipython

@@ -1,4 +1,4 @@
-"""Records: what happened in a run, completely, as `run.json` and `metrics.jsonl` in the run's folder."""
+"""Records: all that happened in a run, as `run.json` and `metrics.jsonl` in the run's folder."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from effnetlib.runs.paths import user_path
 
 SCHEMA = 1
 SECTIONS = ("status", "environment", "data", "timing", "result", "error")
-# What XLA_FLAGS say so that a simulated device computes on one core, as a real one has its own.
+# With this flag in XLA_FLAGS a simulated device computes on one core only. A real device shares no cores either.
 ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -32,11 +32,11 @@ ONE_CORE_A_DEVICE = "--xla_cpu_multi_thread_eigen=false"
 class Record:
     """One run. The fields are those of `run.json`; `metrics` are the lines of `metrics.jsonl`.
 
-    `status` is "running", "completed", "failed" or "preempted". Every process keeps the record, and process 0 writes it.
+    `status` is "running", "completed", "failed" or "preempted". Every process keeps the record, but only process 0 writes it.
 
-    Each row of the metrics has ``kind``, ``step``, ``epoch`` and ``seconds``, the paper's clock: it starts when training and
-    evaluation are compiled. A "train" row also has loss, top1, grad_norm, param_norm, lr and images_per_second. An "eval" row
-    also has nseen; top1, top5 and loss of the raw weights; ema_top1, ema_top5 and ema_loss of their average.
+    Each row of the metrics has ``kind``, ``step``, ``epoch`` and ``seconds``. The seconds are the paper's clock, which starts
+    after compilation. A "train" row also has loss, top1, grad_norm, param_norm, lr and images_per_second. An "eval" row also
+    has nseen; top1, top5 and loss of the raw weights; ema_top1, ema_top5 and ema_loss of their moving average.
     """
 
     directory: Path
@@ -48,12 +48,12 @@ class Record:
     result: dict = field(default_factory=dict)
     error: str | None = None
     metrics: list[dict] = field(default_factory=list)
-    as_read: dict = field(default_factory=dict, repr=False, compare=False)  # with what only another version knows
+    as_read: dict = field(default_factory=dict, repr=False, compare=False)  # also holds fields of other versions
 
     @classmethod
     def load(cls, directory: Path | str) -> "Record":
-        """Reads a run's folder, whatever version or optimizer wrote it: the recipe is not checked. A last line of metrics that
-        a crash has cut off is left out. Raises EffnetlibError if there is no readable record."""
+        """Reads a run's folder, whatever version or optimizer wrote it. The recipe is not checked. A last line of metrics is
+        dropped if a crash cut it off. Raises EffnetlibError if there is no readable record."""
         directory = user_path(directory, "the run")
         log, metrics = directory / "metrics.jsonl", []
         try:
@@ -65,14 +65,13 @@ class Record:
             raise EffnetlibError(f"{directory} holds no record (run.json is missing)") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             damaged = f"{directory / 'run.json'} is damaged ({first_line(error)})"
-            raise EffnetlibError(f"{damaged}: it is left as it is; mend it, or delete the folder") from None
+            raise EffnetlibError(f"{damaged}: repair it, or delete the folder") from None
         with contextlib.suppress(ValueError):
-            metrics.extend(map(json.loads, lines))  # up to the line that is none
+            metrics.extend(map(json.loads, lines))  # stops at a line that was cut off
         return cls(directory, recipe, **sections, metrics=metrics, as_read=run)
 
     @property
     def name(self) -> str:
-        """The name of the folder."""
         return self.directory.name
 
     @property
@@ -82,7 +81,7 @@ class Record:
 
     @property
     def devices_share_cores(self) -> bool:
-        """Whether the devices are simulated and each computes on all cores, so that none can be idle."""
+        """Whether the devices are simulated and each computes on all cores. Then no device is ever idle."""
         simulated = self.environment["platform"] == "cpu" and self.environment["devices"] > 1
         return simulated and ONE_CORE_A_DEVICE not in self.environment.get("xla_flags", "")
 
@@ -100,7 +99,7 @@ class Record:
             write_atomically(self.directory / name, content)
 
     def log(self, **row) -> None:
-        """Appends a row to the metrics, on disk at once."""
+        """Appends a row to the metrics, here and on disk."""
         row = {name: float(f"{value:.8g}") if isinstance(value, float) else value for name, value in row.items()}
         self.metrics.append(row)
         if is_main_process():
@@ -108,7 +107,7 @@ class Record:
                 file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drops the rows after `step`: what a resumed run will write again."""
+        """Drops the rows after `step`. A resumed run writes them again."""
         self.metrics = [row for row in self.metrics if row["step"] <= step]
         self._write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.metrics))
 
@@ -117,7 +116,7 @@ class Record:
         return pd.DataFrame([row for row in self.metrics if row["kind"] == kind])
 
     def summarize(self) -> None:
-        """Fills `result` from the evaluations. The peak is that of the moving average, which the reference evaluates."""
+        """Fills `result` from the evaluations. The peak is the moving average's, as in the reference."""
         rows = [row for row in self.metrics if row["kind"] == "eval"]
         peak, last = max(rows, key=lambda row: row["ema_top1"]), rows[-1]
         self.result = {
@@ -133,12 +132,12 @@ class Record:
 
     @property
     def input_wait_share(self) -> float:
-        """Share of the training time spent waiting for a batch: an accelerator was idle for at most that share."""
+        """Share of the training time spent waiting for a batch. An accelerator was idle for at most this share."""
         return self.timing["input_wait_seconds"] / self.timing["train_seconds"]
 
 
 def load_records(folder: Path | str) -> list[Record]:
-    """Every record in the run folders of a folder, by name. One that cannot be read is left out with a warning."""
+    """Loads the records of all runs in a folder, sorted by name. Leaves out an unreadable one with a warning."""
     records = []
     for path in sorted(user_path(folder, "the folder").glob("*/run.json")):
         try:
@@ -150,8 +149,8 @@ def load_records(folder: Path | str) -> list[Record]:
 
 def environment() -> dict:
     """Versions, devices and the commit of the code, for a record."""
-    cpus, devices = Path("/proc/cpuinfo"), jax.devices()  # not on macOS
-    cpu = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None
+    cpus, devices = Path("/proc/cpuinfo"), jax.devices()
+    cpu = re.search(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else None  # macOS has no /proc
     cpu = cpu[1] if cpu else platform.processor() or "unknown CPU"
     return {
         "python": platform.python_version(),
@@ -169,7 +168,7 @@ def environment() -> dict:
 
 @functools.cache
 def _git_commit() -> str | None:
-    """The commit of the checkout that holds this package, with "+changes" where the package has any; None outside one."""
+    """The commit of this package's checkout, with "+changes" if the package was edited. None outside a checkout."""
     package = Path(__file__).parents[1]
     if not (package.parent / ".git").exists():
         return None
@@ -177,13 +176,13 @@ def _git_commit() -> str | None:
     try:
         changed = "+changes" if git(["git", "status", "--porcelain", "--", "."]) else ""
         return git(["git", "rev-parse", "HEAD"]).strip() + changed
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
+    except (OSError, subprocess.CalledProcessError):  # git is missing, or does not trust the checkout
         return None
 
 
 def _recipe(known: dict, hash: str | None) -> Recipe:
-    """The recipe of a record that any version wrote: not checked, without unknown fields, and with the hash given, if any."""
+    """The recipe in a record of any version. It is not checked, drops unknown fields, and keeps the recorded hash."""
     recipe = object.__new__(Recipe)
-    vars(recipe).update({each.name: known.get(each.name, each.default) for each in fields(Recipe)})
+    vars(recipe).update({f.name: known.get(f.name, f.default) for f in fields(Recipe)})
     vars(recipe).update({"hash": hash} if hash else {})
     return recipe

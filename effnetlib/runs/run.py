@@ -1,4 +1,4 @@
-"""A run under way: the lock of its folder, its record and checkpoints, and what is saved when it stops."""
+"""A run under way: the lock of its folder, its record, its checkpoints, and how it is saved when it stops."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ from effnetlib.runs.progress import say
 from effnetlib.runs.record import Record, environment
 from effnetlib.runs.stopping import PreemptedError, Stop
 
-CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", "xla_flags")  # of the environment
+CHANGES_NUMBERS = ("jax", "jaxlib", "flax", "optax", "platform", "device_kind", "xla_flags")  # in the environment
 
 
 @contextlib.contextmanager
 def open_run(
     recipe: Recipe, directory: Path | str, eval_devices: int | None, max_minutes: float | None
 ) -> Iterator["Run"]:
-    """Opens a run's folder, in all processes; arguments and errors are those of `train`. Everything is checked before anything
-    is written. When the block ends, the record holds the status. Nothing is written where that was "completed" before."""
+    """Opens a run's folder in all processes. For arguments and errors see `train`. Everything is checked before anything
+    is written. When the block ends, the record holds the status. Nothing is written if the run was completed before."""
     devices = jax.devices()
     with contextlib.ExitStack() as block:
         settings = block.enter_context(pinned())
@@ -41,7 +41,7 @@ def open_run(
             require(0 < count <= len(devices), f"eval_devices must be from 1 to {len(devices)}, and is {count}")
             require(batch % count == 0, f"global_batch_size {batch} does not divide over {count} eval_devices")
             alone = count == len(devices) or jax.process_count() == 1
-            require(alone, "eval_devices needs a single process: each of several must take part in the evaluation")
+            require(alone, "eval_devices needs a single process: of several, all must take part in the evaluation")
             splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
             make_writable(directory, "the run's folder")
             if is_main_process():
@@ -71,25 +71,25 @@ def open_run(
             if not isinstance(error, OSError):
                 raise
             met = f"an error of the file system: {error.strerror or error} ({error.filename or 'no file named'})"
-            raise FailedError(f"the run in {directory} met {met}; once it is mended, the same call goes on") from error
+            raise FailedError(f"the run in {directory} met {met}; fix it, and the same call goes on") from error
         finally:
-            with contextlib.suppress(OSError):  # where the disk is the trouble, the error above says so
+            with contextlib.suppress(OSError):  # if the disk fails again, the error above says so
                 record.save()
 
 
 @dataclass
 class Run:
-    """A run under way. The states that it saves are train states, equal in every process."""
+    """A run under way. It saves train states, which are equal in every process."""
 
     record: Record
     splits: dict[str, data.Split]
     eval_devices: list[jax.Device]
     stop: Stop
-    checkpoints: CheckpointManager | None = None  # unless the run is completed
-    meter: Meter | None = None  # after `begin`
+    checkpoints: CheckpointManager | None = None  # None if the run is completed
+    meter: Meter | None = None  # set by `begin`
 
     def begin(self, template: dict, learning_rates: np.ndarray, compile_seconds: float) -> dict | None:
-        """Starts the clock, and goes back to the latest checkpoint: returns its state, if there is one, as `restore` does."""
+        """Starts the clock at the latest checkpoint. Returns its state, or None if there is no checkpoint (see `restore`)."""
         state, timing = restore(self.checkpoints, template) or (None, dict.fromkeys(CLOCKS, 0.0) | {"images": 0})
         step = int(state["step"]) if state else 0
         self.record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
@@ -99,8 +99,8 @@ class Run:
         return state
 
     def checkpoint(self, state, top1: float | None = None, by_any: bool = False) -> None:
-        """Begins to write a checkpoint, unless the state has one, and saves the record. `top1` is the evaluation's.
-        `by_any`: any process may write, not only the main one."""
+        """Starts to write a checkpoint, unless this step has one, and saves the record. `top1` is the evaluation's.
+        `by_any`: any process may write, not only process 0."""
         step = int(state.step)
         self.record.timing["total_seconds"] = self.meter.now()
         if (is_main_process() or by_any) and self.meter.saved_step != step:
@@ -110,23 +110,23 @@ class Run:
         self.record.save()
 
     def stop_if_requested(self, state, during: str) -> None:
-        """Saves the state and raises PreemptedError, if any process was asked to stop."""
+        """Saves the state and raises PreemptedError if any process was asked to stop."""
         if reason := self.stop.requested_anywhere(during):
             at = self._save_now(state)
-            raise PreemptedError(f"stopped at {at} ({reason}); saved, and the same command or cell, run again, goes on")
+            raise PreemptedError(f"stopped at {at} ({reason}); saved: run the same command or cell again to go on")
 
     @contextlib.contextmanager
     def saved_first(self, state) -> Iterator[None]:
-        """For a block that reads input. Where that fails, saves the state and raises FailedError."""
+        """For a block that reads input. If the block fails, saves the state and raises FailedError."""
         try:
             yield
         except (PreemptedError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # whatever a decoder, a file system or a thread of the input raises
+        except Exception as error:  # decoders, file systems and input threads raise anything
             at = self._save_now(state, by_any=True)
-            said = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
-            failed = f"the input failed after {at}: {said}"
-            raise FailedError(f"{failed}; saved, and once it is mended the same call goes on") from error
+            reason = error if isinstance(error, EffnetlibError) else f"{type(error).__name__}: {first_line(error)}"
+            failed = f"the input failed after {at}: {reason}"
+            raise FailedError(f"{failed}; saved: fix the cause, and the same call goes on") from error
 
     def _save_now(self, state, by_any: bool = False) -> str:
         self.meter.pause()
@@ -136,7 +136,7 @@ class Run:
 
 
 def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
-    """The record in the folder, if it is of this recipe and data; else a new one."""
+    """The record in the folder, which must have this recipe and data; or a new one if there is none."""
     class_names = list(splits["train"].class_names)
     now = {
         "source": recipe.dataset,
@@ -154,15 +154,15 @@ def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:
     differ = ", ".join(name for name, value in known.items() if name not in wanted or value != wanted[name])
     other = f"{directory} holds a run of another recipe ({differ} differ)"
     require(not differ, f"{other}: choose another folder, or delete that one")
-    record.recipe = recipe  # the same, but it has listed its data already
+    record.recipe = recipe  # an equal recipe, but this object has already listed its data
     if record.status != "completed":
         _note_data(record, now)
     return record
 
 
 def _note_data(record: Record, now: dict) -> None:
-    """Writes the data as it is now into the record. It must be what the run began with, or photographs of the same names."""
-    # Earlier records lack some of these.
+    """Writes the present data into the record. The run must have begun with it, or with photographs of the same names."""
+    # Records of earlier versions lack some keys.
     before = {"class_names": now["class_names"], "fingerprints": {}, "names": {}} | record.data
     old, new = before["fingerprints"], now["fingerprints"]
     changed = {name: old.get(name) for name in new if new[name] != old.get(name)}
@@ -177,15 +177,15 @@ def _note_data(record: Record, now: dict) -> None:
 
 
 def _note_environment(record: Record, now: dict) -> None:
-    """Writes the environment into the record, and what has changed since the run began."""
+    """Writes the environment into the record, with all changes since the run began."""
     before = record.environment
     if changed := {name: before[name] for name in CHANGES_NUMBERS if name in before and before[name] != now[name]}:
-        said = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
-        say(f"this run goes on in another environment, and the record says so: {said}")
+        words = ", ".join(f"{name} was {value!r} and is {now[name]!r}" for name, value in changed.items())
+        say(f"this run goes on in another environment, and the record says so: {words}")
     record.environment = now | _history("earlier", before, changed)
 
 
 def _history(key: str, before: dict, changed: dict) -> dict:
-    """What was so before and has changed, once or more, as a list under `key`; empty where nothing has."""
+    """``{key: [old values, one dict per change]}``; empty if nothing has ever changed."""
     values = [*before.get(key, ()), *filter(None, [changed])]
     return {key: values} if values else {}

@@ -1,4 +1,4 @@
-"""Asking a run to stop: a signal, or its time is up. It saves and says that the same command goes on."""
+"""Stops a run on a signal, or when its time is up. The run is saved, and the same command resumes it."""
 
 import os
 import signal
@@ -8,37 +8,37 @@ import time
 
 from effnetlib.runs.progress import say
 
-TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a process whose run was stopped and may be started again
-# What a user, a terminal, ssh, SLURM or a cloud sends to a process that is to end.
+TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a run that was stopped and can be resumed
+# Signals by which a user, a terminal, ssh, SLURM or a cloud ends a process.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGQUIT)
-REASONS = ("", *(each.name for each in SIGNALS), "max_minutes")
-AGREE_SECONDS = 2.5  # a quarter of what several hosts may take to hear of it: steps may become slower meanwhile
-FOLLOW_SECONDS = 2.0
+REASONS = ("", *(s.name for s in SIGNALS), "max_minutes")
+AGREE_SECONDS = 2.5  # a quarter of the 10 seconds allowed, because steps may become slower
+FOLLOW_SECONDS = 2.0  # between two looks at the parent
 
 
 class PreemptedError(RuntimeError):
-    """The run stopped before its end because it was asked to; it is saved, and running it again goes on."""
+    """The run was asked to stop, and stopped early. It is saved, and running it again resumes it."""
 
 
 class _Handler:
-    """Handles `SIGNALS` while the block runs. An ignored one stays ignored, as SIGHUP is under nohup.
-    Outside the main thread, where Python allows no handlers, the block changes nothing."""
+    """Handles `SIGNALS` while the block runs. An ignored signal stays ignored, such as SIGHUP under nohup.
+    Outside the main thread nothing changes, because Python allows no handlers there."""
 
     def __enter__(self):
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            wanted = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
-            self.before = {each: signal.signal(each, self._handle) for each in wanted}
+            wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(self, *error) -> None:
-        for each, old in self.before.items():
-            signal.signal(each, signal.SIG_DFL if old is None else old)  # None: it was set by a library in C
+        for number, old in self.before.items():
+            signal.signal(number, signal.SIG_DFL if old is None else old)  # None: a C library had set it
 
 
 class Stop(_Handler):
-    """Notes the first of `SIGNALS` while the block runs; a second SIGINT interrupts at once.
-    After `max_minutes` from now it is time to stop too; None is never."""
+    """Notes the first signal of `SIGNALS` while the block runs. A second SIGINT interrupts at once.
+    Also stops the run `max_minutes` from now; None sets no limit."""
 
     def __init__(self, max_minutes: float | None):
         self.deadline = float("inf") if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -53,14 +53,14 @@ class Stop(_Handler):
             say(f"{self.signal}: stopping after this step")
 
     def requested(self) -> str:
-        """Why this process is to stop: one of `REASONS`, empty to go on."""
+        """Why this process must stop: one of `REASONS`. Empty means go on."""
         return self.signal or ("max_minutes" if time.monotonic() >= self.deadline else "")
 
     def requested_anywhere(self, during: str) -> str:
-        """`requested`, the same in every process: if one is to stop, all are. All must call it equally often.
+        """`requested`, but the same in every process: if one must stop, all must. All must call it equally often.
 
-        They ask one another about every `AGREE_SECONDS`, by the pace of the slowest. The number of calls in between begins at
-        one, and again when `during`, what is being done, changes. It at most doubles: one quick call does not promise many.
+        The processes agree about every `AGREE_SECONDS`, at the pace of the slowest. `interval` is the number of calls per
+        agreement. It restarts at 1 when the work, `during`, changes. It at most doubles: slow calls may follow a quick one.
         """
         import jax
         import numpy as np
@@ -82,13 +82,13 @@ class Stop(_Handler):
 
 
 class Children(_Handler):
-    """Child processes, to which `SIGNALS` are passed on while the block runs. `asked` are the signals so far."""
+    """Child processes. `SIGNALS` are passed on to them while the block runs. `asked` lists the signals so far."""
 
     def __init__(self):
         self.asked, self.processes = [], []
 
     def add(self, process: subprocess.Popen) -> None:
-        """Adds a process; from any thread. One that comes after a signal is asked to stop at once."""
+        """Adds a process, from any thread. After a signal, a new process is stopped at once."""
         self.processes.append(process)
         if self.asked:
             process.terminate()
@@ -97,13 +97,13 @@ class Children(_Handler):
         self.asked.append(number)
         say(f"{signal.Signals(number).name}: passed on, waiting for it to save", err=True)
         for process in list(self.processes):
-            process.send_signal(number)  # does nothing where it has ended
+            process.send_signal(number)  # does nothing if it has ended
 
 
 def follow(parent: int) -> None:
-    """Sends SIGTERM to this process once its parent has ended, even if killed: so a run is saved. It is repeated: after the
-    first a kernel saves, and then waits for its next cell for ever. The id `parent` comes from the parent, which may have
-    ended before this process could ask."""
+    """Sends SIGTERM to this process after its parent has ended, even if it was killed. So a run is saved. The signal is
+    repeated: after the first, a kernel saves and then waits for its next cell forever. `parent` is an argument because the
+    parent may end before this process can ask for its id."""
 
     def watch():
         while True:

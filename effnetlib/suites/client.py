@@ -1,4 +1,4 @@
-"""How the engine `effnetlib` runs a notebook: the kernel that it starts, and the client that runs the cells."""
+"""How the engine `effnetlib` runs a notebook: the kernel it starts, and the client that runs the cells."""
 
 import collections
 import os
@@ -19,8 +19,8 @@ from effnetlib.errors import FailedError
 from effnetlib.runs.progress import LINE_SECONDS, say
 from effnetlib.runs.stopping import TRY_AGAIN, Children
 
-LAST_LINES = 200  # of a kernel's output: enough for a stack trace of C++, one of Python, and what came before them
-# How the lines of stack traces begin. The reason is said before them.
+LAST_LINES = 200  # of a kernel's output: enough for stack traces of C++ and Python, and the reason before them
+# Prefixes of stack-trace lines. The reason is printed before them.
 TRACE = ("@", "***", "File ", "Thread 0x", "Current thread ", "Extension modules: ", "Fatal Python error: ", "<", "...")
 ROOT = str(Path(__file__).parents[2])
 KERNEL = f"""
@@ -37,8 +37,8 @@ launch_new_instance()
 class _OurInterpreter(KernelSpecManager):
     def get_kernel_spec(self, kernel_name):
         command = [sys.executable, "-P", "-c", KERNEL, "-f", "{connection_file}"]
-        # What C++ writes comes to us by the pipe: a kernel that dies could no longer send it. ipykernel would end at once
-        # with its parent, where `follow` lets a run save: 1 is a parent that it does not watch.
+        # Output of C++ must come by our pipe, because a dying kernel cannot send it as a message. ipykernel would end at
+        # once with its parent, but `follow` lets a run save. ipykernel does not watch a parent_handle of 1.
         command += ["--IPKernelApp.capture_fd_output=False", "--IPKernelApp.parent_handle=1"]
         environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONUTF8": "1"}
         return KernelSpec(argv=command, env=environment, display_name=kernel_name, language="python")
@@ -54,10 +54,10 @@ class _Client(PapermillNotebookClient):
         with Children() as self.children:
             try:
                 super().execute(**kwargs)
-            except DeadKernelError:  # what follows the last cell asks the kernel once more
+            except DeadKernelError:  # after the last cell, nbclient asks the dead kernel once more
                 if not self.kernel_lost:
                     raise
-        # A kernel that was asked to stop before it trained dies of it, which is no failure either.
+        # A signal before the training ends the cell with an error. That is a stop too, not a failure.
         outputs = [output for cell in self.nb.cells for output in cell.get("outputs", ())]
         self.preempted |= bool(self.children.asked) and any(output.output_type == "error" for output in outputs)
         return self.nb
@@ -91,8 +91,8 @@ class _Client(PapermillNotebookClient):
 
     def _last_words(self) -> str:
         self.listener.join(1.0)
-        told = [line for line in list(self.last_lines) if line and not line.lstrip().startswith(TRACE)]
-        return f"; its last words: {told[-1][:300]}" if told else ""
+        lines = [line for line in list(self.last_lines) if line and not line.lstrip().startswith(TRACE)]
+        return f"; its last words: {lines[-1][:300]}" if lines else ""
 
     def execute_cell(self, cell, cell_index, **kwargs):
         self.shown = time.monotonic()
@@ -102,17 +102,17 @@ class _Client(PapermillNotebookClient):
             self.preempted = error.ename == "PreemptedError"
             raise
         except (DeadKernelError, CellTimeoutError) as error:
-            name, what, process = type(error).__name__, str(error), self.km.provisioner.process
+            name, reason, process = type(error).__name__, str(error), self.km.provisioner.process
             if isinstance(error, DeadKernelError):
                 code = process.poll()
-                how = f", killed by {signal.Signals(-code).name}" if code is not None and code < 0 else ""
-                what = f"the kernel died while this cell ran{how}{self._last_words()}"
+                killer = f", killed by {signal.Signals(-code).name}" if code is not None and code < 0 else ""
+                reason = f"the kernel died while this cell ran{killer}{self._last_words()}"
             self.kernel_lost = True
-            process.kill()  # one whose cell takes too long is busy, and would answer nothing
-            # Papermill looks for an error among the outputs when it decides whether a notebook failed.
-            failed = nbformat.v4.new_output("error", ename=name, evalue=what, traceback=[f"{name}: {what}"])
+            process.kill()  # a kernel with a slow cell is busy, and would not answer
+            # Papermill decides by the outputs whether a notebook failed.
+            failed = nbformat.v4.new_output("error", ename=name, evalue=reason, traceback=[f"{name}: {reason}"])
             self.nb.cells[cell_index].outputs.append(failed)
-            raise CellExecutionError(what, name, what) from error
+            raise CellExecutionError(reason, name, reason) from error
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
@@ -126,7 +126,7 @@ class _Client(PapermillNotebookClient):
 class ClientEngine(NBClientEngine):
     @classmethod
     def execute_notebook(cls, nb, kernel_name, progress_bar=True, **options):
-        # Where a pipe was closed, the bar would raise.
+        # The bar would raise on a closed pipe.
         return super().execute_notebook(nb, kernel_name, progress_bar=progress_bar and os.isatty(2), **options)
 
     @classmethod

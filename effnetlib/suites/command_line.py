@@ -1,4 +1,4 @@
-"""The command line: run a suite, render its reports, plan for a slice, fetch data, bring weights in and out."""
+"""The command line: run a suite, render its reports, plan for a slice, get data, import and export weights."""
 
 import contextlib
 import locale
@@ -15,7 +15,7 @@ from effnetlib.suites.parameters import assignments
 
 
 class _Commands(click.Group):
-    """Bad input ends in one sentence and exit code 2. What failed ends in one sentence and 1. There is never a traceback."""
+    """Bad input ends in one sentence and exit code 2, a failure in one sentence and 1. There is never a traceback."""
 
     def invoke(self, context):
         try:
@@ -24,7 +24,7 @@ class _Commands(click.Group):
             say(f"effnetlib: {error}", err=True)
             context.exit(1 if isinstance(error, FailedError) else 2)
         except KeyboardInterrupt:
-            say("effnetlib: interrupted; what was finished is kept", err=True)
+            say("effnetlib: interrupted; finished work is kept", err=True)
             context.exit(130)
 
 
@@ -32,28 +32,26 @@ class _Commands(click.Group):
 def main():
     """EfficientNet at supercomputer scale (arXiv 2011.00071): suites of notebooks, their reports, and data."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # if a standard stream is closed, the next file that is opened would take its number
+        pass  # if a standard stream is closed, the next file opened would take its number
     os.close(number)
     with contextlib.suppress(locale.Error):
         locale.setlocale(locale.LC_CTYPE, "C.UTF-8")  # all our text files are UTF-8, whatever the shell says
-    os.environ["MPLBACKEND"] = "agg"  # no windows; an IDE's own name would end the import of matplotlib
+    os.environ["MPLBACKEND"] = "agg"  # no windows; a backend that only an IDE has would break the import of matplotlib
 
 
-_set = click.option(
-    "--set", "changes", metavar="KEY=VALUE", multiple=True, help="Another value of a setting; repeatable."
-)
+_set = click.option("--set", "changes", metavar="KEY=VALUE", multiple=True, help="Change a setting; repeatable.")
 _price = click.option("--price", type=click.FloatRange(0), help="Dollars per chip and hour.")
 
 
 @main.command()
 @click.argument("suite")
-@click.option("--only", metavar="NAME", help="Execute this run or report alone, or those that match, as in 'lars-*'.")
+@click.option("--only", metavar="NAME", help="Execute only this run or report, or all that match, as 'lars-*'.")
 @_set
-@click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="What a kernel may take to start: 60.")
+@click.option("--start-timeout", metavar="SECONDS", type=click.IntRange(1), help="Time limit of a kernel start: 60.")
 def run(suite, only, changes, start_timeout):
-    """Execute the notebooks of SUITE (a YAML file) and render their reports. What is finished is skipped.
+    """Execute the notebooks of SUITE (a YAML file) and render their reports. Finished ones are skipped.
 
-    --set gives every run another parameter."""
+    --set changes a parameter of every run."""
     from effnetlib.runs.stopping import TRY_AGAIN
     from effnetlib.suites import execute
     from effnetlib.suites.suite import load_suite
@@ -64,7 +62,7 @@ def run(suite, only, changes, start_timeout):
     say(loaded.directory / "index.html")
     statuses = {outcome.status for outcome in outcomes}
     if "preempted" in statuses:
-        say("effnetlib: stopped as asked; the same command goes on where this one stopped", err=True)
+        say("effnetlib: stopped as asked; the same command goes on from here", err=True)
         sys.exit(TRY_AGAIN)
     sys.exit("failed" in statuses)
 
@@ -73,12 +71,12 @@ def run(suite, only, changes, start_timeout):
 @click.argument("directories", nargs=-1, metavar="[DIR]...")
 @_price
 def report(directories, price):
-    """Render reports of what is there already. Nothing is trained.
+    """Render reports of finished runs. Nothing is trained.
 
-    One DIR, a suite's outputs (outputs/laptop if none is given): its executed reports again as HTML, and the index. A folder
-    with records and no reports, as one from a pod, gets the paper's tables beside its own results.
+    One DIR, the outputs of a suite (default: outputs/laptop): renders its executed reports and the index again. If the folder
+    has only records, for example from a pod, the report shows the paper's tables beside its results.
 
-    Two or more DIR, runs' folders (or without the seed, as in lars-64: all its seeds): one page that compares them."""
+    Two or more DIR, the folders of runs: one page that compares them. lars-64, without a seed, means all seeds."""
     from effnetlib.reports.pages import compare, report_suite
     from effnetlib.runs.paths import outputs_folder
 
@@ -87,34 +85,34 @@ def report(directories, price):
     elif price is None:
         say(compare(directories))
     else:
-        raise EffnetlibError("--price is for the paper against ours, and not for a comparison of runs")
+        raise EffnetlibError("--price is for one suite, not for a comparison of runs")
 
 
 @main.command()
 @click.argument("preset")
-@click.option("--topology", required=True, help="Generation, and chips in each direction: v3:32x16x1, v5e:2x4.")
+@click.option("--topology", required=True, help="TPU generation, and chips per direction: v3:32x16x1, v5e:2x4.")
 @_set
 @_price
-@click.option("--images-per-core", type=click.FloatRange(0, min_open=True), help="Images/s that a host's core makes.")
+@click.option("--images-per-core", type=click.FloatRange(0, min_open=True), help="Input images/s per host core.")
 @click.option("--json", "as_json", is_flag=True, help="All figures, as JSON.")
 def plan(preset, topology, changes, price, images_per_core, as_json):
-    """Predict what PRESET (such as b0-1024-lars) needs on a TPU slice that need not be there: memory, time, collectives, and
-    the images per second that its hosts must make.
+    """Predict the needs of PRESET (such as b0-1024-lars) on a TPU slice: memory, time, collectives, and the images per second
+    that its hosts must prepare. No TPU is needed.
 
-    It compiles the real train and evaluation steps, which takes minutes the first time. --set changes a setting of the
+    The real train and evaluation steps are compiled. This takes minutes the first time. --set changes a setting of the
     recipe. Needs pip install 'effnetlib[plan]'."""
     import jax
 
     from effnetlib.planning.plan import plan
     from effnetlib.recipe import Recipe
 
-    jax.config.update("jax_platforms", "cpu")  # the compiler's own package would look for a TPU
+    jax.config.update("jax_platforms", "cpu")  # libtpu, which compiles, would look for a TPU
     recipe = Recipe.preset(preset).replace(**assignments(changes))
     found = plan(recipe, topology, chip_hour=price, images_per_core=images_per_core)
     if not say(found.to_json() if as_json else found.table()):
         raise FailedError("the plan could not be written: is the device full?")
     if not found.fits:
-        smaller = f"a batch of {found.largest_batch} would" if found.largest_batch else "nor does any part of its batch"
+        smaller = f"a batch of {found.largest_batch} would" if found.largest_batch else "no smaller batch fits either"
         raise FailedError(f"{preset} does not fit {topology}; {smaller}")
 
 
@@ -125,10 +123,10 @@ def data():
 
 @data.command()
 @click.argument("name")
-@click.option("--archive", metavar="FILE", help="An archive that you have already.")
+@click.option("--archive", metavar="FILE", help="An archive that you already have.")
 def fetch(name, archive):
-    """Fetch NAME into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), checked by md5: cifar10, imagenette (160
-    pixels), imagenette-320."""
+    """Fetch NAME into the cache folder ($EFFNETLIB_DATA, else ~/.cache/effnetlib), and check its md5. NAME is cifar10,
+    imagenette (160 pixels) or imagenette-320."""
     from effnetlib.data import fetch
 
     say(fetch(name, archive and user_path(archive, "--archive")))
@@ -137,12 +135,12 @@ def fetch(name, archive):
 @data.command()
 @click.argument("source")
 @click.argument("dest")
-@click.option("--convert", is_flag=True, help="Make RGB JPEGs of CMYK photographs, other formats, and misnamed files.")
-@click.option("--partial", is_flag=True, help="Take an ImageNet that is not whole.")
-@click.option("--skip-unreadable", is_flag=True, help="Leave out what cannot be read; the manifest names it.")
+@click.option("--convert", is_flag=True, help="Convert CMYK photographs, other formats and misnamed files to RGB.")
+@click.option("--partial", is_flag=True, help="Accept an incomplete ImageNet.")
+@click.option("--skip-unreadable", is_flag=True, help="Leave out unreadable photographs; the manifest names them.")
 def prepare(source, dest, convert, partial, skip_unreadable):
-    """Write the photographs of SOURCE into ArrayRecord shards in DEST: ImageNet's official archives, Kaggle's folders, or any
-    folder with train/CLASS/*.jpg. The same command goes on where it was stopped."""
+    """Write the photographs of SOURCE into ArrayRecord shards in DEST. SOURCE holds ImageNet's official archives, Kaggle's
+    folders, or train/CLASS/*.jpg. If it was stopped, the same command goes on from there."""
     from effnetlib.data.photographs import in_words
     from effnetlib.data.prepare import prepare
 
@@ -160,7 +158,7 @@ def prepare(source, dest, convert, partial, skip_unreadable):
 @data.command()
 @click.argument("dest")
 def check(dest):
-    """Read everything in DEST, which `data prepare` wrote, and compare it with its manifest."""
+    """Read all of DEST, which `data prepare` wrote, and compare it with its manifest."""
     from effnetlib.data.prepare import check
 
     problems = check(user_path(dest, "DEST", folder=True))
@@ -170,14 +168,14 @@ def check(dest):
 
 @main.group()
 def weights():
-    """Import published weights, export ours."""
+    """Import published weights, and export ours."""
 
 
 @weights.command("import")
 @click.argument("file")
-@click.option("--to", metavar="FOLDER", help="The folder to write; outputs/weights/NAME if not given.")
+@click.option("--to", metavar="FOLDER", help="The folder to write (default: outputs/weights/NAME).")
 def import_(file, to):
-    """Check FILE and write it into a folder, as a model.safetensors of ours.
+    """Check FILE, and write it into a folder as our model.safetensors.
 
     FILE is timm's tf_efficientnet_b*.safetensors with its config.json beside it, or Keras' .weights.h5, .h5 or .keras
     (needs pip install 'effnetlib[keras]')."""
@@ -196,9 +194,9 @@ def import_(file, to):
 @weights.command("export")
 @click.argument("source")
 @click.argument("file")
-@click.option("--best", is_flag=True, help="Of a run, the checkpoint with the highest top-1 and not the latest.")
+@click.option("--best", is_flag=True, help="Take a run's checkpoint with the highest top-1, not the latest.")
 def export_(source, file, best):
-    """Write the weights of SOURCE (a run's folder, an import's, or a file) to FILE, .safetensors under timm's names."""
+    """Write the weights of SOURCE (the folder of a run or an import, or a file) to FILE, a .safetensors with timm's names."""
     from effnetlib.weights.pretrained import Pretrained
 
     file = user_path(file, "FILE")

@@ -1,14 +1,13 @@
-"""The papermill engine `effnetlib`, by name: ``papermill --engine effnetlib IN.ipynb OUT.ipynb``. It does what papermill's
-own does, and in addition it
+"""The papermill engine `effnetlib`: ``papermill --engine effnetlib IN.ipynb OUT.ipynb``. It extends papermill's own engine:
 
-* passes the signals that end a process on to the kernel and waits for it, so that a run can save;
-* runs every notebook in the interpreter that papermill runs in, with the same effnetlib, whatever kernels are installed;
-* marks a kernel that died, or a cell that took too long, as failed, with papermill's banner on top of the notebook and
-  the kernel's last words (papermill's own marks every cell "completed");
-* logs now and then what a long cell last said, also where a line changes in place;
-* ends with exit code 75, "try again", where the notebook stopped because it was asked to.
+* It passes signals on to the kernel and waits, so that a run can save.
+* It runs every notebook in papermill's own interpreter, with the same effnetlib, whatever kernels are installed.
+* It marks a dead kernel, or a cell that took too long, as failed. The notebook then shows papermill's banner and the
+  kernel's last words. (Papermill's own engine marks every cell "completed".)
+* It logs the latest output of a long cell from time to time, even if a line changes in place.
+* It ends with exit code 75, "try again", if the notebook was asked to stop.
 
-Papermill loads this module while it is being imported itself, so `client`, which needs papermill, is imported when used.
+Papermill imports this module during its own import. So `client`, which needs papermill, is imported at its first use.
 """
 
 import os
@@ -26,4 +25,4 @@ class _Engine:
         return getattr(ClientEngine, name)
 
 
-Engine = _Engine()  # what the entry point in pyproject.toml names; papermill calls its methods
+Engine = _Engine()  # the entry point in pyproject.toml; papermill calls its methods

@@ -1,6 +1,6 @@
-"""Executing a suite: notebooks with parameters, through papermill, one process for each; the runs first, then the reports.
+"""Executes a suite with papermill, one process per notebook: first the runs, then the reports.
 
-What became of a run is what its record says, never what papermill says: papermill marks the cells of a killed kernel as completed.
+A run's record decides its outcome, not papermill, because papermill marks the cells of a killed kernel as completed.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ from effnetlib.suites.suite import Entry, Suite
 from effnetlib.suites.tuning import tuned
 
 START_SECONDS = 60
-# As `python -m papermill`. A schema of Jupyter's would build a grammar of addresses, which takes a second, and is not used.
+# `python -m papermill`, without a grammar that Jupyter's schemas would build: it takes a second and is never used.
 PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"
 
 
 def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SECONDS) -> list[Outcome]:
-    """Executes a suite and renders its reports: what became of each entry, up to one that was preempted.
+    """Executes a suite and renders its reports. Returns the outcome of each entry, up to a preempted one.
 
-    It goes on after a failure. The signals that end a process are passed on to all notebooks that are running, and end the
-    suite after them. `only` is the name of one run or report, or a pattern of names such as "lars-*". A kernel may take
-    `start_timeout` seconds to start.
+    After a failure the next entry follows. A signal is passed on to all running notebooks, and the suite ends after them.
+    `only` is the name of one run or report, or a pattern of names such as "lars-*". A kernel has `start_timeout` seconds to
+    start.
 
     Raises:
-      EffnetlibError: `only` names nothing, the outputs folder cannot be written, or another process executes a suite there.
+      EffnetlibError: `only` names nothing, the outputs folder is not writable, or another process executes a suite there.
     """
     known = [*suite.runs, *suite.reports]
     entries = [entry for entry in known if only is None or fnmatchcase(entry.name, only)]
@@ -59,8 +59,8 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
     running = []
 
     def state() -> str:
-        said = {entry: [line for line in _log_lines(suite, entry) if line.startswith("cell ")] for entry in [*running]}
-        return "; ".join(f"{prefixes[entry]}: {lines[-1] if lines else 'starting'}" for entry, lines in said.items())
+        logs = {entry: [line for line in _log_lines(suite, entry) if line.startswith("cell ")] for entry in [*running]}
+        return "; ".join(f"{prefixes[entry]}: {lines[-1] if lines else 'starting'}" for entry, lines in logs.items())
 
     with contextlib.ExitStack() as block:
         block.enter_context(exclusive_lock(suite.directory, "executing a suite in"))
@@ -77,10 +77,8 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
             return outcome
 
         settled = []
-        # A report reads all runs, and a tuned run the whole of its search: neither begins beside them.
-        for (_, cores, _), group in itertools.groupby(
-            entries, key=lambda each: (each.is_run, each.cores, bool(each.tuned))
-        ):
+        # A report needs all runs, and a tuned run needs its whole search. So neither starts while these are running.
+        for (_, cores, _), group in itertools.groupby(entries, key=lambda e: (e.is_run, e.cores, bool(e.tuned))):
             group = list(group)
             with _pool(cores, len(group)) as pool:
                 settled += pool.map(settle, group)
@@ -93,16 +91,16 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
 
 
 def _pool(cores: int | None, entries: int) -> ThreadPoolExecutor:
-    """Threads for so many entries, as many as there are cores for. Each has an equal share, of at least so many `cores`; for
-    None one thread has all. What a thread starts runs on its share, and its record says how many cores that is."""
+    """A pool of min(entries, usable cores // `cores`) threads. Each has an equal share of the cores. None: one thread has all.
+    A process runs on the share of the thread that starts it. Its record states the number of cores."""
     if cores is None or not hasattr(os, "sched_setaffinity"):  # macOS has none
         return ThreadPoolExecutor(1)
-    there = sorted(os.sched_getaffinity(0))
-    there = random.sample(there, min(len(there), usable_cores()))  # any of them, where a quota allows fewer
-    count = max(1, min(entries, len(there) // cores))
+    usable = sorted(os.sched_getaffinity(0))
+    usable = random.sample(usable, min(len(usable), usable_cores()))  # a quota may allow fewer: take any of them
+    count = max(1, min(entries, len(usable) // cores))
     shares = queue.SimpleQueue()
     for number in range(count):
-        shares.put(there[number::count])
+        shares.put(usable[number::count])
     return ThreadPoolExecutor(count, initializer=lambda: os.sched_setaffinity(0, shares.get()))
 
 
@@ -114,14 +112,14 @@ def _execute_entry(suite: Suite, entry: Entry, children: Children, start_timeout
     try:
         entry = tuned(suite, entry)
         key, before = _key(suite, entry), Outcome.read(suite.directory, entry.name)
-        there = executed.exists() and (suite.directory / f"{entry.name}.html").exists()
-        if there and before.key == key and not before.error and not _error(suite, entry):
+        rendered = executed.exists() and (suite.directory / f"{entry.name}.html").exists()
+        if rendered and before.key == key and not before.error and not _error(suite, entry):
             return outcome("skipped")
         if entry.is_run and (entry.directory / "run.json").exists():
             other = f"{entry.directory} holds the record of another recipe"
             same = Record.load(entry.directory).recipe == entry.recipe
             require(same, f"{other}: give the run another name, or delete that folder")
-    except EffnetlibError as error:  # the pages of a finished run stay as they are
+    except EffnetlibError as error:  # keeps the pages of a finished run
         return outcome("failed", error=str(error))
     start = time.perf_counter()
     code = _run_papermill(suite, entry, executed, children, start_timeout)
@@ -135,12 +133,12 @@ def _execute_entry(suite: Suite, entry: Entry, children: Children, start_timeout
 
 
 def _key(suite: Suite, entry: Entry) -> str:
-    """Changes when the entry must be executed again: with its notebook or its parameters. For a report also with the library
-    that draws it, with a record that it reads, and with a published plan."""
+    """A hash of an entry's inputs. If it changes, the entry is executed again. The inputs are the notebook and its parameters,
+    and for a report also the library, the records and the published plans."""
     files = [suite.notebook_path(entry)]
     if not entry.is_run:
         runs = suite.directory / "runs"
-        named = (runs / run / "run.json" for run in entry.parameters.get("runs", ()))  # may lie in another suite
+        named = (runs / run / "run.json" for run in entry.parameters.get("runs", ()))  # paths may lead to another suite
         files += sorted(Path(__file__).parents[1].rglob("*.py"))
         files += sorted({*runs.glob("*/run.json"), *(path for path in named if path.is_file())})
         files += sorted((published_folder() / "plans").glob("*.json"))
@@ -151,11 +149,11 @@ def _key(suite: Suite, entry: Entry) -> str:
 
 
 def _error(suite: Suite, entry: Entry, code: int = 0) -> str:
-    """Why an entry does not count as completed, after papermill ended with `code`; empty if it does. A run's record decides."""
-    kinds, said, recorded, status = ("Error", "Exception", "Interrupt"), "", "", ""
+    """Why an entry is not completed after papermill ended with `code`; empty if it is. A run's record decides."""
+    kinds, logged, recorded, status = ("Error", "Exception", "Interrupt"), "", "", ""
     died = f"papermill ended with {code}, see {_log(suite, entry)}" if code else ""
     for line in _log_lines(suite, entry) if code else ():
-        said = line if line.split(":", 1)[0].endswith(kinds) else said
+        logged = line if line.split(":", 1)[0].endswith(kinds) else logged
     if entry.is_run:
         try:
             record = Record.load(entry.directory)
@@ -163,7 +161,7 @@ def _error(suite: Suite, entry: Entry, code: int = 0) -> str:
                 recorded, status = record.error, f"the record says {record.status}"
         except EffnetlibError as error:
             status = str(error)
-    return said or recorded or died or status
+    return logged or recorded or died or status
 
 
 def _log(suite: Suite, entry: Entry) -> Path:
@@ -180,18 +178,18 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, children: Childre
     command += ["--engine", "effnetlib", "--no-progress-bar", "--cwd", str(suite.notebooks)]
     command += ["--start-timeout", str(start_timeout), "--parameters_yaml", yaml.safe_dump(dict(entry.parameters))]
     with open(_log(suite, entry), "w") as log:
-        # In a session of its own a terminal's Ctrl-C reaches it once, through us.
+        # It gets a session of its own, so that Ctrl-C in a terminal reaches it only once, through us.
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, **streams, env=_environment(entry), start_new_session=True)
         children.add(process)
         code = process.wait()
-    # Asked to stop before papermill could pass it on, it ends in its own way; the suite is to stop all the same.
+    # A signal that comes before papermill can pass it on gives another code. The suite must stop all the same.
     return TRY_AGAIN if children.asked and code else code
 
 
 def _environment(entry: Entry) -> dict:
-    # The suite may be executed from anywhere: the kernels get the same folders. Programs compiled by one run serve the next
-    # ones, where they are the same. Papermill's engine ends with us, its parent.
+    # Kernels run in another folder, so our folders are absolute. Runs share compiled programs. EFFNETLIB_PARENT makes
+    # papermill's engine end with us.
     outputs = str(outputs_folder().absolute())
     ours = {"EFFNETLIB_OUTPUTS": outputs, "EFFNETLIB_DATA": str(cache_folder().absolute())}
     ours |= {"EFFNETLIB_PARENT": str(os.getpid()), "PYTHONUTF8": "1"}
@@ -212,9 +210,9 @@ def _describe(outcome: Outcome, entry: Entry) -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The closing table: a line for each entry, and the counts."""
-    width = max((len(each.name) for each in outcomes), default=0)
-    lines = [f"{each.name:<{width}}  {each.status:<9}  {duration(each.seconds):>7}  {each.error}" for each in outcomes]
-    counts = Counter(each.status for each in outcomes)
+    """The closing table: one line per entry, and the counts."""
+    width = max((len(outcome.name) for outcome in outcomes), default=0)
+    lines = [f"{o.name:<{width}}  {o.status:<9}  {duration(o.seconds):>7}  {o.error}" for o in outcomes]
+    counts = Counter(outcome.status for outcome in outcomes)
     shown = ["completed", "skipped", *(["preempted"] if counts["preempted"] else []), "failed"]
     return "\n".join([*map(str.rstrip, lines), ", ".join(f"{counts[status]} {status}" for status in shown)])

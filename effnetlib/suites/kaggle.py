@@ -1,4 +1,4 @@
-"""A run that goes on from one session of Kaggle to the next."""
+"""Continues a run from one Kaggle session to the next."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ INPUT = Path("/kaggle/input")
 
 @contextlib.contextmanager
 def session(directory: Path) -> Iterator[None]:
-    """On Kaggle, goes on with what an earlier version of the notebook saved of the run in `directory`, if its output is
-    attached as an input. A run that stops before its end then ends the notebook without an error, because Kaggle keeps the
-    output of a version only if it succeeds. Elsewhere nothing happens.
-    """
+    """On Kaggle, continues the run in `directory` from the output of an earlier version, if that is attached as an input.
+
+    A run that stops early ends the notebook without an error, because Kaggle keeps the output only of a version that
+    succeeds. Outside Kaggle nothing happens."""
     if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
         yield
         return
     inside = f"{directory.parent.name}/{directory.name}/run.json"
-    # INPUT/NOTEBOOK/outputs, or two levels below that; looking deeper would list every photograph.
+    # At most four levels deep: a deeper search would list every photograph of a data set.
     found = [path.parent for levels in (1, 2, 3, 4) for path in INPUT.glob("*/" * levels + inside)]
     if found and not (directory / "run.json").exists():
         furthest = max(found, key=lambda folder: len(Record.load(folder).metrics))
@@ -33,4 +33,4 @@ def session(directory: Path) -> Iterator[None]:
         yield
     except PreemptedError as stopped:
         say(f"{stopped}; in the next session, attach the output of this version as an input")
-        raise SystemExit from None  # with no code: papermill, which runs Kaggle's notebooks, takes it for a success
+        raise SystemExit from None  # without a code: Kaggle's papermill takes it for a success

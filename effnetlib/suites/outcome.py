@@ -1,4 +1,4 @@
-"""What became of a notebook of a suite: returned by `execute`, and kept beside the executed notebook for its pages."""
+"""The outcome of a notebook in a suite. `execute` returns it, and keeps it beside the executed notebook."""
 
 import json
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ from effnetlib.runs.files import write_atomically
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an entry of a suite.
+    """The outcome of an entry in a suite.
 
-    `status` is "completed", "failed", "preempted" (stopped because it was asked to; the same command goes on with it) or
-    "skipped" (finished earlier). `error` is one sentence, and empty where all went well. `key` says what was executed:
-    another key means that it must be executed again.
+    `status` is "completed", "failed", "skipped" (finished earlier) or "preempted" (asked to stop; the same command resumes
+    it). `error` is one sentence, or empty. `key` is a hash of the inputs. If it changes, the entry is executed again.
     """
 
     name: str
@@ -25,7 +24,7 @@ class Outcome:
 
     @classmethod
     def read(cls, directory: Path, name: str) -> "Outcome":
-        """What `write` left in a suite's folder, which is neither `status` nor `seconds`. An empty one if there is none."""
+        """Reads what `write` wrote in a suite's folder: all but `status` and `seconds`. Empty if there is no file."""
         path = directory / "executed" / f"{name}.json"
         kept = json.loads(path.read_text()) if path.exists() else {"run": True}
         return cls(name, kept.pop("run"), **kept)

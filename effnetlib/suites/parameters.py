@@ -1,4 +1,4 @@
-"""The parameters of a notebook, read and checked: papermill injects whatever it is given, and only warns."""
+"""Reads and checks the parameters of a notebook. Papermill injects any parameter, and only warns of unknown ones."""
 
 import ast
 import dataclasses
@@ -12,13 +12,13 @@ from effnetlib.recipe import HINTS, Recipe, accepted, check_parameters, typed
 
 INJECTED = "# Parameters\n"
 
-# What train.ipynb takes: a preset, what is not part of a recipe, and every setting.
+# The parameters of train.ipynb: a preset, options outside the recipe, and every setting.
 TRAIN_OPTIONS = dict(directory=str, settings=dict, simulated_devices=int, eval_devices=int, max_minutes=float)
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *HINTS)
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers are those of YAML 1.2. PyYAML reads 1.1, where 010 is 8, 1:30 is 90 and 1e-3 is text. A key is given once."""
+    """Reads numbers as YAML 1.2, and refuses a repeated key. PyYAML reads 1.1: 010 is 8, 1:30 is 90, 1e-3 is text."""
 
     yaml_implicit_resolvers = {
         first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", ":timestamp"))]
@@ -39,7 +39,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def read_yaml(text: str):
-    """The value of a YAML text. Raises yaml.YAMLError where it is none."""
+    """The value of a YAML text. Raises yaml.YAMLError if it is not YAML."""
     return yaml.load(text, _Loader)
 
 
@@ -57,13 +57,13 @@ def assignments(texts: Iterable[str]) -> dict:
 
 
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
-    """A notebook's known parameters, from its ``globals()``: those of its parameters cell, and what papermill injected.
+    """Reads a notebook's parameters from its ``globals()``: its parameters cell, and the cell that papermill injected.
 
-    The injected cell is the last one under papermill's heading. The parameters cell holds nothing but known parameters with
-    their types. Any other cell is the user's own.
+    The injected cell is the last one under papermill's heading. The parameters cell holds only known parameters with their
+    types. All other cells belong to the user.
 
     Raises:
-      EffnetlibError: the injected cell assigns an unknown name, or a value has another type than the parameters cell says.
+      EffnetlibError: the injected cell assigns an unknown name, or a value does not have the type in the parameters cell.
     """
     known, injected, hints = list(known), {}, {}
     cells = namespace.get("In", [])[:-1]
@@ -80,10 +80,10 @@ def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
 
 
 def _assigned(source: str) -> dict[str, str | None]:
-    """The names that a cell assigns, with the types that it states. Empty if it does anything else."""
+    """The names that a cell assigns, with their annotations. Empty if the cell does anything else."""
     try:
         statements = ast.parse(source).body
-    except (SyntaxError, ValueError):  # a magic, or no text of Python's
+    except (SyntaxError, ValueError):  # a magic, or not Python
         return {}
     names = {}
     for statement in statements:
@@ -97,9 +97,9 @@ def _assigned(source: str) -> dict[str, str | None]:
 
 
 def train_recipe(parameters: Mapping) -> Recipe:
-    """The recipe of train.ipynb's parameters: `preset`, changed by every setting that is not None.
+    """Makes the recipe from train.ipynb's parameters: `preset`, changed by every setting that is not None.
 
-    A setting is given by its name or in the mapping `settings`. An unknown name is an EffnetlibError.
+    A setting is given by its name, or in the mapping `settings`. Raises EffnetlibError: a name is unknown or given twice.
     """
     check_parameters(parameters, TRAIN_PARAMETERS)
     require(parameters.get("preset"), "the parameter 'preset' is missing")
@@ -113,7 +113,7 @@ def train_recipe(parameters: Mapping) -> Recipe:
 
 
 def settings_table():
-    """Every setting of a recipe as a table for a notebook: default, meaning with the unit, and what is accepted."""
+    """A table of every setting of a recipe, for a notebook: default, meaning with unit, and accepted values."""
     import pandas as pd
 
     rows = [

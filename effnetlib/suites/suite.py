@@ -1,16 +1,16 @@
-"""A suite: which notebooks to execute with which parameters, read from a YAML file and checked before anything runs.
+"""A suite: notebooks to execute, and their parameters. It is read from a YAML file and checked before anything runs.
 
 The file::
 
-    runs:                                   # each trains; skipped when its record is completed
+    runs:                                   # each trains; skipped if its record is completed
       - name: rmsprop-64                    # the folder outputs/SUITE/runs/rmsprop-64
         parameters: {preset: digits-64-rmsprop}
-        cores: 1                            # on the CPU; as many such runs at a time as there are cores for
-      - name: lars-64-{seed}                # several runs: one for each value, or combination of values
+        cores: 1                            # on the CPU, in parallel: as many such runs as there are cores for
+      - name: lars-64-{seed}                # several runs: one per value, or per combination of values
         parameters: {preset: digits-64-lars}
-        tuned: {lr_per_256: search-lars-64} # the rate of the best run named search-lars-64-RATE; or peak_lr: its peak
+        tuned: {lr_per_256: search-lars-64} # takes lr_per_256 (or peak_lr) of the best run named search-lars-64-RATE
         each: {seed: [0, 1, 2]}
-    reports:                                # notebooks that read the records of the suite; executed after the runs
+    reports:                                # these read the records of the suite; executed after the runs
       - 00_overview
       - name: 06_precision                  # a report may have parameters too
         parameters: {runs: [in-float32, in-bfloat16]}
@@ -34,7 +34,7 @@ from effnetlib.suites.parameters import TRAIN_OPTIONS, read_yaml, train_recipe
 
 TRAIN_NOTEBOOK = "train"
 WAYS = (["lr_per_256"], ["peak_lr"])
-# What the value of a key must be: a test, and the words for it.
+# For each key, a test of its value, and the words for an error.
 FORMS = {
     "name": (lambda name: type(name) in (str, int), "text (put it in quotation marks)"),
     "parameters": (lambda given: isinstance(given, dict), "a mapping"),
@@ -50,10 +50,10 @@ KEYS = {"runs": tuple(FORMS), "reports": ("name", "parameters")}
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One notebook to execute: a name, the notebook without its suffix, and the parameters that differ.
+    """One notebook to execute: a name, the notebook without its suffix, and the parameters to change.
 
-    `cores` is how many cores it gets at least, on the CPU, while others run beside it. None: it has the machine to itself.
-    `tuned` is the search that a run's learning rate comes from, if any (see `effnetlib.suites.tuning`).
+    `cores` is its least number of CPU cores while other entries run beside it. None: it has the machine to itself.
+    `tuned` names the search that gives a run its learning rate, if any (see `effnetlib.suites.tuning`).
     """
 
     name: str
@@ -78,7 +78,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite file, read and checked: `name` is the file's stem, `notebooks` the folder above `suites/`."""
+    """A checked suite file. `name` is the file's stem, and `notebooks` is the folder above `suites/`."""
 
     name: str
     notebooks: Path
@@ -97,7 +97,7 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     """Reads and checks a suite before anything is run: keys, names, notebooks, parameters, recipes.
 
     A relative path in the file begins in the working directory. Every run gets the parameters in `changes` (`--set`).
-    Raises EffnetlibError: what is wrong, in which file and entry.
+    Raises EffnetlibError, which names the file, the entry and what is wrong.
     """
     path = user_path(path, "the suite")
     try:
@@ -120,9 +120,9 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
 
 
 def report_alone(name: str, notebook: str, **parameters) -> Suite:
-    """A suite of one report, a notebook of this checkout, for records that are there already.
+    """A suite of one report, from a notebook of this checkout, for existing records.
 
-    `name` is the suite's folder, under outputs/ or absolute. Raises EffnetlibError if this package runs from no checkout.
+    `name` is the suite's folder, under outputs/ or absolute. Raises EffnetlibError if this package is in no checkout.
     """
     notebooks = Path(__file__).parents[2] / "notebooks"
     missing = f"this effnetlib has no notebooks beside it ({notebooks}): install it from a checkout"
@@ -137,7 +137,7 @@ def _check_keys(value, allowed) -> None:
 
 
 def _entries(suite: str, kind: str, items, changes: Mapping) -> Iterator[Entry]:
-    """The entries under `runs` or `reports`: one for each item, or for each combination of the values under its `each`."""
+    """The entries under `runs` or `reports`: one per item, or one per combination of the values under its `each`."""
     require(isinstance(items, list), f"{kind} must be a list, and is {items!r}")
     for item in items:
         if kind == "reports" and not isinstance(item, dict):
@@ -157,23 +157,23 @@ def _entries(suite: str, kind: str, items, changes: Mapping) -> Iterator[Entry]:
             wrong = f"{name!r} cannot name a run: at most 100 letters, digits, - and _ are wanted, and index is taken"
             require(re.fullmatch(r"(?!\.)[\w.-]{1,100}", name) and name != "index", wrong)
             given = {**item.get("parameters", {}), **chosen}
-            given = {key: _from_here(key, value) for key, value in given.items()}
+            given = {key: _with_absolute_paths(key, value) for key, value in given.items()}
             if kind == "reports":
                 yield Entry(name, name, {**given, "suite": suite}, cores=1)
                 continue
-            given |= {key: _from_here(key, value) for key, value in changes.items()}
+            given |= {key: _with_absolute_paths(key, value) for key, value in changes.items()}
             wrong = f"{name}: leave directory out, a suite's runs lie in outputs/{suite}/runs"
             require("directory" not in given, wrong)
             given["directory"] = f"{suite}/runs/{name}"
             yield Entry(name, TRAIN_NOTEBOOK, given, item.get("cores"), item.get("tuned", {}))
 
 
-def _from_here(name: str, value):
-    """A parameter with its paths made absolute: a relative one begins where the command runs, and kernels run elsewhere."""
+def _with_absolute_paths(name: str, value):
+    """Makes the paths of a parameter absolute. They begin in the working directory, but kernels run in another."""
     if isinstance(value, list):
-        return [_from_here(name, each) for each in value]
+        return [_with_absolute_paths(name, item) for item in value]
     if isinstance(value, dict):
-        return {key: _from_here(key, each) for key, each in value.items()}
+        return {key: _with_absolute_paths(key, item) for key, item in value.items()}
     return name_or_path(value, name) if name in ("dataset", "runs") and isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""The learning rate that a suite's own search found, given to the runs that are to use it."""
+"""Gives runs the best learning rate of a search in the same suite."""
 
 import dataclasses
 
@@ -8,19 +8,19 @@ from effnetlib.suites.suite import Entry, Suite
 
 
 def tuned(suite: Suite, entry: Entry) -> Entry:
-    """The entry with `lr_per_256` as its `tuned` says, which names a search of the same suite.
+    """Returns the entry with the `lr_per_256` of its search, which `tuned` names.
 
-    The best run of a search has the highest final top-1; of equals, the lowest rate. A run that diverged counts as the worst.
-    ``{lr_per_256: SEARCH}`` takes its `lr_per_256`, so that the peak grows linearly with the batch. ``{peak_lr: SEARCH}``
-    takes its peak, whatever the batch.
+    The best run of a search has the highest final top-1. On a tie the lowest rate wins. A diverged run never wins.
+    ``{lr_per_256: SEARCH}`` takes its `lr_per_256`, so the peak grows linearly with the batch. ``{peak_lr: SEARCH}`` takes
+    its peak, whatever the batch.
 
     Raises:
-      FailedError: a run of that search is not completed yet.
+      FailedError: a run of the search is not completed yet, or all diverged.
     """
     if not entry.tuned:
         return entry
     ((what, search),) = entry.tuned.items()
-    wanted = {each.name for each in suite.runs if belongs(each.name, search)}
+    wanted = {run.name for run in suite.runs if belongs(run.name, search)}
     records = [record for record in load_records(suite.directory / "runs") if record.name in wanted]
     completed = [record for record in records if record.status == "completed"]
     diverged = {record.name for record in records if (record.error or "").startswith("DivergedError")}
@@ -36,7 +36,7 @@ def tuned(suite: Suite, entry: Entry) -> Entry:
 
 
 def belongs(name: str, search: str) -> bool:
-    """Whether a run is one of a search: its name is the search's, and the value that was tried.
+    """Whether a run belongs to a search: its name is SEARCH-VALUE.
 
     >>> belongs("search-lars-128-0.5", "search-lars-128"), belongs("search-lars-128-late-0.5", "search-lars-128")
     (True, False)

@@ -59,7 +59,7 @@ def test_a_cell_shows_progress_in_place_and_goes_on_after_the_stop_button(kernel
     assert re.fullmatch(r"step \d+ of 44 · [\d,]+ images/s · \d+:\d\d left · loss [\d.]+.*", lines[-1]["text/plain"])
     assert reply["ename"] == "PreemptedError"
     assert re.fullmatch(
-        r"stopped at step \d+ of 44 \(SIGINT\); saved, and the same command or cell, run again, goes on",
+        r"stopped at step \d+ of 44 \(SIGINT\); saved: run the same command or cell again to go on",
         reply["evalue"],
     )
     assert Record.load(tmp_path / "run").status == "preempted"
