@@ -17,8 +17,7 @@ from flax import nnx
 from effnetlib import EffnetlibError, Plan, Recipe, plan, step
 from effnetlib.__main__ import main
 from effnetlib.evaluation import lower_eval_step
-from effnetlib.mesh import make_mesh
-from effnetlib.mesh import replica_groups
+from effnetlib.mesh import make_mesh, replica_groups
 from effnetlib.planning import plan as planning
 from effnetlib.planning import topology
 from effnetlib.planning.collectives import Collective, collectives, parse_replica_groups, seconds
@@ -103,7 +102,7 @@ def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["b0-256-lars", "--topology", "v3:2x3x1"], "the nearest that is named is v3:2x2x1"),
+        (["b0-256-lars", "--topology", "v3:2x3x1"], "the nearest common one is v3:2x2x1"),
         (["b0-250-lars", "--topology", "v3:2x2x1"], "global_batch_size 250 does not divide over 8 devices"),
         (["b9-256-lars", "--topology", "v3:2x2x1"], "did you mean b"),
     ],
