@@ -59,9 +59,7 @@ class Plan:
     bytes_accessed: float | None = None
     compiler_seconds: float | None = None  # the compiler's estimate per step, without collectives
     roofline_seconds: float | None = None  # max(flops / peak, bytes_accessed / bandwidth)
-    compute_seconds: float | None = (
-        None  # compiler_seconds if in [flops / peak, 10 roofline_seconds], else roofline_seconds
-    )
+    compute_seconds: float | None = None  # compiler_seconds in [flops / peak, 10 roofline_seconds], or roofline_seconds
     compute_source: str | None = None  # which of the two: "compiler" or "roofline"
     collectives: tuple[Collective, ...] = ()
     collective_seconds: float | None = None  # by `effnetlib.planning.collectives.seconds`
