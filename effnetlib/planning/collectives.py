@@ -75,10 +75,10 @@ def seconds(collective: Collective, chip: Chip) -> float:
 
         count * (2 * bytes * (n - 1) / n / (links * link bandwidth) + d * n ** (1 / d) * hop)
 
-    n chips form a d-dimensional torus and use all links (two per dimension) at once. An all-reduce is a reduce-scatter, then
-    an all-gather ("How to scale your model", chapter 3). Other kinds pass the data once. Each pass takes
-    n ** (1 / d) / 2 hops per dimension. A hop takes 1 microsecond. The model ignores three things: the cores of a chip add up
-    at no cost, small slices do not close their rings, and no exchange overlaps with computing.
+    n chips form a d-dimensional torus and use all links (two per dimension) at once. An all-reduce is two passes: a
+    reduce-scatter, then an all-gather ("How to scale your model", chapter 3). Other kinds are one pass. A pass takes
+    n ** (1 / d) / 2 hops per dimension, and a hop 1 microsecond. The cores of a chip add up first, at no cost. Every
+    slice counts as a torus, though small ones do not close their rings. Nothing overlaps with computing.
     """
     chips = math.ceil(collective.replicas / chip.cores)
     passes = 2 if collective.kind == "all-reduce" else 1

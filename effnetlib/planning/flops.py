@@ -15,7 +15,7 @@ def count_params(name: str, num_classes: int = 1000) -> int:
 
 
 def multiply_adds(name: str, resolution: int | None = None, num_classes: int = 1000) -> int:
-    """Multiply-adds per image of a forward pass, in convolutions and classifier. The EfficientNet paper calls them FLOPS.
+    """Multiply-adds per image of a forward pass, in convolutions and classifier: the FLOPS of the EfficientNet paper.
 
     `resolution` is the variant's own by default.
     """

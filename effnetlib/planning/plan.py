@@ -216,7 +216,7 @@ def _versions() -> dict:
 
 
 def _key(recipe: Recipe, topology: str) -> str:
-    """A hash of the recipe, the topology, the versions and the source. Hashing the lowered program takes a minute for B5."""
+    """A hash of recipe, topology, versions and source code. Hashing the lowered program takes a minute for B5."""
     digest = hashlib.sha256(json.dumps([recipe.hash, topology, _versions()]).encode())
     patterns = "*.py", "ops/*.py", "planning/*.py", "data/images.py"
     for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern)):
@@ -285,7 +285,7 @@ def _largest_batch(recipe: Recipe, devices: list, limit: int) -> int:
     """The first of half the batch, a quarter … that fits; 0 if none does."""
     batch, group = recipe.global_batch_size // 2, recipe.batch_norm_batch_size
     while batch and batch % len(devices) == 0:
-        # end_lr: the peak learning rate falls with the batch, and a recipe refuses a peak below end_lr. Neither needs memory.
+        # The peak learning rate falls with the batch. It must not fall below end_lr, which does not change the memory.
         smaller = dict(global_batch_size=batch, batch_norm_batch_size=min(batch, group), end_lr=0.0)
         with contextlib.suppress(EffnetlibError):
             tried = recipe.replace(**smaller)

@@ -16,8 +16,8 @@ GIB = 2**30
 class Chip:
     """The published figures of a generation's chip.
 
-    Sources: Cloud TPU documentation for flops and memory. Links of v2 and v3 (496 and 656 Gbit/s): Jouppi et al., CACM 63(7),
-    2020. Links from v4 on: "How to scale your model", chapter 2. Quoted from memory: compare before relying on it.
+    Sources: Cloud TPU documentation for flops and memory. Links of v2 and v3 (496 and 656 Gbit/s): Jouppi et al., CACM
+    63(7), 2020. Links from v4 on: "How to scale your model", chapter 2. Quoted from memory, so check before use.
     """
 
     cores: int  # devices that jax sees per chip
@@ -52,8 +52,8 @@ class Host(NamedTuple):
 
 
 # A slice on one host takes the host with that many chips. A larger slice takes several of the last host in the list.
-# Sources: Cloud TPU documentation, "TPU v5e", VM types; Google's machine types for GKE (ct3, ct3p, ct4p, ct5lp, ct5p, ct6e)
-# in its cluster autoscaler. No source was found for v2, so it has v3's figures.
+# Sources: Cloud TPU documentation, "TPU v5e", VM types; the machine types of GKE's cluster autoscaler (ct3, ct3p, ct4p,
+# ct5lp, ct5p, ct6e). No source was found for v2, so it has v3's figures.
 HOSTS = {
     "v2": (Host(4, 96, 340), Host(4, 48, 340)),
     "v3": (Host(4, 96, 340), Host(4, 48, 340)),

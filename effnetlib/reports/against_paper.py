@@ -1,7 +1,7 @@
 """The paper's tables and figures beside ours, and the deviations of each run.
 
-Table 2 and Figure 1 take runs whose recipe is the preset of a row. The seed and the place of ImageNet may differ. Table 1
-takes runs with the same model, batch, resolution and precision as a row. DAWNBench takes every run on ImageNet.
+Table 2 and Figure 1 take runs whose recipe is the preset of a row. The seed and the place of ImageNet may differ.
+Table 1 takes runs with the same model, batch, resolution and precision as a row. DAWNBench takes every run on ImageNet.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def table2(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def table1(records: Sequence[Record]) -> pd.DataFrame:
-    """Table 1 with our images/ms: one row per run, or one row without runs. Any optimizer: it hardly changes the speed."""
+    """Table 1 with our images/ms: one row per run, or one row without runs. Any optimizer, as the speed is the same."""
     stated = paper.table1().rename(columns={"images_per_ms": "paper images/ms"}).drop(columns="all_reduce_percent")
     presets = [Recipe.preset(f"{row.variant}-{row.global_batch_size}-lars") for row in stated.itertuples()]
     step = ["variant", "global_batch_size", "resolution", "precision"]  # these decide its speed
@@ -97,7 +97,7 @@ def figure1(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
-    """Seconds and dollars to 93 % top-5, as DAWNBench counts them: the history of fast ImageNet training, then our runs.
+    """Seconds and dollars to 93 % top-5, by DAWNBench's rules: the history of fast ImageNet training, then our runs.
 
     Our runs count up to the first evaluation that reaches it. A run that never reaches it shows its best evaluation.
 

@@ -1,7 +1,7 @@
 """Claims of the paper, and the rule for the verdict on each. The rules were written before the first result.
 
-A claim states one or more differences between runs, seed by seed. All must lie above a limit: 0, or minus a margin for a
-claim of no loss. There are four verdicts. *Supported*: each interval lies above the limit. *Contradicted*: one lies
+A claim states one or more differences between runs, seed by seed. All must lie above a limit: 0, or minus a margin for
+a claim of no loss. There are four verdicts. *Supported*: each interval lies above the limit. *Contradicted*: one lies
 below. *Undecided*: one contains the limit, or is too wide. *Not testable here*: runs are missing, or cannot answer.
 """
 
@@ -37,9 +37,9 @@ class Verdict:
     Attributes:
       claim: one sentence. protocol: rates "tuned" at each batch or "scaled" from the smallest; "timed" for times.
       paper: the paper's figures. ours: our figures, with n and spread.
-      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why there is no test.
+      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why no test is made.
       measured: the decisive difference, in words. It is empty, and `effect` is None, if the claim cannot be tested.
-      effect, low, high: the mean difference and its 95 % interval, in `unit`: "points" of top-1, or "percent" of the time.
+      effect, low, high: the mean difference and its 95 % interval, in `unit`: "points" of top-1, or "percent" of time.
       least: the limit above which the claim holds, in the same unit. n: the number of seeds.
       more: the seeds still to run, (first, last) by point.
     """
@@ -107,9 +107,9 @@ def interval(differences: Sequence[float], first: int = FIRST_SEEDS, most: int =
 
         mean of the first n +- t * s / sqrt(n)
 
-    s is the standard deviation of the first five, and ``t = t(0.975, 4)``. n is the least with ``t * s / sqrt(n) <= 1``, from 5
-    to 8. The interval covers the truth in 95 % of all cases for any spread, because n depends on s alone. With fewer than five,
-    or with `first` and `most` equal to their number, there is one stage: Student's interval.
+    s is the standard deviation of the first five, and ``t = t(0.975, 4)``. n is the least with ``t * s / sqrt(n) <= 1``
+    from 5 to 8. The interval covers the truth in 95 % of all cases for any spread, because n depends on s alone. With
+    fewer than five, or with `first` and `most` equal to their number, there is one stage: Student's interval.
     """
     stage = np.asarray(differences[:first])
     reach = stats.t.ppf(0.975, len(stage) - 1) * np.std(stage, ddof=1)
@@ -133,8 +133,8 @@ def judge(
     Args:
       claim, paper, protocol, least, unit: as in `Verdict`.
       parts: for each difference, its name and the weight of each point in it.
-      values: one row per seed and one column per point, in `unit`. Top-1 is judged in two stages, and is undecided while half
-        the interval is above one point. Time is judged in one stage.
+      values: one row per seed and one column per point, in `unit`. Top-1 is judged in two stages. It is undecided while
+        half the interval is above one point. Time is judged in one stage.
     """
     rule = f"the 95 % interval of {', and of '.join(parts)} lies above {least:g}{f' {unit}' if least else ''}"
     points = list(dict.fromkeys(point for weights in parts.values() for point in weights))
@@ -212,7 +212,7 @@ def better(claim: str, paper: str, top1: pd.DataFrame, ours: str, *others: str, 
 
 
 def polynomial_decay(top1: pd.DataFrame, polynomial: str, exponential: str, which: str) -> Verdict:
-    """Polynomial decay beats exponential decay for LARS. `which` describes the latter. The arguments are names of points."""
+    """Polynomial decay beats exponential decay for LARS. `which` describes the latter, in words."""
     claim = f"polynomial decay beats exponential decay {which}, for LARS"
     return better(claim, "polynomial decay was found best (no figures known to us)", top1, polynomial, exponential)
 

@@ -55,7 +55,7 @@ def points(records: Sequence[Record]) -> list[str]:
 
 
 def settings(records: Sequence[Record]) -> pd.DataFrame:
-    """The settings that differ between points: one row per field, and one column per point with all values of its runs."""
+    """The settings that differ between points: one row per field, one column per point with all values of its runs."""
     table = results(records).reindex(columns=[*asdict(records[0].recipe), *CIRCUMSTANCES])
     for split in ("train", "eval"):
         table[f"{split} data"] = [record.data.get("fingerprints", {}).get(split) for record in records]

@@ -21,8 +21,8 @@ NAMED_POINTS = 3  # the most points in the name of a comparison's folder
 def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
     """Renders the executed reports of a suite's folder and its index page again. Returns the path of the index.
 
-    A folder of records without an executed report first gets the paper against ours. If that report exists already, it is
-    executed again when the records are newer.
+    A folder of records without an executed report first gets the paper against ours. If that report exists already, it
+    is executed again when the records are newer.
 
     Args:
       directory: the suite's folder, or `runs` in it.
@@ -58,7 +58,7 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
 
 
 def compare(paths: Sequence[Path]) -> Path:
-    """Executes the comparison of runs in outputs/comparisons, and returns its page. For the paths see `comparison.load`."""
+    """Executes the comparison of runs in outputs/comparisons. Returns its page. `comparison.load` takes the paths."""
     records = comparison.load(paths)
     points = [point.replace("/", "-") for point in dict.fromkeys(comparison.points(records))]
     more = f"-and-{len(points) - NAMED_POINTS}-more" * (len(points) > NAMED_POINTS)

@@ -8,7 +8,7 @@ import pandas as pd
 
 
 def table1() -> pd.DataFrame:
-    """Table 1: throughput in images/ms, and all-reduce in percent of the step, at 32 images per core. All "to check"."""
+    """Table 1: throughput in images/ms and all-reduce in percent of the step, at 32 images per core. All "to check"."""
     rows = [
         ("b2", 128, 4096, 57.57, 2.1),
         ("b2", 256, 8192, 113.73, 2.6),
@@ -51,9 +51,9 @@ def history() -> pd.DataFrame:
     """Fast ImageNet training up to the paper: minutes, accuracy, and dollars on a public cloud if known.
 
     Sources: the abstracts of arXiv 1706.02677, 1807.11205 and 1811.05233 (version 1), and DAWNBench's entries
-    (github.com/stanford-futuredata/dawn-bench-entries, ImageNet/train). DAWNBench's accuracies are from the first evaluation
-    with 93 % top-5. Its dollars are hours times the stated price. "accuracy to check": the abstract states only the time,
-    and the accuracy was written from memory (for 1811.05233 also the number of cards).
+    (github.com/stanford-futuredata/dawn-bench-entries, ImageNet/train). DAWNBench's accuracies are from the first
+    evaluation with 93 % top-5. Its dollars are hours times the stated price. "accuracy to check": the abstract states
+    only the time, and the accuracy was written from memory (for 1811.05233 also the number of cards).
     """
     rows = [
         (2017, "ResNet-50, Goyal et al.", "256 GPUs", 60, 0.763, None, None, "accuracy to check"),

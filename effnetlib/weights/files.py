@@ -30,11 +30,11 @@ KERNELS = (  # of the stem, the depthwise convolutions, the head and the classif
 def read(path: Path) -> dict:
     """Reads timm's `.safetensors`, or Keras' `.weights.h5`, `.h5` or `.keras`, as the fields of `Pretrained`.
 
-    timm's config states the variant. Without it, the number of blocks and the width decide. The network may be part of a
-    larger model, if it has its own classifier.
+    timm's config states the variant. Without it, the number of blocks and the width decide. The network may be a part
+    of a larger model, if it has its own classifier.
 
     Raises:
-      EffnetlibError: the format is another one, the file is damaged, or a part of the variant is missing. Or timm's config
+      EffnetlibError: the format is another one, the file is damaged, a part of the variant is missing, or timm's config
         states another network or another normalisation of images.
     """
     if path.suffix.lower() not in (".safetensors", ".h5", ".hdf5", ".keras"):
@@ -104,8 +104,8 @@ def write(path: Path, weights: Weights, variant: str, num_classes=1000, image_si
 def _read_keras(path: Path) -> dict[str, np.ndarray]:
     """Tensors by "MODEL/LAYER/VARIABLE" (without "MODEL/" outside nested models), from Keras 2 and 3.
 
-    The file may hold weights alone or a whole model. Keras itself loads weights only into a built model, and building B0
-    takes 18 seconds. h5py takes 0.05 seconds.
+    The file may hold weights alone or a whole model. Keras itself loads weights only into a built model. Building B0
+    takes 18 seconds, and reading with h5py 0.05 seconds.
     """
     import h5py
 
@@ -130,7 +130,7 @@ def _read_keras(path: Path) -> dict[str, np.ndarray]:
 
 
 def _stated(path: Path) -> dict:
-    """What timm's config states, in the file's metadata (as in ours) or in `config.json` beside it; a note if there is none.
+    """What timm's config states, in the file's metadata (as in ours) or in `config.json` beside it, or else a note.
 
     Refuses other networks: their tensors may have the same names and shapes as ours."""
     with safe_open(path, "numpy") as file:
@@ -177,6 +177,6 @@ def _unknown(path: Path) -> str:
     hints += ["timm's own efficientnet"] * ("efficientnet" in words and "tf" not in words)
     hint = f" (its name suggests {' and '.join(hints)})" if hints else ""
     return (
-        f"no config states which of timm's networks {path.name} holds{hint}: efficientnet_b* (other padding and epsilon) "
-        "and AdvProp's weights (other normalisation) look like ours, but would score badly"
+        f"no config states which of timm's networks {path.name} holds{hint}: efficientnet_b* (other padding and "
+        "epsilon) and AdvProp's weights (other normalisation) look like ours, but would score badly"
     )

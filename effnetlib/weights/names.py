@@ -1,8 +1,8 @@
 """The names and layouts of EfficientNet's tensors in timm and in Keras.
 
-Sources: timm's `tf_efficientnet_b*` and `keras.applications.EfficientNetB*`. Both are the same network as ours. For all
-eight variants timm 1.0.31's float32 logits equalled ours to 3e-5 of their range (no test: that needs PyTorch). Keras has
-separate layers that normalise images and that pad before strided convolutions, equal to TensorFlow's SAME.
+Sources: timm's `tf_efficientnet_b*` and `keras.applications.EfficientNetB*`. Both are the same network as ours. The
+float32 logits of timm 1.0.31 equalled ours to 3e-5 of their range for all eight variants (not tested here, as it needs
+PyTorch). Keras has separate layers for normalising images and for padding, equal to TensorFlow's SAME.
 """
 
 import functools
@@ -88,7 +88,7 @@ def tensors(variant: str, num_classes: int) -> list[Tensor]:
 
 
 def is_outside(name: str) -> bool:
-    """Whether a tensor is not part of the network: timm's counters of batches, Keras' normalisation and random seeds."""
+    """Whether a tensor is outside the network: timm's counters of batches, Keras' normalisation and random seeds."""
     return name.endswith("num_batches_tracked") or name.startswith(("normalization", "seed_generator"))
 
 

@@ -53,8 +53,8 @@ class Pretrained:
 
     @classmethod
     def load(cls, path: Path | str, *, best: bool = False) -> "Pretrained":
-        """Loads a file (see `effnetlib.weights.files.read`), a folder with a `model.safetensors` (as from `import_weights` or
-        Hugging Face), or a run: the moving average in its latest checkpoint, or in the one with the highest top-1 (`best`).
+        """Loads a file (see `effnetlib.weights.files.read`), a folder with a `model.safetensors` (our import's, or Hugging
+        Face's), or a run: the moving average of its latest checkpoint, or with `best` that of the highest top-1.
 
         Raises:
           EffnetlibError: the path holds none of these, or it is damaged.
@@ -74,7 +74,7 @@ class Pretrained:
         return cls(**files.read(file))
 
     def export(self, file: Path | str) -> None:
-        """Writes a `.safetensors` file with timm's names. Raises EffnetlibError if the suffix is wrong or the file is not writable."""
+        """Writes a `.safetensors` file with timm's names. EffnetlibError: the suffix is another, or writing fails."""
         file = user_path(file, "the file")
         if file.suffix.lower() != ".safetensors":
             raise EffnetlibError(f"{file} does not end in .safetensors")
@@ -113,7 +113,7 @@ class Pretrained:
             pass
         elif count == WHOLE and self.origin.get("tag", "").endswith("in1k"):
             wrong = (
-                f"begins with {', '.join(map(shown, given[:3]))}, and the weights have ImageNet's classes by WordNet ID: "
+                f"begins with {', '.join(map(shown, given[:3]))}, and the weights have ImageNet's classes: "
                 "name the class folders by WordNet ID, or by the numbers 0 to 999"
             )
         else:
@@ -140,7 +140,7 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
 def predict(
     pretrained: Pretrained, split: data.Split, *, batch: int = 64, augmentation: str = "inception"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, int32 ``[examples]``, and probabilities, float32 ``[examples, classes]``, of a split with the weights' classes.
+    """Labels, int32 ``[examples]``, and probabilities, float32 ``[examples, classes]``, of a split.
 
     Computes in float32 on one device of this process. `augmentation` decides the crop, as in a recipe."""
     pretrained.check_classes(split.class_names, "the data set")
@@ -170,7 +170,7 @@ def evaluate_pretrained(
       augmentation: decides the crop, as in a recipe. precision: of the convolutions.
 
     Raises:
-      EffnetlibError: the data is missing, its classes differ from the weights', or the batch does not divide over the devices.
+      EffnetlibError: the data is missing or has other classes, or the batch does not divide over the devices.
     """
     file, split = user_path(file, "the file"), data.load(dataset, "eval")
     pretrained.check_classes(split.class_names, dataset)
