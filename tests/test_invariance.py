@@ -19,7 +19,7 @@ from flax import nnx
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
 from effnetlib.data.prepare import prepare
 from effnetlib.mesh import batch_sharding, replicated
-from effnetlib.planning.collectives import replica_groups, shapes
+from effnetlib.planning.collectives import parse_replica_groups, shapes
 from effnetlib.step import lower_train_step, make_train_step
 
 STEPS = 20
@@ -100,7 +100,7 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
 
     assert collectives(8) == [] and collectives(16) == []
     lines = collectives(2)
-    assert lines and all(replica_groups(line) == [[0, 1, 2, 3], [4, 5, 6, 7]] for line in lines)
+    assert lines and all(parse_replica_groups(line) == [[0, 1, 2, 3], [4, 5, 6, 7]] for line in lines)
 
 
 # A device's share of 64 is 8: groups of 8 fill a device each, groups of 32 span four.
@@ -112,7 +112,7 @@ def test_no_collective_of_the_train_step_spans_more_than_its_group_but_for_the_g
     text = lowered.compile(QUICK).as_text()
     lines = [line for line in text.splitlines() if "replica_groups=" in line]
     assert lines and all(" all-reduce" in line for line in lines)  # no activation is gathered or exchanged
-    within = [line for line in lines if replica_groups(line) == meeting]
+    within = [line for line in lines if parse_replica_groups(line) == meeting]
     assert bool(within) == bool(meeting)
 
     def numbers(lines):

@@ -1,4 +1,4 @@
-"""The last step of batch norm and the swish, as one function."""
+"""Batch norm's scale and shift, then swish, as one function."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ def plain_norm_swish(x: jax.Array, mean: jax.Array, scale: jax.Array, shift: jax
     return jax.nn.swish(((x.astype(jnp.float32) - mean) * scale + shift).astype(x.dtype))
 
 
-# Why another form: for CPU, XLA fuses less, and stores what autodiff shares between the passes. There
-# the backward pass begins with x again. On TPUs and GPUs autodiff of the formula moves the least memory.
+# Why another form: on CPU, XLA stores the intermediates that autodiff shares between the passes. So the
+# backward pass computes them again from x. On TPUs and GPUs autodiff of the formula moves the least memory.
 
 
 @jax.custom_vjp
@@ -52,15 +52,15 @@ norm_swish.defvjp(_forward, _backward)
 def swish_and_slope(x, mean, scale, shift):
     """Swish of ``z = (x - mean) * scale + shift`` and its derivative at z, both float32."""
     z = (x.astype(jnp.float32) - mean) * scale + shift
-    # The sigmoid, as a tanh. XLA computes a tanh again in each fusion that needs it; it stores jax.nn.sigmoid.
+    # sigmoid(z) as a tanh: XLA recomputes a tanh in each fusion, but stores jax.nn.sigmoid.
     sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * z)
     return z * sigmoid, sigmoid * (1.0 + z * (1.0 - sigmoid))
 
 
 def norm_gradients(dz, x, mean, scale):
     """``(dx, dmean, dscale, dshift)`` of ``z = (x - mean) * scale + shift``."""
-    # Later these sums are summed over the batch. Without the barrier XLA would do that from dz again.
+    # These sums are later summed over the batch. Without the barrier XLA would do that from dz again.
     dshift = jax.lax.optimization_barrier(spatial(jnp.sum, dz))
-    # A sum with x and not with x - mean, which would be one more array to write and to read.
+    # sum(dz * (x - mean)) = sum(dz * x) - mean * dshift. So the array x - mean is never written or read.
     dscale = spatial(jnp.sum, dz * x) - mean * dshift
     return (dz * scale).astype(x.dtype), -scale * dshift, dscale, dshift

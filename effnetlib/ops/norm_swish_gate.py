@@ -1,4 +1,4 @@
-"""The last step of batch norm, the swish and the gate of squeeze-and-excite, as one function."""
+"""Batch norm's scale and shift, swish, then the gate of squeeze-and-excite, as one function."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from effnetlib.ops.platforms import barrier_on, precision_of, spatial
 
 
 def gate(squeezed: jax.Array, weights) -> jax.Array:
-    """The factor of each channel, from its spatial mean ``[batch, 1, 1, C]``: two dense layers, swish and sigmoid.
+    """A factor per channel, from the spatial means ``[batch, 1, 1, C]``: two dense layers, with swish and sigmoid.
 
     Args:
       weights: ``[(kernel [C, R], bias [R]), (kernel [R, C], bias [C])]``, float32.
@@ -21,17 +21,17 @@ def gate(squeezed: jax.Array, weights) -> jax.Array:
 def plain_norm_swish_gate(x, mean, scale, shift, weights):
     """``y * gate(spatial mean of y)`` with ``y = swish((x - mean) * scale + shift)``, in x's dtype.
 
-    The arguments are those of `plain_norm_swish` and of `gate`.
+    For the arguments see `plain_norm_swish` and `gate`.
     """
     y = plain_norm_swish(x, mean, scale, shift)
     return y * gate(spatial(jnp.mean, y), weights).astype(y.dtype)
 
 
 # Why other forms: autodiff makes two backward passes over x and dy, and the second waits for the first.
-# The gradient of a spatial mean is the same for all pixels. So its part in dscale and dshift is that
-# gradient times sums that the forward pass can save. On a TPU one pass then makes all sums: 8 % less
-# memory traffic per step, by its compiler's count. A CPU makes a pass per sum in any order. An NVIDIA GPU
-# reads x again in each pass. Both take the chain rule as it stands.
+# The gradient of a spatial mean, dsqueezed, is the same for all pixels. So its part in dscale and dshift is
+# dsqueezed times a sum that the forward pass can save. On a TPU one pass then makes all sums: 8 % less
+# memory traffic per step, by its compiler's count. A CPU makes one pass per sum in any case, and an NVIDIA
+# GPU reads x again in each pass. Both use the plain chain rule.
 
 
 @jax.custom_vjp
@@ -75,7 +75,7 @@ def _backward(residuals, dy):
         return norm_gradients(dz, x, mean, scale)
 
     def chain_rule_from_written(dz, x, mean, scale):
-        # Two sums and dx need dz. Written once, as narrow as x, it costs less than its tanh three times.
+        # Two sums and dx need dz. Writing it once in x's dtype costs less than computing its tanh three times.
         return norm_gradients(jax.lax.optimization_barrier(dz.astype(x.dtype)).astype(dz.dtype), x, mean, scale)
 
     forms = dict(cpu=chain_rule, cuda=chain_rule_from_written, default=with_saved_sums)

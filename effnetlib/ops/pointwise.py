@@ -1,4 +1,4 @@
-"""The 1x1 convolution, and the stem's convolution as one of patches."""
+"""The 1x1 convolution, and the stem's convolution as a 1x1 convolution of patches."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,15 @@ def plain_pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x))
 
 
-# Why other forms: on a TPU a convolution has the layout of the depthwise ones around it, so the compiler
-# fuses norms and swishes into both. A product has another layout, and each change of layout is a copy.
+# Why other forms: on a TPU a 1x1 convolution has the same memory layout as the depthwise convolutions around
+# it, so the compiler fuses norms and swishes into both. A product has another layout, which costs copies.
 
 
 @jax.custom_vjp
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`plain_pointwise_conv`, in the form that suits the platform; dkernel is float32.
 
-    dkernel has a rule of its own because JAX's would be bfloat16 where x is. Devices would then add up
-    bfloat16, and 1,024 of them would round away what float32 keeps.
+    JAX's own dkernel has x's dtype. In bfloat16 the sum over 1,024 devices would lose digits that float32 keeps.
     """
 
     def convolution(x, kernel):
@@ -30,7 +29,7 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel[None, None], (1, 1), "VALID", **options)
 
     def on_gpu(x, kernel):
-        # Without the barrier XLA sees a product, and makes a pass for each of batch norm's two sums.
+        # Without the barrier XLA makes a separate pass for each of batch norm's two sums.
         return jax.lax.optimization_barrier(plain_pointwise_conv(x, kernel))
 
     default = plain_pointwise_conv if _narrow(kernel) else convolution
@@ -38,7 +37,7 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _narrow(kernel):
-    # The narrow layers have no depthwise convolutions around them on a TPU, but sums of products.
+    # On a TPU the depthwise convolutions around narrow layers are sums of products.
     return max(kernel.shape) < TPU_NARROW_CHANNELS
 
 
@@ -62,8 +61,8 @@ def _product_dkernel(x, dy):
 
 
 def _dkernel_on_cpu(x, dy):
-    # In float32: XLA's products of bfloat16 summed in float32 need its optimizer, which tests leave out. The
-    # first operand is copied and transposed, so it should be the one of fewer channels.
+    # float32, because bfloat16 products with float32 sums need XLA's optimizer, which tests switch off. XLA copies
+    # and transposes the first operand, so that is the one with fewer channels.
     x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
     return _product_dkernel(dy, x).T if x.shape[-1] > dy.shape[-1] else _product_dkernel(x, dy)
 
@@ -76,14 +75,14 @@ def _convolution_dkernel(x, dy):
 
 
 def full_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolution over all channels with a ``[k, k, C, F]`` kernel, padded SAME, as `pointwise_conv` of x's patches.
+    """Convolution over all channels with weights ``[k, k, C, F]``, padded SAME, as `pointwise_conv` of x's patches.
 
-    The k x k patches are few numbers where x has few channels. On a TPU the result has the layout of narrow layers.
+    The patches are small where x has few channels, as in an image. On a TPU the result has the layout of narrow layers.
     """
     size, filters = len(kernel), kernel.shape[-1]
     out_h, out_w = (-(-extent // stride) for extent in x.shape[1:3])
     x = jnp.pad(x, [(0, 0), *same_padding(x, kernel, stride), (0, 0)])
-    # First one strided slice per residue. The taps are plain slices of those, which cost a TPU little.
+    # Strided slices are slow on a TPU. So take one per residue (row, column modulo stride), and plain slices of those.
     residues = {(i, j): x[:, i::stride, j::stride] for i, j in np.ndindex(stride, stride)}
     taps = [
         shifted(residues[i % stride, j % stride], i // stride, j // stride, 1, out_h, out_w)

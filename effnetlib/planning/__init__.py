@@ -1,1 +1,1 @@
-"""A recipe compiled for a slice that is not there."""
+"""Compiles a recipe for a slice that is not there."""

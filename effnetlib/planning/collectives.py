@@ -1,4 +1,4 @@
-"""What the devices of a compiled program exchange, and how long that takes by the bandwidth of their links."""
+"""The collectives of a compiled program, and a model of the time that they take."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange: the bytes that each device puts in, the devices that meet, and how often per step."""
+    """One kind of exchange: bytes per device, devices per group, and how often per step."""
 
     kind: str
     bytes: int
@@ -26,12 +26,12 @@ class Collective:
     count: int
 
 
-def replica_groups(line: str) -> list[list[int]]:
-    """The devices that meet in a collective, from its line of compiled HLO. XLA writes them in three ways.
+def parse_replica_groups(line: str) -> list[list[int]]:
+    """The groups of devices in a collective's line of compiled HLO. XLA writes them in three ways.
 
-    >>> replica_groups("all-reduce(x), replica_groups={{0,1},{2,3}}, to_apply=add")
+    >>> parse_replica_groups("all-reduce(x), replica_groups={{0,1},{2,3}}, to_apply=add")
     [[0, 1], [2, 3]]
-    >>> replica_groups("all-reduce(x), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=add")
+    >>> parse_replica_groups("all-reduce(x), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=add")
     [[0, 2], [1, 3]]
     """
     text = line.partition("replica_groups=")[2]
@@ -42,14 +42,14 @@ def replica_groups(line: str) -> list[list[int]]:
         return np.arange(math.prod(dimensions)).reshape(dimensions).transpose(order).reshape(shape).tolist()
     named = re.match(r"mesh\[(.*?)\] \{(.*?)\}", text)
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    meeting = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
+    axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[2])]
     grid = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    members = math.prod(grid.shape[axis] for axis in meeting)
-    return np.moveaxis(grid, meeting, range(-len(meeting), 0)).reshape(-1, members).tolist()
+    members = math.prod(grid.shape[axis] for axis in axes)
+    return np.moveaxis(grid, axes, range(-len(axes), 0)).reshape(-1, members).tolist()
 
 
 def shapes(line: str) -> list[tuple[str, list[int]]]:
-    """dtype and shape of each array that a collective's line of compiled HLO exchanges.
+    """dtype and shape of each array in a collective's line of compiled HLO.
 
     >>> shapes("%r = (f32[8]{0}, bf16[2,4]{1,0}) all-reduce(%a, %b), replica_groups={{0,1}}")
     [('f32', [8]), ('bf16', [2, 4])]
@@ -60,25 +60,25 @@ def shapes(line: str) -> list[tuple[str, list[int]]]:
 
 
 def collectives(text: str) -> list[Collective]:
-    """The exchanges of a compiled program (`compiled.as_text()`), the largest first."""
+    """The exchanges of a compiled program (its `compiled.as_text()`), the largest first."""
     counts = Counter()
     for line in text.splitlines():
         if found := _COLLECTIVE.search(line):
             size = sum(_ITEM_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes(line))
-            replicas = len(replica_groups(line)[0]) if "replica_groups=" in line else 2
+            replicas = len(parse_replica_groups(line)[0]) if "replica_groups=" in line else 2
             counts[found[2], size, replicas] += 1
     return sorted((Collective(*key, count) for key, count in counts.items()), key=lambda c: -c.bytes * c.count)
 
 
 def seconds(collective: Collective, chip: Chip) -> float:
-    """The seconds of one kind of exchange per step, by a model and not by a measurement::
+    """Seconds per step of one kind of exchange: a model, not a measurement::
 
         count * (2 * bytes * (n - 1) / n / (links * link bandwidth) + d * n ** (1 / d) * hop)
 
-    n chips meet in a square of d dimensions and send over all their links (two per dimension) at once: a reduce-scatter,
-    then an all-gather, around rings of n ** (1 / d) / 2 hops per dimension ("How to scale your model", chapter 3). A hop
-    takes 1 microsecond. The cores of a chip add up first, at no cost. Every slice counts as a torus, though small ones do
-    not close their rings. No exchange overlaps with computing. Kinds other than all-reduce pass the data once.
+    n chips form a d-dimensional torus and use all links (two per dimension) at once. An all-reduce is two passes: a
+    reduce-scatter, then an all-gather ("How to scale your model", chapter 3). Other kinds are one pass. A pass takes
+    n ** (1 / d) / 2 hops per dimension, and a hop 1 microsecond. The cores of a chip add up first, at no cost. Every
+    slice counts as a torus, though small ones do not close their rings. Nothing overlaps with computing.
     """
     chips = math.ceil(collective.replicas / chip.cores)
     passes = 2 if collective.kind == "all-reduce" else 1

@@ -1,4 +1,4 @@
-"""The parameters and the multiply-adds of a model, counted from its shapes."""
+"""Parameters and multiply-adds of a model, from its shapes."""
 
 import math
 
@@ -9,15 +9,15 @@ from effnetlib.model import EfficientNet, block_specs, head_filters, scaling
 
 
 def count_params(name: str, num_classes: int = 1000) -> int:
-    """Trainable parameters of a variant, from shapes alone (nothing is allocated)."""
+    """Trainable parameters of a variant. Allocates no arrays."""
     model = nnx.eval_shape(lambda: EfficientNet(name, num_classes))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def multiply_adds(name: str, resolution: int | None = None, num_classes: int = 1000) -> int:
-    """Multiply-adds of one image's forward pass through a variant's convolutions and classifier.
+    """Multiply-adds per image of a forward pass, in convolutions and classifier: the FLOPS of the EfficientNet paper.
 
-    The EfficientNet paper calls them FLOPS. The resolution is the variant's own unless another is given.
+    `resolution` is the variant's own by default.
     """
     size = -(-(resolution or scaling(name).resolution) // 2)
     specs = block_specs(name)

@@ -1,4 +1,4 @@
-"""TPU slices that need not be there: what a topology's name means, and the figures of its chips."""
+"""TPU slices by name: their devices for the compiler, and the figures of their chips and hosts."""
 
 import importlib.util
 import math
@@ -14,19 +14,19 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation's chip, as its makers state it.
+    """The published figures of a generation's chip.
 
-    Sources: Cloud TPU documentation (flops, memory); Jouppi et al., CACM 63(7), 2020, for v2 and v3 (links of 496 and 656
-    Gbit/s); "How to scale your model", chapter 2, for the links from v4 on. Quoted from memory: compare before relying on it.
+    Sources: Cloud TPU documentation for flops and memory. Links of v2 and v3 (496 and 656 Gbit/s): Jouppi et al., CACM
+    63(7), 2020. Links from v4 on: "How to scale your model", chapter 2. Quoted from memory, so check before use.
     """
 
     cores: int  # devices that jax sees per chip
     flops: float  # dense bfloat16 operations per second
     hbm_bytes: int
     hbm_bandwidth: float  # bytes per second to and from memory
-    link_bandwidth: float  # bytes per second of one link to a neighbour, in one direction
-    dimensions: int  # of the torus that the links form; two links per dimension
-    slices: tuple[str, ...]  # common ones, in chips
+    link_bandwidth: float  # bytes per second per link and direction
+    dimensions: int  # of the torus of links: two links per dimension
+    slices: tuple[str, ...]  # common shapes, in chips
 
 
 _SQUARES = ("2x2x1", "4x4x1", "8x8x1", "16x16x1")
@@ -44,16 +44,16 @@ NAMES = tuple(f"{generation}:{chips}" for generation, chip in CHIPS.items() for 
 
 
 class Host(NamedTuple):
-    """One host: its chips, the cores (vCPUs) that make images, and gigabytes of memory."""
+    """Per host: chips, vCPUs and gigabytes of memory."""
 
     chips: int
     cores: int
     memory_gb: int
 
 
-# A slice on one host has the host with as many chips; a larger slice has as many of the last one as it needs. Sources: Cloud TPU
-# documentation, "TPU v5e", VM types; Google's machine types for GKE (ct3, ct3p, ct4p, ct5lp, ct5p, ct6e), as its cluster
-# autoscaler lists them. No source was found for v2, which has v3's figures here.
+# A slice on one host takes the host with that many chips. A larger slice takes several of the last host in the list.
+# Sources: Cloud TPU documentation, "TPU v5e", VM types; the machine types of GKE's cluster autoscaler (ct3, ct3p, ct4p,
+# ct5lp, ct5p, ct6e). No source was found for v2, so it has v3's figures.
 HOSTS = {
     "v2": (Host(4, 96, 340), Host(4, 48, 340)),
     "v3": (Host(4, 96, 340), Host(4, 48, 340)),
@@ -65,16 +65,16 @@ HOSTS = {
 
 
 def host_of(topology: str) -> Host:
-    """Each host of a topology, which must be one that `chip_of` knows."""
+    """The host machine of a topology. `chip_of` must know the topology's generation."""
     hosts = HOSTS[topology.partition(":")[0]]
     return next((host for host in hosts if host.chips == _chips(topology)), hosts[-1])
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as "v3:32x16x1" (generation, and chips in each direction).
+    """The chip of a topology such as "v3:32x16x1" (generation, and chips per direction).
 
     Raises:
-      EffnetlibError: there is no such generation.
+      EffnetlibError: the generation is unknown.
     """
     generation = topology.partition(":")[0]
     if generation not in CHIPS:
@@ -84,18 +84,18 @@ def chip_of(topology: str) -> Chip:
 
 
 def devices_of(topology: str) -> list:
-    """Devices to compile for, as jax would number them in a slice of this shape. Needs the package libtpu and no TPU.
+    """Devices to compile for, in the order that jax gives them on a real slice. Needs the package libtpu, but no TPU.
 
     Raises:
-      EffnetlibError: the compiler knows no such slice, or is not installed.
+      EffnetlibError: the compiler does not know the slice, or is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise EffnetlibError(
             "the compiler for TPUs is not installed: pip install 'effnetlib[plan]' brings it (Linux on x86-64)"
         )
     chip = chip_of(topology)
-    # Without these libtpu looks for a TPU VM's metadata, writes that it found none, and keeps a second process out. The type of
-    # the machine is any that exists: what is compiled for is the topology. libtpu would set the last two itself.
+    # Without these libtpu looks for a TPU VM's metadata, prints that it found none, and locks out a second process. The
+    # accelerator types are any valid ones: only the topology decides. libtpu would set the last two itself.
     no_tpu_vm = {
         "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_ACCELERATOR_TYPE": "v3-8",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "CLOUD_TPU_TASK_ID": "0", "CLOUD_TPU_ACCELERATOR_TYPE": "v3-8",
@@ -104,22 +104,22 @@ def devices_of(topology: str) -> list:
 
     added = {name: value for name, value in no_tpu_vm.items() if name not in os.environ}
     os.environ.update(added)
-    # A v4 chip's two cores are one device to jax, and one of them alone is what is described unless one says so.
+    # jax sees a v4 chip's two cores as one device. Without "megacore" the description has one core only.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     if topology.endswith(":1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-    except Exception:  # jaxlib raises one kind for all that is wrong
-        nearest = f"the nearest that is named is {_nearest(topology)}"
-        raise EffnetlibError(f"the topology {topology!r} is not one that the compiler knows: {nearest}") from None
+    except Exception:  # jaxlib raises one type for every error
+        nearest = f"the nearest common one is {_nearest(topology)}"
+        raise EffnetlibError(f"the compiler does not know the topology {topology!r}: {nearest}") from None
     finally:
-        # A TPU of this process, or of one that it starts, must not read them.
+        # A real TPU of this process or of its children must not read them.
         for name in added:
             del os.environ[name]
     chips = _chips(topology)
     if len(found) != chips * chip.cores:
-        raise EffnetlibError(f"{topology} has {len(found)} devices to the compiler, not {chips * chip.cores}")
+        raise EffnetlibError(f"the compiler counts {len(found)} devices in {topology}, not {chips * chip.cores}")
     return list(found)
 
 

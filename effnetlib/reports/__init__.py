@@ -1,1 +1,1 @@
-"""From records to tables, verdicts and HTML."""
+"""Makes tables, verdicts and HTML from records."""

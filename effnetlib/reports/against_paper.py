@@ -1,8 +1,7 @@
-"""The paper's tables and figures with ours beside them, from whatever records there are, and how each run deviates.
+"""The paper's tables and figures beside ours, and the deviations of each run.
 
-A run stands beside a row of Table 2, and in Figure 1, if its recipe is that row's preset. The seed may differ, and ImageNet may
-lie anywhere. A run stands beside a row of Table 1 if all that decides the speed of a step is equal. It counts for DAWNBench if
-it saw ImageNet.
+Table 2 and Figure 1 take runs whose recipe is the preset of a row. The seed and the place of ImageNet may differ.
+Table 1 takes runs with the same model, batch, resolution and precision as a row. DAWNBench takes every run on ImageNet.
 """
 
 from collections.abc import Sequence
@@ -23,56 +22,48 @@ IMAGENET = describe("imagenet", "all")
 
 
 def row_of(record: Record) -> str | None:
-    """The row of Table 2, by its preset's name, that has the run's model, batch and optimizer; None where none has."""
+    """The preset of Table 2 with the run's model, batch and optimizer, or None."""
     recipe = record.recipe
     name = f"{recipe.variant}-{recipe.global_batch_size}-{recipe.optimizer}"
     return name if name in PAPER_PRESETS else None
 
 
 def saw_imagenet(record: Record) -> bool:
-    """Whether a run was trained on ImageNet's classes, under whatever name or path."""
-    assumed = IMAGENET.num_classes if record.recipe.dataset == "imagenet" else None
-    return record.data.get("num_classes", assumed) == IMAGENET.num_classes
+    """Whether a run was trained on as many classes as ImageNet has, from any name or path."""
+    default = IMAGENET.num_classes if record.recipe.dataset == "imagenet" else None
+    return record.data.get("num_classes", default) == IMAGENET.num_classes
 
 
 def changed_fields(record: Record) -> list[str]:
-    """The fields of the recipe that are not as in the preset of its row, such as "epochs 90, not 350". The seed is no change, nor
-    is where ImageNet lies."""
+    """The recipe's fields that differ from the preset of its row, such as "epochs 90, not 350".
+
+    The seed and the place of ImageNet may differ."""
     ours, preset = asdict(record.recipe), asdict(Recipe.preset(row_of(record)))
     free = {"seed", "dataset"} if saw_imagenet(record) else {"seed"}
     pairs = {name: (ours[name], preset[name]) for name in preset if name not in free and ours[name] != preset[name]}
     text = {name: [f"{x:g}" if isinstance(x, float) else str(x) for x in pair] for name, pair in pairs.items()}
-    return [f"{name} {mine}, not {theirs}" for name, (mine, theirs) in text.items()]
+    return [f"{name} {pair[0]}, not {pair[1]}" for name, pair in text.items()]
 
 
 def deviations(record: Record) -> list[str]:
-    """How a run that has a row in Table 2 deviates from it: recipe, data and hardware, one phrase each."""
-    said, trained = changed_fields(record), record.data.get("train_examples", IMAGENET.train_examples)
+    """The differences between a run and its row of Table 2: recipe, data and hardware, one phrase each."""
+    found, trained = changed_fields(record), record.data.get("train_examples", IMAGENET.train_examples)
     if trained != IMAGENET.train_examples:
-        said.append(f"trained on {trained:,} images, not {IMAGENET.train_examples:,}")
+        found.append(f"trained on {trained:,} images, not {IMAGENET.train_examples:,}")
     if (evaluated := record.result["eval_examples"]) != IMAGENET.eval_examples:
-        said.append(f"evaluated on {evaluated:,} images, not {IMAGENET.eval_examples:,}")
+        found.append(f"evaluated on {evaluated:,} images, not {IMAGENET.eval_examples:,}")
     cores = paper.table2().set_index("preset")["cores"][row_of(record)]
     if (record.environment["devices"], record.environment["device_kind"]) != (cores, "TPU v3"):
-        said.append(f"{_devices(record)}, not {cores:,} TPU-v3 cores")
-    return said
+        found.append(f"{_devices(record)}, not {cores:,} TPU-v3 cores")
+    return found
 
 
 def _ours(records: Sequence[Record]) -> pd.DataFrame:
-    """Our ImageNet runs, one row per run. `preset` is the row of Table 2 whose recipe a run has, if any."""
+    """Our ImageNet runs, one row per run. `preset` is the row of Table 2 with the run's recipe, or None."""
     records = [record for record in records if saw_imagenet(record)]
-    table = results(records).reset_index()
-    columns = (
-        "preset",
-        "variant",
-        "global_batch_size",
-        "precision",
-        "peak_top1",
-        "final_top1",
-        "images_per_second",
-        "seconds_to_peak",
-    )
-    table = table.reindex(columns=[*columns, "run"])
+    figures = ["peak_top1", "final_top1", "images_per_second", "seconds_to_peak"]
+    columns = ["preset", "variant", "global_batch_size", "precision", *figures, "run"]
+    table = results(records).reset_index().reindex(columns=columns)
     table["preset"] = [row_of(r) if row_of(r) and not changed_fields(r) else None for r in records]
     table["resolution"] = [r.recipe.resolution for r in records]
     table["cores"] = [r.environment["devices"] for r in records]
@@ -80,7 +71,7 @@ def _ours(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def table2(records: Sequence[Record]) -> pd.DataFrame:
-    """Table 2 with the top-1 of the runs of each row's recipe beside it; one row per run, and one where there is none."""
+    """Table 2 with our top-1: one row per run of each recipe, or one row for a recipe without runs."""
     ours = _ours(records)[["preset", "peak_top1", "final_top1", "run"]]
     ours = ours.rename(columns={"peak_top1": "our_peak_top1", "final_top1": "our_final_top1"})
     table = paper.table2().rename(columns={"top1": "paper_top1"}).merge(ours, "left", "preset")
@@ -88,10 +79,10 @@ def table2(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def table1(records: Sequence[Record]) -> pd.DataFrame:
-    """Table 1 with our images/ms beside it; one row per run, and one where there is none. The optimizer hardly counts."""
+    """Table 1 with our images/ms: one row per run, or one row without runs. Any optimizer, as the speed is the same."""
     stated = paper.table1().rename(columns={"images_per_ms": "paper images/ms"}).drop(columns="all_reduce_percent")
     presets = [Recipe.preset(f"{row.variant}-{row.global_batch_size}-lars") for row in stated.itertuples()]
-    step = ["variant", "global_batch_size", "resolution", "precision"]  # what decides its speed
+    step = ["variant", "global_batch_size", "resolution", "precision"]  # these decide its speed
     keys = stated.assign(**{name: [getattr(preset, name) for preset in presets] for name in step})
     ours = _ours(records).assign(**{"our images/ms": lambda table: table["images_per_second"] / 1e3})
     table = keys.merge(ours[[*step, "our images/ms", "on", "run"]], "left", step).drop(columns=step[2:])
@@ -99,15 +90,16 @@ def table1(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def figure1(records: Sequence[Record]) -> pd.DataFrame:
-    """Figure 1: the paper's points and our runs of its recipes, by its clock, which stops at the peak."""
+    """Figure 1: the paper's points, and our runs of its recipes. The clock stops at the peak, as in the paper."""
     ours = _ours(records).dropna(subset="preset").rename(columns={"run": "whose", "peak_top1": "top1"})
     stated, ours = paper.figure1().assign(whose="paper"), ours.assign(minutes=ours["seconds_to_peak"] / 60)
     return pd.DataFrame(stated.to_dict("records") + ours[stated.columns].to_dict("records"))
 
 
 def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
-    """Seconds and dollars to 93 % top-5, as DAWNBench counts: those of our ImageNet runs, at the first evaluation that
-    reaches it, under the history of fast ImageNet training. Of a run that never does, its best evaluation.
+    """Seconds and dollars to 93 % top-5, by DAWNBench's rules: the history of fast ImageNet training, then our runs.
+
+    Our runs count up to the first evaluation that reaches it. A run that never reaches it shows its best evaluation.
 
     Args:
       chip_hour: dollars per chip and hour.
@@ -122,36 +114,27 @@ def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
 
 def _to_93(record: Record, chip_hour: float) -> dict:
     evaluations = record.frame("eval")
-    there = evaluations[evaluations["ema_top5"] >= DAWNBENCH_TOP5]
-    row = evaluations.loc[evaluations["ema_top5"].idxmax()] if there.empty else there.iloc[0]
+    reached = evaluations[evaluations["ema_top5"] >= DAWNBENCH_TOP5]
+    row = evaluations.loc[evaluations["ema_top5"].idxmax()] if reached.empty else reached.iloc[0]
     checked = "ours" if row["nseen"] == IMAGENET.eval_examples else f"ours, on {row['nseen']:,} images"
     found = {"what": record.name, "hardware": _devices(record), "top1": row["ema_top1"], "top5": row["ema_top5"]}
-    if there.empty:
+    if reached.empty:
         return found | {"checked": f"{checked}: 93 % not reached"}
-    # A CPU has no chips that are rented by the hour.
+    # Nobody rents CPUs by the chip and hour.
     dollars = None if record.environment.get("platform") == "cpu" else chip_hour * chips(record) * row["seconds"] / 3600
     return found | {"seconds": row["seconds"], "dollars": dollars, "checked": checked}
 
 
 def chips(record: Record) -> int:
-    """How many chips the run's devices are on: up to TPU v3, two cores share one."""
+    """The chips of the run's devices. On TPU v2 and v3 two devices share a chip."""
     return record.environment["devices"] // (2 if record.environment["device_kind"] in TWO_CORES_PER_CHIP else 1)
 
 
 def stated_deviations(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per run that has a row in Table 2: its peak, what was evaluated, and every deviation."""
+    """One row per run with a row in Table 2: its peak, its evaluations, and every deviation."""
     records = [record for record in records if row_of(record)]
-    columns = [
-        "run",
-        "beside",
-        "recipe",
-        "peak_top1",
-        "peak_epoch",
-        "evaluated_weights",
-        "eval_examples",
-        "evaluations",
-    ]
-    table = results(records).reset_index().reindex(columns=columns)
+    columns = ["peak_top1", "peak_epoch", "evaluated_weights", "eval_examples", "evaluations"]
+    table = results(records).reset_index().reindex(columns=["run", "beside", "recipe", *columns])
     table["beside"] = [row_of(record) for record in records]
     table["recipe"] = ["another" if changed_fields(record) else "the same" for record in records]
     table["evaluations"] = [len(record.frame("eval")) for record in records]

@@ -1,9 +1,8 @@
-"""Claims as questions to runs. What counts as support was written before the first result was known.
+"""Claims of the paper, and the rule for the verdict on each. The rules were written before the first result.
 
-A claim is one difference between runs, or several, each of which must lie above a limit: 0, or minus a margin where the claim is
-that something costs nothing. Differences are taken seed by seed. There are four verdicts. *Supported*: the interval lies on
-the claim's side. *Contradicted*: it lies on the other. *Undecided*: it holds both, or is too wide. *Not testable here*: runs are
-missing, or cannot answer.
+A claim states one or more differences between runs, seed by seed. All must lie above a limit: 0, or minus a margin for
+a claim of no loss. There are four verdicts. *Supported*: each interval lies above the limit. *Contradicted*: one lies
+below. *Undecided*: one contains the limit, or is too wide. *Not testable here*: runs are missing, or cannot answer.
 """
 
 import re
@@ -25,24 +24,24 @@ UNDECIDED = "undecided"
 NOT_TESTABLE = "not testable here"
 SYMBOLS = {SUPPORTED: "✓", CONTRADICTED: "✗", UNDECIDED: "?", NOT_TESTABLE: "–"}
 MIN_SEEDS = 3
-FIRST_SEEDS, MOST_SEEDS = 5, 8  # of the first stage, and of both
-WIDEST = 1.0  # half an interval, in points of top-1
-MARGIN = 1.0  # points of top-1: what "costs no accuracy" and "is no worse" allow
+FIRST_SEEDS, MOST_SEEDS = 5, 8  # in the first stage, and in both
+WIDEST = 1.0  # the largest half of an interval, in points of top-1
+MARGIN = 1.0  # in points of top-1, for "costs no accuracy" and "is no worse"
 MIME = "application/vnd.effnetlib.verdict.2+json"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What runs say of a claim. In a notebook it shows itself, and leaves its fields there, where `html.verdicts` finds them.
+    """The verdict of our runs on a claim. As a notebook output it also stores its fields, for `html.verdicts`.
 
     Attributes:
-      claim: in one sentence. protocol: "tuned" at each batch or "scaled" from the smallest; "timed" where it is about time.
-      paper: what the paper states of it. ours: our figures, with n and spread.
-      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why it cannot be tested.
-      measured: the difference that decides, in words; empty where the claim cannot be tested, as are `effect` and its interval.
-      effect, low, high: its mean and 95 % interval in `unit`: "points" of top-1, or "percent" of the time.
+      claim: one sentence. protocol: rates "tuned" at each batch or "scaled" from the smallest; "timed" for times.
+      paper: the paper's figures. ours: our figures, with n and spread.
+      verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why no test is made.
+      measured: the decisive difference, in words. It is empty, and `effect` is None, if the claim cannot be tested.
+      effect, low, high: the mean difference and its 95 % interval, in `unit`: "points" of top-1, or "percent" of time.
       least: the limit above which the claim holds, in the same unit. n: the number of seeds.
-      more: the seeds that the rule still asks for, as (first, last), by the name of the runs.
+      more: the seeds still to run, (first, last) by point.
     """
 
     claim: str
@@ -62,7 +61,7 @@ class Verdict:
 
     @property
     def finding(self) -> str:
-        """The effect with its interval and n; where the claim cannot be tested, why not."""
+        """The effect with its interval and n, or why the claim cannot be tested."""
         if self.effect is None:
             return self.rule
         interval = f"95 % interval {self.low:+.2f} to {self.high:+.2f}, n = {self.n}"
@@ -82,7 +81,7 @@ class Verdict:
 
 
 def seeds_to_run(verdicts: Sequence[Verdict]) -> str:
-    """Which seeds the rule still asks for, such as "seeds 5-7 of lars-4096, rmsprop-4096"; empty if none."""
+    """The seeds still to run, such as "seeds 5-7 of lars-4096, rmsprop-4096"; empty if none."""
     asked = pd.DataFrame([(*item[1], item[0]) for verdict in verdicts for item in verdict.more.items()])
     if asked.empty:
         return ""
@@ -92,7 +91,7 @@ def seeds_to_run(verdicts: Sequence[Verdict]) -> str:
 
 
 class Interval(NamedTuple):
-    """A mean over n seeds with half its 95 % interval, and the number of seeds that the rule asks for."""
+    """A mean over n seeds, half its 95 % interval, and the number of seeds that the rule needs."""
 
     mean: float
     half: float
@@ -104,12 +103,13 @@ class Interval(NamedTuple):
 
 
 def interval(differences: Sequence[float], first: int = FIRST_SEEDS, most: int = MOST_SEEDS) -> Interval:
-    """Stein's interval in two stages (1945), for differences of top-1 in points, ordered by seed.
+    """Stein's two-stage interval (1945), for differences in points of top-1, ordered by seed::
 
-    The standard deviation s of the first five decides how many count: the least ``n`` with ``t * s / sqrt(n) <= 1``, at least 5
-    and at most 8, where ``t = t(0.975, 4)``. The interval is ``mean +- t * s / sqrt(n)``, with the mean of the first n. It covers
-    in 95 % of all cases whatever the true spread is, because n depends on s alone. Fewer than five are one stage of them all,
-    as are any number where `first` and `most` are that number: this is Student's interval.
+        mean of the first n +- t * s / sqrt(n)
+
+    s is the standard deviation of the first five, and ``t = t(0.975, 4)``. n is the least with ``t * s / sqrt(n) <= 1``
+    from 5 to 8. The interval covers the truth in 95 % of all cases for any spread, because n depends on s alone. With
+    fewer than five, or with `first` and `most` equal to their number, there is one stage: Student's interval.
     """
     stage = np.asarray(differences[:first])
     reach = stats.t.ppf(0.975, len(stage) - 1) * np.std(stage, ddof=1)
@@ -119,7 +119,7 @@ def interval(differences: Sequence[float], first: int = FIRST_SEEDS, most: int =
 
 
 def by_seed(records: Sequence[Record]) -> pd.DataFrame:
-    """Final top-1 in percent: a row per seed, and a column per point."""
+    """Final top-1 in percent: one row per seed, one column per point."""
     rows = [(record.recipe.seed, record.point, 100 * record.result["final_top1"]) for record in records]
     return pd.DataFrame(rows, columns=["seed", "point", "top1"]).pivot(index="seed", columns="point", values="top1")
 
@@ -128,49 +128,49 @@ def judge(
     claim: str, paper: str, parts: Mapping[str, Mapping[str, int]], values: pd.DataFrame, *, protocol: str = "tuned", least: float = 0,
     unit: str = "points",
 ) -> Verdict:  # fmt: skip
-    """The verdict on "every part lies above `least`". Contradicted: one of them lies below. The part furthest from support is shown.
+    """The verdict on "every part lies above `least`". It is contradicted if one lies below. Shows the weakest part.
 
     Args:
       claim, paper, protocol, least, unit: as in `Verdict`.
-      parts: by what is measured, the weight of each point's value in the sum.
-      values: a row per seed and a column per point, in `unit`s. Top-1 is judged in two stages, and undecided while half the
-        interval is wider than a point. A time is judged in one stage.
+      parts: for each difference, its name and the weight of each point in it.
+      values: one row per seed and one column per point, in `unit`. Top-1 is judged in two stages. It is undecided while
+        half the interval is above one point. Time is judged in one stage.
     """
     rule = f"the 95 % interval of {', and of '.join(parts)} lies above {least:g}{f' {unit}' if least else ''}"
     points = list(dict.fromkeys(point for weights in parts.values() for point in weights))
     if missing := [point for point in points if point not in values]:
         return Verdict(claim, protocol, paper, "-", NOT_TESTABLE, f"there are no runs of {', '.join(missing)}")
-    about = values[points].agg(["mean", "std", "count"])
-    ours = "; ".join("{}: {:.2f} ± {:.2f} % (n = {:.0f})".format(point, *about[point]) for point in points).replace(
-        " ± nan", ""
-    )
+    summary = values[points].agg(["mean", "std", "count"])
+    ours = "; ".join("{}: {:.2f} ± {:.2f} % (n = {:.0f})".format(point, *summary[point]) for point in points)
+    ours = ours.replace(" ± nan", "")
     found, more = [], {}
     for measured, weights in parts.items():
         differences = (values[list(weights)] * pd.Series(weights)).sum(axis=1, skipna=False).dropna().sort_index()
         if len(differences) < MIN_SEEDS:
             few = f"fewer than {MIN_SEEDS} seeds have runs of {', '.join(weights)}"
             return Verdict(claim, protocol, paper, ours, NOT_TESTABLE, few)
-        each = interval(differences.to_numpy(), *(() if unit == "points" else 2 * (len(differences),)))
-        wide = unit == "points" and each.half > WIDEST
-        above, below = each.mean - each.half > least, each.mean + each.half < least
+        diff = interval(differences.to_numpy(), *(() if unit == "points" else 2 * (len(differences),)))
+        wide = unit == "points" and diff.half > WIDEST
+        above, below = diff.mean - diff.half > least, diff.mean + diff.half < least
         verdict = UNDECIDED if wide else SUPPORTED if above else CONTRADICTED if below else UNDECIDED
-        found.append((verdict, measured, each))
-        ours += f"; {measured}: {each} {unit}"
-        more |= {point: (n, each.wanted - 1) for point in weights if (n := int(values[point].count())) < each.wanted}
+        found.append((verdict, measured, diff))
+        ours += f"; {measured}: {diff} {unit}"
+        more |= {point: (n, diff.wanted - 1) for point in weights if (n := int(values[point].count())) < diff.wanted}
     order = (CONTRADICTED, UNDECIDED, SUPPORTED)
-    verdict, measured, each = min(found, key=lambda part: (order.index(part[0]), part[2].mean - part[2].half))
-    figures = {"effect": each.mean, "low": each.mean - each.half, "high": each.mean + each.half, "n": each.n}
+    verdict, measured, diff = min(found, key=lambda part: (order.index(part[0]), part[2].mean - part[2].half))
+    figures = {"effect": diff.mean, "low": diff.mean - diff.half, "high": diff.mean + diff.half, "n": diff.n}
     return Verdict(claim, protocol, paper, ours, verdict, rule, measured, **figures, unit=unit, least=least, more=more)
 
 
 def protocols(top1: pd.DataFrame) -> list[str]:
-    """Those for large batches that a suite has runs of. Here and below `top1` is that of `by_seed`."""
+    """The protocols for large batches that a suite has runs of. Here and below `top1` is from `by_seed`."""
     return ["tuned", *(["scaled"] if top1.columns.str.endswith("-scaled").any() else [])]
 
 
 def point_names(top1: pd.DataFrame, protocol: str) -> pd.DataFrame:
-    """The names of the points OPTIMIZER-BATCH: a row per batch, the smallest first, and a column per optimizer. Scaled from
-    the smallest batch, LARS and momentum are those tuned there; RMSProp has a schedule of its own."""
+    """The names of the points OPTIMIZER-BATCH: one row per batch, the smallest first, one column per optimizer.
+
+    At the smallest batch the scaled LARS and momentum are the tuned ones. Scaled RMSProp has another schedule there."""
     batches = sorted({int(name[1]) for name in map(re.compile(r"[a-z]+-(\d+)(-scaled)?$").match, top1.columns) if name})
     suffix = {"tuned": "", "scaled": "-scaled"}[protocol]
     names = {name: [f"{name}-{batch}{suffix}" for batch in batches] for name in ("lars", "rmsprop", "momentum")}
@@ -180,7 +180,6 @@ def point_names(top1: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
 
 def large_batch(top1: pd.DataFrame, protocol: str) -> Verdict:
-    """RMSProp loses accuracy as the batch grows, and LARS keeps it."""
     claim = "RMSProp loses accuracy as the batch grows, and LARS keeps it"
     stated = table2().set_index("preset")["top1"].map("{:.1%}".format)
     paper = (
@@ -199,7 +198,7 @@ def large_batch(top1: pd.DataFrame, protocol: str) -> Verdict:
 
 
 def plain_optimizer(top1: pd.DataFrame, protocol: str) -> Verdict:
-    """Momentum is no worse than LARS at the largest batch: the question that came after the paper."""
+    """Momentum is no worse than LARS at the largest batch. Later work raised this question."""
     claim = "a plain optimizer, momentum, is no worse than LARS at a large batch"
     paper = "no such optimizer was tried; Nado et al. (2021) found that it does as well for ResNet-50"
     large = point_names(top1, protocol).iloc[-1]
@@ -208,12 +207,12 @@ def plain_optimizer(top1: pd.DataFrame, protocol: str) -> Verdict:
 
 
 def better(claim: str, paper: str, top1: pd.DataFrame, ours: str, *others: str, least: float = 0) -> Verdict:
-    """One point is better than each of several others."""
+    """The point `ours` is better than each of `others`."""
     return judge(claim, paper, {f"{ours} minus {other}": {ours: 1, other: -1} for other in others}, top1, least=least)
 
 
 def polynomial_decay(top1: pd.DataFrame, polynomial: str, exponential: str, which: str) -> Verdict:
-    """Polynomial decay beats an exponential one for LARS: `which`, in words. Takes the names of the points, as do those below."""
+    """Polynomial decay beats exponential decay for LARS. `which` describes the latter, in words."""
     claim = f"polynomial decay beats exponential decay {which}, for LARS"
     return better(claim, "polynomial decay was found best (no figures known to us)", top1, polynomial, exponential)
 
@@ -225,13 +224,13 @@ def warmup(top1: pd.DataFrame, usual: str, none: str, optimizer: str) -> Verdict
 
 
 def batch_norm_batch(top1: pd.DataFrame, small: str, middle: str, large: str) -> Verdict:
-    """Accuracy depends on the batch-norm batch size, with an optimum: the one in the middle beats both ends."""
+    """Accuracy depends on the batch-norm batch size, with an optimum: `middle` beats both ends."""
     claim = "accuracy depends on the batch-norm batch size, with an optimum"
     return better(claim, "the group size was tuned (section 3; no figures known to us)", top1, middle, small, large)
 
 
 def bfloat16_convolutions(top1: pd.DataFrame, bfloat16: str, float32: str) -> Verdict:
-    """bfloat16 convolutions cost no accuracy: less than a point."""
+    """bfloat16 convolutions cost no accuracy (less than a point)."""
     paper = "no loss of accuracy (section 3; no figures known to us)"
     return better("bfloat16 convolutions cost no accuracy", paper, top1, bfloat16, float32, least=-MARGIN)
 
@@ -240,14 +239,14 @@ def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record])
     """Evaluation on all devices shortens end-to-end time, from the end of compilation to the end of the run.
 
     Args:
-      all_devices, one: runs of one recipe on several devices, evaluated on all of them and on one.
+      all_devices, one: runs of one recipe on several devices, evaluated on all devices and on one.
     """
     first = all_devices[0]
     ratio = first.timing["images"] / (len(first.frame("eval")) * first.result["eval_examples"])
     claim = f"evaluation on all devices shortens end-to-end time ({ratio:.3g} training images per evaluated one)"
     paper = "evaluating on a part of the machine was the bottleneck (section 3; no figures known to us)"
     if any(record.devices_share_cores for record in (*all_devices, *one)):
-        why = "the devices are simulated, and each of them computes on all cores already"
+        why = "the devices are simulated, and each one already computes on all cores"
         return Verdict(claim, "timed", paper, "-", NOT_TESTABLE, why)
     seconds = {
         name: pd.Series({record.recipe.seed: record.timing["total_seconds"] for record in records})

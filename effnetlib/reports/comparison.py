@@ -1,4 +1,4 @@
-"""Runs beside each other, of one suite or of several: what they were given, what came out, and how sure the difference is."""
+"""Compares runs of one or several suites: settings, outcomes, and the interval of the difference."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,10 +21,10 @@ def load(paths: Sequence[Path]) -> list[Record]:
     """The records to compare.
 
     Args:
-      paths: the folder of each run, or one without its seed (`lars-64`, where there are `lars-64-seed0` …): all its seeds.
+      paths: folders of runs. A path without the seed (`lars-64` for `lars-64-seed0` …) takes all seeds.
 
     Raises:
-      EffnetlibError: a path is neither, a record cannot be read or was never evaluated, or there is only one.
+      EffnetlibError: a path is not a run, a record cannot be read or has no evaluation, or there is only one run.
     """
     found = {}
     for path in (user_path(path, "the run") for path in paths):
@@ -36,17 +36,17 @@ def load(paths: Sequence[Path]) -> list[Record]:
         if record.frame("eval").empty:
             raise EffnetlibError(f"the run {record.directory} has not been evaluated yet (it is {record.status})")
     if len(found) < 2:
-        raise EffnetlibError(f"a comparison wants two runs or more, and {', '.join(map(str, paths))} is one")
+        raise EffnetlibError(f"a comparison needs two runs or more, and {', '.join(map(str, paths))} is one")
     return list(found.values())
 
 
 def labels(records: Sequence[Record]) -> list[str]:
-    """A name for each run: that of its folder, with as much of the path before it as tells equal names apart."""
-    parts = [[part for part in record.directory.absolute().parts if part != "runs"] for record in records]
+    """A name per run: its folder, and the parent folders that equal names need to differ."""
+    paths = [[part for part in record.directory.absolute().parts if part != "runs"] for record in records]
     depth = 1
-    while len({tuple(each[-depth:]) for each in parts}) < len(parts):
+    while len({tuple(path[-depth:]) for path in paths}) < len(paths):
         depth += 1
-    return ["/".join(each[-depth:]) for each in parts]
+    return ["/".join(path[-depth:]) for path in paths]
 
 
 def points(records: Sequence[Record]) -> list[str]:
@@ -55,8 +55,7 @@ def points(records: Sequence[Record]) -> list[str]:
 
 
 def settings(records: Sequence[Record]) -> pd.DataFrame:
-    """What differs between the points, one row per field and one column per point: the recipe, the data, and the
-    circumstances. Where the runs of a point differ among themselves, all their values."""
+    """The settings that differ between points: one row per field, one column per point with all values of its runs."""
     table = results(records).reindex(columns=[*asdict(records[0].recipe), *CIRCUMSTANCES])
     for split in ("train", "eval"):
         table[f"{split} data"] = [record.data.get("fingerprints", {}).get(split) for record in records]
@@ -65,21 +64,21 @@ def settings(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def outcomes(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per run: its point and what came out; nothing yet for one that is under way."""
+    """One row per run: its point, status and outcomes (missing while it is running)."""
     table = results(records).reindex(columns=["seed", *OUTCOMES, "eval_examples"]).reset_index(drop=True)
-    status = [record.status for record in records]
-    return pd.DataFrame({"run": labels(records), "point": points(records), "status": status}).join(table)
+    names = {"run": labels(records), "point": points(records), "status": [record.status for record in records]}
+    return pd.DataFrame(names).join(table)
 
 
 def difference(records: Sequence[Record]) -> str:
-    """One sentence on the final top-1 of two points, seed by seed; what it would take where it cannot be told."""
+    """One sentence on the difference in final top-1 of two points, seed by seed, or on why there is none."""
     table = outcomes(records).dropna(subset=["final_top1"])
     top1 = 100 * table.pivot_table("final_top1", "seed", "point", sort=False)
     if len(top1.columns) != 2:
-        return f"{len(top1.columns)} points have a result; a difference with its interval is given of two."
+        return f"{len(top1.columns)} points have a result, and a difference with its interval needs two."
     first, second = top1
-    said, differences = f"Final top-1 of {first} minus {second}", (top1[first] - top1[second]).dropna().sort_index()
+    subject, differences = f"Final top-1 of {first} minus {second}", (top1[first] - top1[second]).dropna().sort_index()
     if (n := len(differences)) < MIN_SEEDS:
         gap = top1[first].mean() - top1[second].mean()
-        return f"{said}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds in both that may be chance."
-    return f"{said}: {interval(differences, n, n)} points (95 % interval, {n} seeds)."
+        return f"{subject}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds in both that may be chance."
+    return f"{subject}: {interval(differences, n, n)} points (95 % interval, {n} seeds)."

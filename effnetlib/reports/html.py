@@ -1,4 +1,4 @@
-"""From executed notebooks to HTML: one self-contained page per notebook, and the index page of a suite."""
+"""Renders executed notebooks to HTML: one self-contained page per notebook, and an index page per suite."""
 
 import re
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """A notebook, whose cells get ids where they were saved without: nbformat and nbconvert warn of those, and need them."""
+    """Reads a notebook, and gives an id to each cell without one. nbformat and nbconvert need the ids."""
     notebook = nbformat.reader.reads(path.read_text())
     notebook.nbformat_minor = max(5, notebook.nbformat_minor)
     for number, cell in enumerate(notebook.cells):
@@ -28,14 +28,14 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
 
 
 def render_html(directory: Path, name: str) -> Path:
-    """Renders ``executed/NAME.ipynb`` of a suite's folder to one self-contained HTML file, ``NAME.html``, with a banner where the
-    notebook failed. Returns its path."""
+    """Renders ``executed/NAME.ipynb`` of a suite's folder to a self-contained ``NAME.html``. Returns its path.
+    The page of a failed notebook has a banner with the error."""
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = read_notebook(executed)
     first, *cells = (cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
-    if first.cell_type == "markdown":  # the badges are images from the network
+    if first.cell_type == "markdown":  # the badges are images on the network
         first.source = re.sub(r"(?s)<!-- badges -->.*?<!-- / -->\n*", "", first.source)
-    cells.sort(key=lambda cell: "answer" not in cell.metadata.get("tags", ()))  # answers stand under the title
+    cells.sort(key=lambda cell: "answer" not in cell.metadata.get("tags", ()))  # answers go below the title
     notebook.cells = _code_at_the_end([first, *cells])
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
     page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
@@ -46,7 +46,7 @@ def render_html(directory: Path, name: str) -> Path:
 
 
 def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """The cells with the code of each section moved into one cell at its end, so that results follow one another."""
+    """Moves the code of each section into one cell at its end, so that nothing stands between the results."""
     moved, code = [], []
     end = nbformat.v4.new_markdown_cell("# end")
     for cell in [*cells, end]:
@@ -61,7 +61,7 @@ def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.No
 
 
 def verdicts(notebook: nbformat.NotebookNode) -> list[Verdict]:
-    """What an executed report says of claims."""
+    """The verdicts stored in an executed notebook."""
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
     return [Verdict(**output.data[MIME]) for output in outputs if MIME in output.get("data", {})]
 
@@ -71,17 +71,17 @@ def render_index(directory: Path, name: str) -> Path:
     records = {record.name: record for record in load_records(directory / "runs")}
     shown = {"runs": [], "reports": [], "claims": [], "name": name, "css": markupsafe.Markup(css())}
     for entry in sorted({*records, *(path.stem for path in directory.glob("executed/*.json"))}):
-        record, became = records.get(entry), Outcome.read(directory, entry)
+        record, outcome = records.get(entry), Outcome.read(directory, entry)
         link = f"{entry}.html" if (directory / f"{entry}.html").exists() else None
-        row = {"name": entry, "link": link, "error": became.error, "title": entry, "record": record}
-        if became.is_run:
+        row = {"name": entry, "link": link, "error": outcome.error, "title": entry, "record": record}
+        if outcome.is_run:
             row["error"] = row["error"] or (record.error if record else "")
             row["status"] = "failed" if row["error"] else record.status if record else "not started"
         elif (source := directory / "executed" / f"{entry}.ipynb").exists():
             notebook = read_notebook(source)
             row["title"] = title(notebook, source)
             shown["claims"] += [(row, verdict) for verdict in verdicts(notebook)]
-        shown["runs" if became.is_run else "reports"].append(row)
+        shown["runs" if outcome.is_run else "reports"].append(row)
     shown["hosts"] = sorted({record.environment["host"] for record in records.values() if record.environment})
     shown["missing"] = seeds_to_run([verdict for _, verdict in shown["claims"]])
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())

@@ -1,4 +1,4 @@
-"""Pages from what is there already: a suite's reports anew, the paper against a folder of records, a comparison of runs."""
+"""Makes pages from existing records: the reports of a suite, the paper against ours, a comparison of runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,34 +15,34 @@ from effnetlib.suites.suite import Suite, report_alone
 
 AGAINST_PAPER = "13_paper_against_ours"
 COMPARISON = "14_comparison"
-NAMED_POINTS = 3  # of a comparison, in the name of its folder
+NAMED_POINTS = 3  # the most points in the name of a comparison's folder
 
 
 def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
-    """Renders the executed reports of a suite's folder anew, and its index, which it returns. Where there are records and no executed
-    report, the paper against ours is executed first. So it is where it was executed before, unless it is as new as the records.
+    """Renders the executed reports of a suite's folder and its index page again. Returns the path of the index.
+
+    A folder of records without an executed report first gets the paper against ours. If that report exists already, it
+    is executed again when the records are newer.
 
     Args:
       directory: the suite's folder, or `runs` in it.
       chip_hour: dollars per chip and hour, for the paper against ours.
 
     Raises:
-      EffnetlibError: the folder holds neither, or is a run's.
+      EffnetlibError: the folder holds no reports and no records, or it is the folder of a run.
     """
     directory = user_path(directory, "the folder", folder=True)
     if directory.name == "runs":
         directory = directory.parent
     if (directory / "run.json").exists():
-        raise EffnetlibError(
-            f"{directory} is one run: name another beside it to compare them, or its suite's folder for reports"
-        )
+        raise EffnetlibError(f"{directory} is one run: name a second run to compare, or the suite's folder for reports")
     executed = [path.stem for path in sorted(directory.glob("executed/*.ipynb"))]
     reports = [name for name in executed if not Outcome.read(directory, name).is_run]
     has_records = any(directory.glob("runs/*/run.json"))
     if has_records and (not reports or AGAINST_PAPER in reports):
         if not any(record.status == "completed" for record in load_records(directory / "runs")):
             raise EffnetlibError(f"{directory} holds records, but no completed one that can be read")
-        outputs = outputs_folder()  # a suite is called by the path below it, or else by the whole
+        outputs = outputs_folder()  # the name of a suite is its path below this folder, or else its whole path
         name = str(directory.relative_to(outputs) if directory.is_relative_to(outputs) else directory)
         _execute(report_alone(name, AGAINST_PAPER, **({} if chip_hour is None else {"chip_hour": chip_hour})))
     elif not executed:
@@ -58,7 +58,7 @@ def report_suite(directory: Path, chip_hour: float | None = None) -> Path:
 
 
 def compare(paths: Sequence[Path]) -> Path:
-    """Executes the comparison of runs, under outputs/comparisons, and returns its page. Takes the paths of `comparison.load`."""
+    """Executes the comparison of runs in outputs/comparisons. Returns its page. `comparison.load` takes the paths."""
     records = comparison.load(paths)
     points = [point.replace("/", "-") for point in dict.fromkeys(comparison.points(records))]
     more = f"-and-{len(points) - NAMED_POINTS}-more" * (len(points) > NAMED_POINTS)
@@ -67,8 +67,8 @@ def compare(paths: Sequence[Path]) -> Path:
 
 
 def _execute(suite: Suite) -> Path:
-    """Executes a suite of one report, and returns its page. A report that fails is an error."""
-    (settled,) = execute.execute(suite)
-    if settled.error:
-        raise FailedError(f"the report {settled.name} failed: {settled.error}")
-    return suite.directory / f"{settled.name}.html"
+    """Executes a suite of one report, and returns its page."""
+    (entry,) = execute.execute(suite)
+    if entry.error:
+        raise FailedError(f"the report {entry.name} failed: {entry.error}")
+    return suite.directory / f"{entry.name}.html"

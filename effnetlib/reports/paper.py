@@ -1,14 +1,14 @@
-"""What the paper states, as tables to put beside our own figures.
+"""The figures of the paper and of others, as tables.
 
-Source: arXiv 2011.00071. `checked` is "confirmed" where the abstract or the press article of 4 November 2020 states the
-figure, and "to check" where it was transcribed from memory and is still to be compared with the PDF.
+Source: arXiv 2011.00071. `checked` is "confirmed" if the abstract or the press article of 4 November 2020 states the
+figure. It is "to check" if the figure was written from memory and was not yet compared with the PDF.
 """
 
 import pandas as pd
 
 
 def table1() -> pd.DataFrame:
-    """Table 1: throughput in images/ms and all-reduce as a percentage of the step, 32 images a core. All "to check"."""
+    """Table 1: throughput in images/ms and all-reduce in percent of the step, at 32 images per core. All "to check"."""
     rows = [
         ("b2", 128, 4096, 57.57, 2.1),
         ("b2", 256, 8192, 113.73, 2.6),
@@ -24,7 +24,7 @@ def table1() -> pd.DataFrame:
 
 
 def table2() -> pd.DataFrame:
-    """Table 2: peak top-1 of the eleven recipes, whose settings are the presets named here."""
+    """Table 2: peak top-1 of the eleven recipes, by preset."""
     rows = [
         ("b2-4096-rmsprop", 128, 0.801, "to check"),
         ("b2-8192-rmsprop", 256, 0.800, "to check"),
@@ -48,12 +48,12 @@ def figure1() -> pd.DataFrame:
 
 
 def history() -> pd.DataFrame:
-    """Fast ImageNet training up to the paper: minutes to the accuracy stated, and dollars on a public cloud where known.
+    """Fast ImageNet training up to the paper: minutes, accuracy, and dollars on a public cloud if known.
 
     Sources: the abstracts of arXiv 1706.02677, 1807.11205 and 1811.05233 (version 1), and DAWNBench's entries
-    (github.com/stanford-futuredata/dawn-bench-entries, ImageNet/train), whose accuracies are those of the evaluation that
-    first reached 93 % top-5, and whose dollars are hours times the price that they state. "accuracy to check": the abstract
-    states the time only, and the accuracy was transcribed from memory (in the third, the number of cards too).
+    (github.com/stanford-futuredata/dawn-bench-entries, ImageNet/train). DAWNBench's accuracies are from the first
+    evaluation with 93 % top-5. Its dollars are hours times the stated price. "accuracy to check": the abstract states
+    only the time, and the accuracy was written from memory (for 1811.05233 also the number of cards).
     """
     rows = [
         (2017, "ResNet-50, Goyal et al.", "256 GPUs", 60, 0.763, None, None, "accuracy to check"),
@@ -71,12 +71,12 @@ def history() -> pd.DataFrame:
 
 
 def trainable_parameters() -> dict[str, int]:
-    """Trainable parameters at 1,000 classes by variant, from two public listings."""
+    """Trainable parameters by variant, at 1,000 classes, from two public lists."""
     counts = [5_288_548, 7_794_184, 9_109_994, 12_233_232, 19_341_616, 30_389_784, 43_040_704, 66_347_960]
     return {f"b{i}": count for i, count in enumerate(counts)}
 
 
 def published_top1() -> dict[str, float]:
-    """ImageNet top-1 of the weights that the reference's authors trained with AutoAugment, which timm (`aa_in1k`) and Keras
-    pass on. Source: README of tensorflow/tpu, models/official/efficientnet."""
+    """ImageNet top-1 of the released weights with AutoAugment (`aa_in1k` in timm, the default in Keras), by variant.
+    Source: README of tensorflow/tpu, models/official/efficientnet."""
     return {f"b{i}": top1 for i, top1 in enumerate([0.771, 0.791, 0.801, 0.816, 0.829, 0.836, 0.840, 0.843])}

@@ -1,4 +1,4 @@
-"""From records to what a report notebook shows: tables, curves, conditions and figures."""
+"""The contents of report notebooks, from records: tables, curves, conditions and figures."""
 
 import io
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from effnetlib.runs.record import Record, load_records
 
 SEARCH = "search-"
 MUCH_WAITING = 0.05
-# What tables call a column where its own name would not do. A column whose name ends in SHARES is shown in percent.
+# Headings of columns that need more than their name. A column with one of the endings SHARES is shown in percent.
 HEADINGS = {
     "variant": "model", "dataset": "data", "global_batch_size": "batch", "batch_norm_batch_size": "batch-norm batch",
     "peak_lr": "peak learning rate", "lr_per_256": "learning rate per 256", "warmup_epochs": "warm-up, epochs",
@@ -34,33 +34,32 @@ SHARES = ("top1", "top5", "_share")
 
 
 def finished_records(suite: str) -> list[Record]:
-    """The records of a suite (a folder under outputs/) that have a result, maybe none: of completed runs, and of those that
-    diverged, which count with the top-1 of chance. A line names these, and those that are left out."""
+    """The records of a suite (a folder in outputs/) with a result: completed and diverged runs. There may be none.
+
+    Diverged runs count with the top-1 of chance. A printed line names them and the runs that are left out."""
     records = load_records(runs_folder(suite))
     for record in records:
         if (record.error or "").startswith("DivergedError"):
-            chance = 1 / record.data["num_classes"]
-            record.status, record.result = (
-                "diverged",
-                {"final_top1": chance, "peak_top1": chance, "raw_final_top1": chance},
-            )
+            names = ("final_top1", "peak_top1", "raw_final_top1")
+            record.status, record.result = "diverged", dict.fromkeys(names, 1 / record.data["num_classes"])
     if others := ", ".join(f"{record.name} ({record.status})" for record in records if record.status != "completed"):
-        say(f"Not completed: {others}. Those that diverged count with the top-1 of chance, the others are left out.")
+        say(f"Not completed: {others}. Diverged runs count with the top-1 of chance. The others are left out.")
     return [record for record in records if record.status in ("completed", "diverged")]
 
 
 def suite_records(suite: str, *names: str) -> list[Record]:
-    """The records of `finished_records`, in the order of the names given. A name is that of a run, that of a point (all its
-    seeds), or a pattern such as "search-*". Without names, all but the search for settings (`search-POINT-VALUE`).
+    """The `finished_records` with these names, in the order of the names.
+
+    A name is a run, a point (all its seeds), or a pattern such as "search-*". Without names: all runs but searches for
+    settings (`search-POINT-VALUE`).
 
     Raises:
-      EffnetlibError: the suite has no such record, or lacks one that is named.
+      EffnetlibError: the suite has no finished record, or none for one of the names.
     """
     finished = finished_records(suite)
     if not finished:
-        raise EffnetlibError(
-            f"{runs_folder(suite)} holds no completed record: run `effnetlib run notebooks/suites/{suite}.yaml`"
-        )
+        command = f"effnetlib run notebooks/suites/{suite}.yaml"
+        raise EffnetlibError(f"{runs_folder(suite)} holds no completed record: run `{command}`")
     if not names:
         return [record for record in finished if not record.name.startswith(SEARCH)]
     found = []
@@ -74,21 +73,21 @@ def suite_records(suite: str, *names: str) -> list[Record]:
 
 
 def best_rates(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per search, from records named `search-POINT-VALUE`: how many rates were tried, and the one with the highest final
-    top-1 (of equals the lowest). `inside` says whether lower and higher ones were tried."""
+    """The rate with the highest final top-1 per search, from records named `search-POINT-VALUE`. On a tie the lowest.
+
+    `rates` is the number of rates tried. `inside`: lower and higher rates were tried."""
     table = results(records).assign(search=[r.name.removeprefix(SEARCH).rpartition("-")[0] for r in records])
     groups = table.sort_values("lr_per_256").groupby("search")
-    best = table.loc[groups["final_top1"].idxmax(), ["search", "lr_per_256", "peak_lr", "final_top1"]].set_index(
-        "search"
-    )
+    best = table.loc[groups["final_top1"].idxmax(), ["search", "lr_per_256", "peak_lr", "final_top1"]]
+    best = best.set_index("search")
     rates = groups["lr_per_256"].agg(["size", "min", "max"])
     inside = (rates["min"] < best["lr_per_256"]) & (best["lr_per_256"] < rates["max"])
     return best.assign(rates=rates["size"], inside=inside)
 
 
 def results(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per run: its name (the index), its point (the name without the seed), every recipe field, its peak learning rate
-    and steps, and every value of timing, environment and result."""
+    """One row per run, by name: its point (the name without the seed), the recipe's fields, peak learning rate, steps,
+    environment, timing and result."""
     rows = [
         {"point": r.point, **asdict(r.recipe), "peak_lr": r.recipe.peak_lr, "total_steps": r.data.get("total_steps")}
         | {**r.environment, **r.timing, **r.result}
@@ -98,8 +97,8 @@ def results(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
-    """One row per point of a table of `results`: the columns `by`, n, and the mean of each of `values` with its standard deviation
-    over seeds, as text. Shares are in percent."""
+    """One row per point of a table of `results`: the columns `by`, n, and `values` as "mean ± standard deviation" over
+    seeds. Shares are in percent."""
 
     def text(column):
         share = column.name.endswith(SHARES)
@@ -113,7 +112,7 @@ def over_seeds(table: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
 
 
 def curves(records: Sequence[Record], kind: str) -> pd.DataFrame:
-    """The "train" or "eval" rows of several runs in one long table, with the columns `run`, `point` and every recipe field."""
+    """The "train" or "eval" rows of several runs in one long table, with `run`, `point` and the recipe's fields."""
     rows = [
         asdict(record.recipe) | row | {"run": record.name, "point": record.point}
         for record in records
@@ -124,8 +123,9 @@ def curves(records: Sequence[Record], kind: str) -> pd.DataFrame:
 
 
 def steps_to(record: Record, top1: float) -> float:
-    """The step at which the moving average first has a top-1, read from a straight line between two evaluations; NaN where it
-    never has. Where the first evaluation has it already, that one's step."""
+    """The step at which the moving average first reaches a top-1, by linear interpolation between evaluations.
+
+    NaN if it never does. If the first evaluation is above it, that evaluation's step."""
     rows = record.frame("eval")
     if rows.empty or rows["ema_top1"].max() < top1:
         return np.nan
@@ -134,40 +134,30 @@ def steps_to(record: Record, top1: float) -> float:
 
 
 def conditions(records: Sequence[Record]) -> str:
-    """One sentence on the scale of the runs, and where and with what they were made."""
+    """One sentence on the runs: number, model, data, seeds, host and versions."""
     table = results(records)
     table["dataset"] = table["dataset"].map(lambda path: Path(path).name)
     table["resolution"] = [record.recipe.resolution for record in records]
-    every = {
+    names = ["variant", "resolution", "dataset", "epochs", "seed", "host", "device_kind", "python", "jax", "flax"]
+    values = {
         name: ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(set(table[name])))
-        for name in (
-            "variant",
-            "resolution",
-            "dataset",
-            "epochs",
-            "seed",
-            "host",
-            "device_kind",
-            "python",
-            "jax",
-            "flax",
-        )
+        for name in names
     }
     return (
         "{runs} of {variant} at {resolution} px on {dataset}, epochs: {epochs}; seeds {seed}; on {host} "
         "(devices: {device_kind}), Python {python}, jax {jax}, flax {flax}."
-    ).format(runs=f"{len(records)} run{'s' * (len(records) > 1)}", **every)
+    ).format(runs=f"{len(records)} run{'s' * (len(records) > 1)}", **values)
 
 
-def answer(records: Sequence[Record], *said) -> None:
-    """Shows what a report says, verdicts or sentences in Markdown, and below it the conditions."""
-    display(*(Markdown(f"**{each}**") if isinstance(each, str) else each for each in said))
+def answer(records: Sequence[Record], *findings) -> None:
+    """Shows the findings of a report (verdicts, or sentences in Markdown), and the conditions below them."""
+    display(*(Markdown(f"**{finding}**") if isinstance(finding, str) else finding for finding in findings))
     if records:
         display(Markdown(f"Scale: {conditions(records)}"))
 
 
 def input_advice(records: Sequence[Record]) -> str:
-    """Whether runs waited for images, and if they did for more than 5 % of a run what to do about it."""
+    """One sentence on the share of time that runs waited for images, with advice if it was above 5 % in any run."""
     waiting = sorted(((r.input_wait_share, r.name) for r in records if r.status == "completed"), reverse=True)
     worst, name = waiting[0]
     if worst <= MUCH_WAITING:
@@ -175,17 +165,18 @@ def input_advice(records: Sequence[Record]) -> str:
     slow = sum(share > MUCH_WAITING for share, _ in waiting)
     return (
         f"{slow} of {len(waiting)} runs waited for images more than {MUCH_WAITING:.0%} of the training time, "
-        f"worst in {name}: {worst:.0%}. Shards on a local disk or in "
-        "memory (`effnetlib data prepare SOURCE /dev/shm/NAME`), more processor cores per host, or a lighter augmentation help."
+        f"worst in {name}: {worst:.0%}. Three things help: shards on a local disk or in memory "
+        "(`effnetlib data prepare SOURCE /dev/shm/NAME`), more processor cores per host, or a lighter augmentation."
     )
 
 
 def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> Styler:
-    """A table to read: headings with units, thousands set apart, shares in percent, a word for what is missing, no index.
+    """A table for readers: headings with units, thousands separated, shares in percent, no index.
 
     Args:
-      table: one row per line. A column of integers stays one where some are missing, for which pandas would show 1,024.00.
-      precision: the most decimals. Columns with values above 100 show fewer; learning rates show four digits.
+      table: one row per line. Integers with missing values stay integers (pandas alone would show 1,024.00).
+      precision: the most decimals. Columns with values from 100 show fewer. Learning rates show four digits.
+      missing: the text in place of missing values.
     """
     shares = [name for name in table.select_dtypes("number") if str(name).endswith(SHARES)]
     table = table.assign(**{name: 100 * table[name] for name in shares}).convert_dtypes()
@@ -209,32 +200,32 @@ def _heading(name: str) -> str:
 
 
 def show(figure, path: Path | str, alt: str) -> Image | SVG:
-    """A figure as an image with alternative text, also written to a file.
+    """Writes a figure to a file, and returns it as an image with alternative text.
 
     Args:
       figure: a matplotlib figure or axes, or a seaborn grid.
-      path: of the file, relative to the outputs folder. Its suffix is the format: .svg, .png (of 256 colours), or .jpg for
-        photographs. Without one it is SVG or PNG, whichever is smaller.
+      path: the file, relative to the outputs folder. The suffix is the format: .svg, .png (256 colours), or .jpg for
+        photographs. Without a suffix it is the smaller of SVG and PNG.
       alt: alternative text: what the figure shows.
     """
     figure, path = getattr(figure, "figure", figure), user_path(path, "the figure", outputs_folder())
     forms = [path.suffix] if path.suffix else [".svg", ".png"]
-    suffix, drawn = min(((form, _drawn(figure, form)) for form in forms), key=lambda each: len(each[1]))
-    plt.close(figure)  # or the notebook would show it a second time, without the text
+    suffix, drawn = min(((form, _drawn(figure, form)) for form in forms), key=lambda pair: len(pair[1]))
+    plt.close(figure)  # otherwise the notebook shows it a second time, without the text
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         for form in forms:
             path.with_suffix(form).unlink(missing_ok=True)
         write_atomically(path.with_suffix(suffix), drawn)
-    # IPython 7, Colab's, has no parameter for the text.
+    # Colab's IPython 7 has no parameter `alt`.
     return (SVG if suffix == ".svg" else Image)(data=drawn, metadata={"alt": alt})
 
 
 def _drawn(figure, suffix: str) -> bytes:
-    more = {"metadata": {"Date": None}} if suffix == ".svg" else {"pil_kwargs": {"quality": 85}}
+    options = {"metadata": {"Date": None}} if suffix == ".svg" else {"pil_kwargs": {"quality": 85}}
     drawn = io.BytesIO()
-    figure.savefig(drawn, format=suffix[1:], dpi=110, bbox_inches="tight", facecolor="white", **more)
+    figure.savefig(drawn, format=suffix[1:], dpi=110, bbox_inches="tight", facecolor="white", **options)
     if suffix == ".png":
         plot = PIL.Image.open(drawn).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
-        plot.save(drawn := io.BytesIO(), "png", optimize=True)  # a third of the size, and no difference to be seen
+        plot.save(drawn := io.BytesIO(), "png", optimize=True)  # a third of the size, with no visible difference
     return drawn.getvalue()

@@ -1,1 +1,1 @@
-"""Weights under the names of timm and Keras: import, export, evaluation."""
+"""Imports, exports and evaluates weights with the names of timm and Keras."""

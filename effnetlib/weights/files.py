@@ -1,4 +1,4 @@
-"""Files of weights: timm's `.safetensors` in and out, Keras' files in."""
+"""Reads and writes timm's `.safetensors`, and reads Keras' files."""
 
 import hashlib
 import io
@@ -20,22 +20,22 @@ from effnetlib.runs.checkpoints import Weights
 from effnetlib.runs.files import write_atomically
 from effnetlib.weights.names import KERAS, TIMM, is_outside, to_ours, to_timm
 
-MEAN, STD = (np.divide(values, 255).tolist() for values in (MEAN_RGB, STDDEV_RGB))  # of pixels from 0 to 1
-KERNELS = (  # of the stem, of each block's depthwise convolution, of the head and of the classifier
+MEAN, STD = (np.divide(values, 255).tolist() for values in (MEAN_RGB, STDDEV_RGB))  # for pixels from 0 to 1
+KERNELS = (  # of the stem, the depthwise convolutions, the head and the classifier, by library
     ("conv_stem.weight", "conv_dw.weight", "conv_head.weight", "classifier.weight"),
     ("stem_conv/kernel", "dwconv/kernel", "top_conv/kernel", "predictions/kernel"),
 )
 
 
 def read(path: Path) -> dict:
-    """What timm's `.safetensors`, or Keras' `.weights.h5`, `.h5` or `.keras`, holds, as the fields of `Pretrained`.
+    """Reads timm's `.safetensors`, or Keras' `.weights.h5`, `.h5` or `.keras`, as the fields of `Pretrained`.
 
-    The variant is what timm's config says, or the one with the file's number of blocks and width. The network may be part
-    of a larger one, if it has its own classifier.
+    timm's config states the variant. Without it, the number of blocks and the width decide. The network may be a part
+    of a larger model, if it has its own classifier.
 
     Raises:
-      EffnetlibError: the file is neither, cannot be read, holds no variant as a whole, or its config says that the network
-        is another one, or takes images of another normalisation.
+      EffnetlibError: the format is another one, the file is damaged, a part of the variant is missing, or timm's config
+        states another network or another normalisation of images.
     """
     if path.suffix.lower() not in (".safetensors", ".h5", ".hdf5", ".keras"):
         raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 or .keras file (Keras)")
@@ -43,8 +43,8 @@ def read(path: Path) -> dict:
     try:
         found = load_file(path) if library == TIMM else _read_keras(path)
     except ImportError:
-        raise EffnetlibError(f"{path} takes h5py to read: pip install 'effnetlib[keras]'") from None
-    except Exception as error:  # h5py and safetensors each raise several kinds for a damaged file
+        raise EffnetlibError(f"{path} needs h5py: pip install 'effnetlib[keras]'") from None
+    except Exception as error:  # h5py and safetensors raise many types for a damaged file
         raise EffnetlibError(f"{path} cannot be read: {first_line(error)}") from None
     known = _stated(path) if library == TIMM else {}
 
@@ -53,34 +53,33 @@ def read(path: Path) -> dict:
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
     stem, depthwise, head, classifier = KERNELS[library]
-    around = [name.removesuffix(stem) for name in found if name.endswith(stem)]
-    if len(around) != 1:
-        count = f"{len(around)} networks" if around else "nothing"
+    prefixes = [name.removesuffix(stem) for name in found if name.endswith(stem)]
+    if len(prefixes) != 1:
+        count = f"{len(prefixes)} networks" if prefixes else "nothing"
         raise EffnetlibError(f"{path} holds {count} with EfficientNet's names ({stem}): its layers are {layers(found)}")
-    (around,) = around
-    inside = [name for name in found if name.startswith(around) and name.count("/") <= around.count("/") + 1]
+    (prefix,) = prefixes
+    inside = [name for name in found if name.startswith(prefix) and name.count("/") <= prefix.count("/") + 1]
     outside = [name for name in found.keys() - inside if "normalization" not in name]
-    inner = {name.removeprefix(around): found[name] for name in inside}
-    # A kernel's outputs are its first axis in timm, and its last in Keras; without a kernel there are none.
+    inner = {name.removeprefix(prefix): found[name] for name in inside}
+    # The output axis of a kernel is the first in timm and the last in Keras. Without a kernel there are 0 outputs.
     shapes = ((0, *np.shape(inner.get(name, ())), 0) for name in (head, classifier))
     width, num_classes = (shape[1 if library == TIMM else -2] for shape in shapes)
     blocks = sum(name.endswith(depthwise) for name in inner)
     nearest = min(VARIANTS, key=lambda v: (abs(blocks - sum(stage_repeats(v))), abs(width - head_filters(v))))
     variant = known.get("variant", nearest)
     names = known.get("class_names", ())
-    for what, count in (("classes", known.get("num_classes")), ("names of classes", len(names))):
+    for what, count in (("classes", known.get("num_classes")), ("class names", len(names))):
         if count and num_classes and count != num_classes:
-            raise EffnetlibError(f"{path} has {num_classes} logits, and {count} {what} are stated")
+            raise EffnetlibError(f"{path} has {num_classes} logits, but its config states {count} {what}")
     notes = [known["note"]] if "note" in known else []
     if outside:
-        notes.append(f"of the model around {variant} in {path.name}, {layers(outside)} is left out")
+        notes.append(f"{path.name} holds more than {variant}, and {layers(outside)} is left out")
     mean = next((np.ravel(inner[name]) for name in inner if re.fullmatch(r"normalization\w*/mean", name)), MEAN)
     if not np.allclose(mean, MEAN, atol=1e-3):
-        theirs = mean.round(3).tolist()
-        notes.append(f"{path.name} normalises images with the mean {theirs}, and here it is ImageNet's")
-    itself = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    of_file = {"tag": known.get("tag"), "note": "; ".join(notes)}
-    if not num_classes:  # what follows names the head that is there instead
+        notes.append(f"{path.name} normalises images with the mean {mean.round(3).tolist()}, and here it is ImageNet's")
+    this_file = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    stated = {"tag": known.get("tag"), "note": "; ".join(notes)}
+    if not num_classes:  # then the error of to_ours also names the layers of the other head
         inner, num_classes = inner | {name: found[name] for name in outside}, 1000
     return {
         "weights": to_ours(inner, library, variant, num_classes, source=path),
@@ -88,12 +87,12 @@ def read(path: Path) -> dict:
         "num_classes": num_classes,
         "image_size": known.get("image_size", VARIANTS[variant].resolution),
         "class_names": names,
-        "origin": known.get("from", itself) | {name: text for name, text in of_file.items() if text},
+        "origin": known.get("from", this_file) | {name: text for name, text in stated.items() if text},
     }
 
 
 def write(path: Path, weights: Weights, variant: str, num_classes=1000, image_size=None, class_names=(), origin=None):
-    """Writes what `read` reads as `.safetensors` under timm's names, with a config of timm's form in its metadata."""
+    """Writes a `.safetensors` file with timm's names, and a config in timm's format in its metadata."""
     size, origin = image_size or VARIANTS[variant].resolution, dict(origin or {})
     config = {"architecture": f"tf_efficientnet_{variant}", "num_classes": num_classes, "label_names": class_names}
     config |= {"input_size": [3, size, size], "mean": MEAN, "std": STD}
@@ -103,27 +102,27 @@ def write(path: Path, weights: Weights, variant: str, num_classes=1000, image_si
 
 
 def _read_keras(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by "LAYER/VARIABLE" of a file that Keras wrote, with the names of the models around a layer before it.
+    """Tensors by "MODEL/LAYER/VARIABLE" (without "MODEL/" outside nested models), from Keras 2 and 3.
 
-    Reads weights alone or a whole model, from Keras 2 and 3. Keras itself reads weights alone only into a model that is
-    built already, and building B0 takes it 18 seconds (h5py: 0.05).
+    The file may hold weights alone or a whole model. Keras itself loads weights only into a built model. Building B0
+    takes 18 seconds, and reading with h5py 0.05 seconds.
     """
     import h5py
 
     source = io.BytesIO(zipfile.ZipFile(path).read("model.weights.h5")) if path.suffix.lower() == ".keras" else path
-    of_norm = ("gamma", "beta", "moving_mean", "moving_variance")
-    variables = {2: ("kernel", "bias"), 3: ("mean", "variance", "count"), 4: of_norm}
+    batch_norm = ("gamma", "beta", "moving_mean", "moving_variance")
+    variables = {2: ("kernel", "bias"), 3: ("mean", "variance", "count"), 4: batch_norm}  # by their number
     found = {}
 
     def add(name, item):
         if not isinstance(item, h5py.Dataset) or name.startswith(("optimizer", "_")):
             return
-        *around, layer, variable = name.partition(":")[0].split("/")
+        *models, layer, variable = name.partition(":")[0].split("/")
         if layer == "vars":  # Keras 3: …/layers/NUMBER/vars/INDEX, with the layer's name as an attribute
-            layer = item.parent.attrs.get("name", around.pop())
+            layer = item.parent.attrs.get("name", models.pop())
             variable = (*variables.get(len(item.parent), ("kernel",)), *"?" * 9)[int(variable)]
-        around = [each for each in around if each not in ("layers", "model_weights", layer)]
-        found["/".join((*around, layer, variable.replace("depthwise_kernel", "kernel")))] = item[()]
+        models = [part for part in models if part not in ("layers", "model_weights", layer)]
+        found["/".join((*models, layer, variable.replace("depthwise_kernel", "kernel")))] = item[()]
 
     with h5py.File(source) as file:
         file.visititems(add)
@@ -131,15 +130,16 @@ def _read_keras(path: Path) -> dict[str, np.ndarray]:
 
 
 def _stated(path: Path) -> dict:
-    """What a config of timm's form says, in the file's metadata (as in ours) or in `config.json` beside it; or a note, where
-    there is none. Refuses a network that differs from ours, though its tensors may have the same names and shapes."""
+    """What timm's config states, in the file's metadata (as in ours) or in `config.json` beside it, or else a note.
+
+    Refuses other networks: their tensors may have the same names and shapes as ours."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata() or {}
     beside = path.with_name("config.json")
     where = path if "config" in metadata else beside
     try:
         config = json.loads(metadata.get("config") or (beside.read_text() if beside.exists() else "{}"))
-        num_classes = int(config.get("num_classes") or 0)  # that of `pretrained_cfg` may be from before a fine-tuning
+        num_classes = int(config.get("num_classes") or 0)  # `pretrained_cfg` may state the number before fine-tuning
         config |= config.get("pretrained_cfg", {})
         architecture = config.get("architecture", "")
         if not architecture:
@@ -154,9 +154,9 @@ def _stated(path: Path) -> dict:
         other |= {"global_pool"} if (config.get("global_pool") or "avg") != "avg" else set()
         wrong += [f"was built with another {name}" for name in sorted(other)]
         for name, values in (("mean", MEAN), ("std", STD)):
-            theirs = config.get(name, 0.5 if tag.startswith("ap") else values)  # AdvProp's
-            if not np.allclose(theirs, values, atol=1e-3):
-                wrong.append(f"takes images normalised with the {name} {theirs}, not {np.round(values, 3).tolist()}")
+            stated = config.get(name, 0.5 if tag.startswith("ap") else values)  # AdvProp's mean and std are 0.5
+            if not np.allclose(stated, values, atol=1e-3):
+                wrong.append(f"takes images normalised with the {name} {stated}, not {np.round(values, 3).tolist()}")
         labels = config.get("label_names") or list(config.get("label_descriptions", ()))
         labels = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
         size = int(config["input_size"][-1]) if "input_size" in config else 0
@@ -164,10 +164,10 @@ def _stated(path: Path) -> dict:
         known |= {"num_classes": num_classes, "note": str(config.get("note") or "")}
         known |= {"from": dict(config.get("from") or {})}
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, OSError) as error:
-        raise EffnetlibError(f"{where} is damaged, or no config of timm's: {first_line(error)}") from None
+        raise EffnetlibError(f"{where} is damaged, or is not timm's config: {first_line(error)}") from None
     if wrong:
-        would = f"timm's tf_efficientnet_{variant}.aa_in1k, for one, would do"
-        raise EffnetlibError(f"{path} is not ours: {where} says that it {' and '.join(wrong)}; {would}")
+        example = f"take timm's tf_efficientnet_{variant}.aa_in1k, for example"
+        raise EffnetlibError(f"{path} is not ours: {where} says that it {' and '.join(wrong)}; {example}")
     return {name: value for name, value in known.items() if value}
 
 
@@ -175,8 +175,8 @@ def _unknown(path: Path) -> str:
     words = {*re.split("[^a-z0-9]+", path.stem.lower())}
     hints = ["AdvProp"] * bool(words & {"ap", "advprop"})
     hints += ["timm's own efficientnet"] * ("efficientnet" in words and "tf" not in words)
-    hint = f" (its name speaks of {' and '.join(hints)})" if hints else ""
+    hint = f" (its name suggests {' and '.join(hints)})" if hints else ""
     return (
-        f"nothing beside {path.name} states which network of timm's it holds{hint}: without its config.json, efficientnet_b* "
-        "(other padding and epsilon) and AdvProp's weights (other normalisation) look like ours, and would score badly"
+        f"no config states which of timm's networks {path.name} holds{hint}: efficientnet_b* (other padding and "
+        "epsilon) and AdvProp's weights (other normalisation) look like ours, but would score badly"
     )

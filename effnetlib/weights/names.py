@@ -1,8 +1,8 @@
-"""The tensors of EfficientNet under the names and in the layouts of timm and of Keras.
+"""The names and layouts of EfficientNet's tensors in timm and in Keras.
 
-Sources: timm's `tf_efficientnet_b*` and `keras.applications.EfficientNetB*`, which are the same network as ours. timm
-1.0.31's float32 logits were ours to 3e-5 of their range, for all eight variants (no test: that needs PyTorch). Keras has
-layers of its own that normalise images and that pad before a strided convolution, with the result of TensorFlow's SAME.
+Sources: timm's `tf_efficientnet_b*` and `keras.applications.EfficientNetB*`. Both are the same network as ours. The
+float32 logits of timm 1.0.31 equalled ours to 3e-5 of their range for all eight variants (not tested here, as it needs
+PyTorch). Keras has separate layers for normalising images and for padding, equal to TensorFlow's SAME.
 """
 
 import functools
@@ -19,7 +19,7 @@ from effnetlib.errors import EffnetlibError
 from effnetlib.model import EfficientNet, block_specs, stage_repeats
 from effnetlib.runs.checkpoints import Weights
 
-TIMM, KERAS = 0, 1  # the places of their names below
+TIMM, KERAS = 0, 1  # the index of each library in the pairs below
 LAYERS = {
     "stem": ("conv_stem", "stem_conv"),
     "stem_norm": ("bn1", "stem_bn"),
@@ -35,7 +35,7 @@ LAYERS = {
     "head_norm": ("bn2", "top_bn"),
     "classifier": ("classifier", "predictions"),
 }
-WITHOUT_EXPANSION = {"bn2": "bn1", "conv_pwl": "conv_pw", "bn3": "bn2"}  # timm's names in a block that has none
+WITHOUT_EXPANSION = {"bn2": "bn1", "conv_pwl": "conv_pw", "bn3": "bn2"}  # timm's names in blocks without expansion
 VARIABLES = {
     "kernel": ("weight", "kernel"),
     "bias": ("bias", "bias"),
@@ -47,10 +47,10 @@ VARIABLES = {
 
 
 class Tensor(NamedTuple):
-    """One tensor: our path and shape; its names and shapes in timm and in Keras.
+    """One tensor: our path and shape, and (timm, Keras) pairs of names and shapes.
 
-    Kernels are ``[k, k, in, out]`` (depthwise ``[k, k, 1, C]``, 1x1 ``[in, out]``). timm has ``[out, in, k, k]``, and Keras
-    ``[k, k, in, out]`` (depthwise ``[k, k, C, 1]``).
+    Our kernels are ``[k, k, in, out]`` (depthwise ``[k, k, 1, C]``, 1x1 ``[in, out]``). timm's are ``[out, in, k, k]``.
+    Keras' are ``[k, k, in, out]`` (depthwise ``[k, k, C, 1]``).
     """
 
     path: tuple
@@ -61,13 +61,12 @@ class Tensor(NamedTuple):
 
 @functools.cache
 def skeleton(variant: str, num_classes: int, precision: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """A model as `nnx.split` gives it, with shapes for arrays."""
+    """`nnx.split` of a model, with shapes in place of arrays."""
     return nnx.split(nnx.eval_shape(lambda: EfficientNet(variant, num_classes, dtype=jax.numpy.dtype(precision))))
 
 
 @functools.cache
 def tensors(variant: str, num_classes: int) -> list[Tensor]:
-    """Every tensor of a variant."""
     specs, found = block_specs(variant), []
     places = [(stage, repeat) for stage, repeats in enumerate(stage_repeats(variant)) for repeat in range(repeats)]
     for path, leaf in flatten_dict(nnx.to_pure_dict(skeleton(variant, num_classes, "float32")[1])).items():
@@ -78,46 +77,46 @@ def tensors(variant: str, num_classes: int) -> list[Tensor]:
             stage, repeat = places[path[1]]
             timm = WITHOUT_EXPANSION.get(timm, timm) if specs[path[1]].expansion == 1 else timm
             timm, keras = f"blocks.{stage}.{repeat}.{timm}", f"block{stage + 1}{string.ascii_lowercase[repeat]}_{keras}"
-        in_timm, in_keras = VARIABLES.get(path[-1], VARIABLES["kernel"])  # a depthwise kernel has no name of its own
-        wide = (1, 1, *leaf.shape) if leaf.ndim == 2 and layer != "classifier" else leaf.shape
-        shapes = wide, wide
+        in_timm, in_keras = VARIABLES.get(path[-1], VARIABLES["kernel"])  # depthwise: no variable
+        shape = (1, 1, *leaf.shape) if leaf.ndim == 2 and layer != "classifier" else leaf.shape
+        shapes = shape, shape
         if leaf.ndim > 1:
-            *kernel, inputs, outputs = wide
-            shapes = (outputs, inputs, *kernel), (*kernel, outputs, inputs) if layer == "depthwise" else wide
+            *sides, inputs, outputs = shape
+            shapes = (outputs, inputs, *sides), (*sides, outputs, inputs) if layer == "depthwise" else shape
         found.append(Tensor(path, leaf.shape, (f"{timm}.{in_timm}", f"{keras}/{in_keras}"), shapes))
     return found
 
 
 def is_outside(name: str) -> bool:
-    """Whether a tensor is no part of the network: timm's counters of batches, Keras' normalisation and random seeds."""
+    """Whether a tensor is outside the network: timm's counters of batches, Keras' normalisation and random seeds."""
     return name.endswith("num_batches_tracked") or name.startswith(("normalization", "seed_generator"))
 
 
 def to_ours(
-    theirs: Mapping[str, np.ndarray], library: int, variant: str, num_classes=1000, source="the file"
+    arrays: Mapping[str, np.ndarray], library: int, variant: str, num_classes=1000, source="the file"
 ) -> Weights:
-    """The weights of a variant out of tensors of TIMM or KERAS.
+    """Our weights of a variant, from the tensors of a library (TIMM or KERAS).
 
     Raises:
-      EffnetlibError: tensors are missing, extra, mis-shaped, or hold no weights; the sentence names up to 20 of them.
+      EffnetlibError: tensors are missing, extra, of another shape, or not finite floats. The sentence names up to 20.
     """
-    left = {name: array for name, array in theirs.items() if not is_outside(name)}
+    remaining = {name: array for name, array in arrays.items() if not is_outside(name)}
     params, stats, wrong = {}, {}, []
     for path, shape, names, shapes in tensors(variant, num_classes):
-        name, array = names[library], left.pop(names[library], None)
+        name, array = names[library], remaining.pop(names[library], None)
         if array is None:
             wrong.append(f"{name} is missing")
         elif array.shape != shapes[library]:
             wrong.append(f"{name} has shape {list(array.shape)}, which is not {variant}'s")
         elif not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-            wrong.append(f"{name} is of {array.dtype}, no floating-point numbers")
+            wrong.append(f"{name} is {array.dtype}, not floating-point")
         elif not np.isfinite(array).all() or (path[-1] == "var" and (array < 0).any()):
             wrong.append(f"{name} holds values that are not finite, or variances below 0")
         else:
             array = np.moveaxis(array, (0, 1), (-1, -2)) if library == TIMM and array.ndim > 1 else array
-            place = stats if path[-1] in ("mean", "var") else params
-            place[path] = np.ascontiguousarray(array.reshape(shape), np.float32)
-    wrong += [f"{name} is not {variant}'s" for name in sorted(left)]
+            collection = stats if path[-1] in ("mean", "var") else params
+            collection[path] = np.ascontiguousarray(array.reshape(shape), np.float32)
+    wrong += [f"{name} is not {variant}'s" for name in sorted(remaining)]
     if wrong:
         listed = "; ".join(wrong[:20]) + (f"; and {len(wrong) - 20} more" if len(wrong) > 20 else "")
         raise EffnetlibError(f"{source} does not hold {variant} with {num_classes} classes: {listed}")
@@ -126,10 +125,10 @@ def to_ours(
 
 def to_timm(weights: Weights, variant: str, num_classes: int = 1000) -> dict[str, np.ndarray]:
     """The inverse of `to_ours` for timm."""
-    ours, theirs = flatten_dict(weights[0]) | flatten_dict(weights[1]), {}
+    ours, renamed = flatten_dict(weights[0]) | flatten_dict(weights[1]), {}
     for path, _, (name, _), (shape, _) in tensors(variant, num_classes):
         array = np.asarray(ours[path])
         if array.ndim > 1:
             array = np.moveaxis(array.reshape(*shape[2:], shape[1], shape[0]), (-1, -2), (0, 1))
-        theirs[name] = np.ascontiguousarray(array)
-    return theirs
+        renamed[name] = np.ascontiguousarray(array)
+    return renamed

@@ -1,4 +1,4 @@
-"""Weights to use: imported from timm or Keras, or out of a run; evaluated on a data set, or exported for others."""
+"""Loads weights from timm, Keras or a run; evaluates and exports them."""
 
 import contextlib
 import json
@@ -35,12 +35,12 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights, and what they belong to.
+    """Weights, and the network, image size and classes that they belong to.
 
     Attributes:
-      weights: ``(params, batch_stats)`` of a variant with so many logits.
-      image_size: pixels per side that they were trained at, or the variant's own where that is unknown.
-      class_names: of the logits, in their order; empty where that is unknown.
+      weights: ``(params, batch_stats)`` of `variant` with `num_classes` logits.
+      image_size: pixels per side in training; the variant's own if unknown.
+      class_names: the class of each logit, in order; empty if unknown.
       origin: "file" and "sha256", or "run", "step" and "recipe_hash"; timm's "tag"; a "note" on what was not checked.
     """
 
@@ -53,11 +53,11 @@ class Pretrained:
 
     @classmethod
     def load(cls, path: Path | str, *, best: bool = False) -> "Pretrained":
-        """Reads a file (see `effnetlib.weights.files.read`), a folder with a `model.safetensors` (from `import_weights`, or
-        Hugging Face), or a run's folder: the moving average in its latest checkpoint, or (`best`) in that of the highest top-1.
+        """Loads a file (see `effnetlib.weights.files.read`), a folder with a `model.safetensors` (our import's, or Hugging
+        Face's), or a run: the moving average of its latest checkpoint, or with `best` that of the highest top-1.
 
         Raises:
-          EffnetlibError: there is nothing like that at the path, or it is damaged.
+          EffnetlibError: the path holds none of these, or it is damaged.
         """
         path = user_path(path, "the weights")
         if (path / "run.json").is_file():
@@ -67,14 +67,14 @@ class Pretrained:
             origin = {"run": record.name, "step": step, "recipe_hash": recipe.hash}
             return cls(weights, recipe.variant, record.data["num_classes"], recipe.resolution, names, origin)
         if best:
-            raise EffnetlibError(f"{path} is no run's folder, and only a run keeps its best checkpoint")
-        file = next((each for each in (path, path / MODEL) if each.is_file()), None)
+            raise EffnetlibError(f"{path} is not the folder of a run, and only a run keeps its best checkpoint")
+        file = next((file for file in (path, path / MODEL) if file.is_file()), None)
         if file is None:
             raise EffnetlibError(f"{path} is neither a file of weights nor the folder of an import or of a run")
         return cls(**files.read(file))
 
     def export(self, file: Path | str) -> None:
-        """Writes `.safetensors` under timm's names; an EffnetlibError says where the suffix is another, or nothing can be written."""
+        """Writes a `.safetensors` file with timm's names. EffnetlibError: the suffix is another, or writing fails."""
         file = user_path(file, "the file")
         if file.suffix.lower() != ".safetensors":
             raise EffnetlibError(f"{file} does not end in .safetensors")
@@ -84,51 +84,49 @@ class Pretrained:
             raise EffnetlibError(f"{file} cannot be written: {error.strerror}") from None
 
     def model(self, precision: str = "float32") -> EfficientNet:
-        """A model with these weights, whose convolutions compute in `precision`. Nothing is initialised first."""
+        """A model with these weights. Its convolutions compute in `precision`."""
         graphdef, _ = skeleton(self.variant, self.num_classes, precision)
         return nnx.merge(graphdef, *jax.tree.map(jnp.asarray, self.weights))
 
     def check_classes(self, class_names: Sequence[str], dataset: str) -> None:
-        """Compares the classes of a data set with those of the logits, and prints a line where nothing says what those are.
+        """Compares the classes of a data set with the classes of the logits. Prints a line if the latter are unknown.
 
         Raises:
-          EffnetlibError: they are others, or in another order.
+          EffnetlibError: the classes or their order differ.
         """
-        theirs, ours = ([unicodedata.normalize("NFC", n) for n in names] for names in (class_names, self.class_names))
-        count, numbers = len(theirs), [int(name) if name.isdecimal() else -1 for name in theirs]
-        different = [i for i, pair in enumerate(zip(theirs, ours, strict=False)) if pair[0] != pair[1]]
-        synsets = count == WHOLE and all(map(WNID.fullmatch, theirs)) and theirs == sorted(theirs)
+        given, ours = ([unicodedata.normalize("NFC", n) for n in names] for names in (class_names, self.class_names))
+        count, numbers = len(given), [int(name) if name.isdecimal() else -1 for name in given]
+        different = [i for i, pair in enumerate(zip(given, ours, strict=False)) if pair[0] != pair[1]]
+        synsets = count == WHOLE and all(map(WNID.fullmatch, given)) and given == sorted(given)
         wrong = None
         if count != self.num_classes:
-            wrong = f"has {count:,} classes, and the weights {self.num_classes:,}: take what they were trained for"
+            wrong = f"has {count:,} classes, and the weights {self.num_classes:,}: take the data of their training"
         elif numbers != list(range(count)) and sorted(numbers) == list(range(count)):
-            wrong = f"has numbers out of order for classes ({', '.join(theirs[:4])}): prepare it anew"
+            wrong = f"has numbers out of order for classes ({', '.join(given[:4])}): prepare it again"
         elif different and numbers != list(range(count)):
-            at, order = different[0], "; the order is another one" if sorted(theirs) == sorted(ours) else ""
+            at, order = different[0], "; the order differs" if sorted(given) == sorted(ours) else ""
             wrong = (
-                f"has {shown(theirs[at])} for class {at}, and the weights {shown(ours[at])}{order}: "
-                "name the class folders as the weights do, or by their numbers, 0 and so on"
+                f"has {shown(given[at])} for class {at}, and the weights {shown(ours[at])}{order}: "
+                "name the class folders as the weights do, or by the numbers from 0"
             )
         elif ours or synsets or numbers == list(range(count)):
             pass
         elif count == WHOLE and self.origin.get("tag", "").endswith("in1k"):
             wrong = (
-                f"begins with {', '.join(map(shown, theirs[:3]))}, and the weights have ImageNet's classes by their WordNet "
-                "IDs: name its class folders by WordNet ID, or by the numbers 0 to 999"
+                f"begins with {', '.join(map(shown, given[:3]))}, and the weights have ImageNet's classes: "
+                "name the class folders by WordNet ID, or by the numbers 0 to 999"
             )
         else:
-            say(
-                f"nothing says what each of the {count} logits means: they are taken in the order of {dataset}'s classes"
-            )
+            say(f"The weights do not name the classes of {count} logits: the order of {dataset}'s classes is assumed")
         if wrong:
             raise EffnetlibError(f"{dataset} {wrong}")
 
 
 def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
-    """Reads a file of weights and writes it into a folder, as a `model.safetensors` of ours.
+    """Reads weights, and writes them to `model.safetensors` in an empty folder.
 
     Raises:
-      EffnetlibError: the file does not hold a variant, or the folder holds something already.
+      EffnetlibError: the file does not hold a variant, or the folder is not empty.
     """
     directory, pretrained = user_path(directory, "the folder", folder=True), Pretrained.load(file)
     make_writable(directory)
@@ -142,36 +140,37 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
 def predict(
     pretrained: Pretrained, split: data.Split, *, batch: int = 64, augmentation: str = "inception"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, int32 ``[examples]``, and probabilities, float32 ``[examples, classes]``, of a split with the weights' classes, by
-    one device of this process in float32. `augmentation` decides the crop, as in a recipe."""
+    """Labels, int32 ``[examples]``, and probabilities, float32 ``[examples, classes]``, of a split.
+
+    Computes in float32 on one device of this process. `augmentation` decides the crop, as in a recipe."""
     pretrained.check_classes(split.class_names, "the data set")
     graphdef, state = nnx.split(pretrained.model())
     probabilities = jax.jit(lambda state, images: jax.nn.softmax(nnx.merge(graphdef, state)(normalize(images))))
-    here = batch_sharding(make_mesh(1, jax.local_devices()[:1]))
-    size, labels, found = pretrained.image_size, [], []
-    batches = data.eval_batches(split, batch=batch, size=size, augmentation=augmentation, sharding=here)
+    sharding, size = batch_sharding(make_mesh(1, jax.local_devices()[:1])), pretrained.image_size
+    batches = data.eval_batches(split, batch=batch, size=size, augmentation=augmentation, sharding=sharding)
+    labels, rows = [], []
     with contextlib.closing(batches):
-        for each in batches:
-            mask = np.asarray(each["mask"])
-            labels.append(np.asarray(each["labels"])[mask])
-            found.append(np.asarray(probabilities(state, each["images"]))[mask])
-    return np.concatenate(labels), np.concatenate(found)
+        for arrays in batches:
+            mask = np.asarray(arrays["mask"])
+            labels.append(np.asarray(arrays["labels"])[mask])
+            rows.append(np.asarray(probabilities(state, arrays["images"]))[mask])
+    return np.concatenate(labels), np.concatenate(rows)
 
 
 def evaluate_pretrained(
     pretrained: Pretrained, dataset: str, file: Path | str, *, batch: int = 256, image_size: int | None = None,
     augmentation: str = "inception", precision: str = "float32",
 ) -> EvalResult:  # fmt: skip
-    """Evaluates weights on the "eval" split of a data set, and writes what was counted, and on what, to a JSON file.
+    """Evaluates weights on the "eval" split of a data set. Writes the result, the settings and the data to a JSON file.
 
     Args:
-      dataset: a data set's name, or a folder with ``val/CLASS/*.jpg``; its classes are the logits in sorted order.
+      dataset: the name of a data set, or a folder with ``val/CLASS/*.jpg``. Its sorted classes are the logits.
       batch: images per step over all devices.
-      image_size: pixels per side; None is that of the weights.
+      image_size: pixels per side; the weights' own by default.
       augmentation: decides the crop, as in a recipe. precision: of the convolutions.
 
     Raises:
-      EffnetlibError: the data is missing, or has other classes than the weights.
+      EffnetlibError: the data is missing or has other classes, or the batch does not divide over the devices.
     """
     file, split = user_path(file, "the file"), data.load(dataset, "eval")
     pretrained.check_classes(split.class_names, dataset)
@@ -180,7 +179,7 @@ def evaluate_pretrained(
     size = image_size or pretrained.image_size
     with pinned() as settings:
         result = evaluate(pretrained.model(precision), split, batch=batch, size=size, augmentation=augmentation)
-    text = {
+    fields = {
         "schema": SCHEMA,
         "weights": {"variant": pretrained.variant, "num_classes": pretrained.num_classes, **pretrained.origin},
         "settings": {"image_size": size, "augmentation": augmentation, "precision": precision},
@@ -189,5 +188,5 @@ def evaluate_pretrained(
         "result": asdict(result) | {"top1": result.top1, "top5": result.top5, "loss": result.loss},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(text, indent=2) + "\n")
+    write_atomically(file, json.dumps(fields, indent=2) + "\n")
     return result

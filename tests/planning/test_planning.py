@@ -17,11 +17,10 @@ from flax import nnx
 from effnetlib import EffnetlibError, Plan, Recipe, plan, step
 from effnetlib.__main__ import main
 from effnetlib.evaluation import lower_eval_step
-from effnetlib.mesh import make_mesh
-from effnetlib.mesh import replica_groups as groups_of
+from effnetlib.mesh import make_mesh, replica_groups
 from effnetlib.planning import plan as planning
 from effnetlib.planning import topology
-from effnetlib.planning.collectives import Collective, collectives, replica_groups, seconds
+from effnetlib.planning.collectives import Collective, collectives, parse_replica_groups, seconds
 from effnetlib.planning.flops import multiply_adds
 from effnetlib.planning.plan import find_plan, load_plans, measured_images_per_core
 from effnetlib.planning.topology import CHIPS, HOSTS, chip_of, host_of
@@ -44,7 +43,7 @@ def test_collectives_of_a_program_are_counted_by_kind_size_and_devices():
         Collective("all-gather", 256, 2, 1),
         Collective("all-reduce", 48, 2, 2),
     ]
-    assert replica_groups(PROGRAM.splitlines()[-1]) == [[0, 1], [2, 3]]
+    assert parse_replica_groups(PROGRAM.splitlines()[-1]) == [[0, 1], [2, 3]]
 
 
 def test_the_time_of_an_all_reduce_is_the_formula():
@@ -103,7 +102,7 @@ def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["b0-256-lars", "--topology", "v3:2x3x1"], "the nearest that is named is v3:2x2x1"),
+        (["b0-256-lars", "--topology", "v3:2x3x1"], "the nearest common one is v3:2x2x1"),
         (["b0-250-lars", "--topology", "v3:2x2x1"], "global_batch_size 250 does not divide over 8 devices"),
         (["b9-256-lars", "--topology", "v3:2x2x1"], "did you mean b"),
     ],
@@ -276,10 +275,10 @@ def test_a_real_program_for_eight_cores_that_are_not_there(monkeypatch, programs
     assert gradient.count == 1 and 4 * parameters - 4 * normalized <= gradient.bytes <= 4 * parameters + 8
     (running,) = [each for each in found.collectives if each.replicas == 2]
     assert running.count == 1 and running.bytes <= 8 * normalized
-    within, seen = groups_of(8, 4).tolist(), []
+    within, seen = replica_groups(8, 4).tolist(), []
     for line in text.splitlines():
         if re.search(r" all-reduce(-start)?\(", line):
-            groups = replica_groups(line)
+            groups = parse_replica_groups(line)
             seen.append(groups)
             assert (
                 groups == within or len(groups[0]) == 8 or groups == [list(pair) for pair in zip(*within, strict=True)]

@@ -210,9 +210,9 @@ def test_a_report_of_what_is_no_suite_and_no_pair_of_runs_ends_in_one_sentence()
     cases = [
         ([empty], "holds no executed notebooks and no records"),
         ([empty / "none"], "holds no executed notebooks and no records"),
-        ([run], "is one run: name another beside it"),
+        ([run], "is one run: name a second run to compare"),
         ([run, empty], "is not the folder of a run"),
-        ([run, run], "a comparison wants two runs or more"),
+        ([run, run], "a comparison needs two runs or more"),
         ([run, damaged], "damaged/run.json is damaged"),
         ([run, other, "--price", "2"], "--price is for the paper against ours"),
         ([outputs_folder() / "broken"], "but no completed one"),

@@ -70,7 +70,7 @@ def test_what_is_there_is_not_overwritten_and_nothing_half_written_stays(file, t
         (["export", "{file}", "/proc/x.safetensors"], "cannot be written: "),
         (
             ["export", "{file}", "x.safetensors", "--best"],
-            "mine.safetensors is no run's folder, and only a run keeps its best",
+            "mine.safetensors is not the folder of a run, and only a run keeps its best",
         ),
     ],
 )
@@ -115,7 +115,7 @@ def test_importing_into_a_folder_of_ones_own(file, tmp_path):
 def test_an_import_says_what_nothing_states_and_keeps_it(nano, tmp_path):
     save_file(names.to_timm(nano, "nano", 10), tmp_path / "tf_nano_ap.safetensors")
     done = run("weights", "import", tmp_path / "tf_nano_ap.safetensors", "--to", tmp_path / "a")
-    note = "nothing beside tf_nano_ap.safetensors states which network of timm's it holds (its name speaks of AdvProp)"
+    note = "no config states which of timm's networks tf_nano_ap.safetensors holds (its name suggests AdvProp)"
     assert done.exit_code == 0 and note in done.output, done.output
     assert Pretrained.load(tmp_path / "a").origin["note"].startswith(note)
     for source, target in (("a", "b.safetensors"), ("b.safetensors", "c.SAFETENSORS")):
@@ -152,7 +152,7 @@ NUMBERS = list(map(str, range(1000)))
 @pytest.mark.parametrize(("pretrained", "names", "sentence"), [
     (of(3), "ab", "x has 2 classes, and the weights 3"),
     (of(3, "abc"), "abd", "x has d for class 2, and the weights c: name"),
-    (of(3, "abc"), "bac", "x has b for class 0, and the weights a; the order is another one"),
+    (of(3, "abc"), "bac", "x has b for class 0, and the weights a; the order differs"),
     (of(2, ["ant", "bee"]), ["ant", "bee "], "x has 'bee ' for class 1, and the weights bee"),
     (of(1000, (), "ns_jft_in1k"), [f"word{i:04}" for i in range(1000)], "x begins with word0000, word0001, word0002"),
     (of(1000, (), "in1k"), SYNSETS[::-1], "x begins with n00000999"), (of(1000), sorted(NUMBERS), "x has numbers out of order"),
@@ -172,7 +172,7 @@ def test_other_classes_than_the_weights_are_refused(pretrained, names, sentence)
 def test_where_nothing_says_what_the_logits_mean_that_is_said(pretrained, names, said, capsys):
     pretrained.check_classes(names, "x")
     assert capsys.readouterr().out == said * (
-        f"nothing says what each of the {len(names)} logits means: they are taken in the order of x's classes\n")  # fmt: skip
+        f"The weights do not name the classes of {len(names)} logits: the order of x's classes is assumed\n")  # fmt: skip
 
 
 def test_evaluating_and_predicting_compare_the_classes(nano, tmp_path):

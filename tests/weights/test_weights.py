@@ -188,7 +188,7 @@ def test_keras_files_of_both_kinds(tmp_path, b0):
 
 def test_without_h5py_a_sentence_says_how_to_have_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(EffnetlibError, match=r"x\.keras takes h5py to read: pip install 'effnetlib\[keras\]'$"):
+    with pytest.raises(EffnetlibError, match=r"x\.keras needs h5py: pip install 'effnetlib\[keras\]'$"):
         files.read(tmp_path / "x.keras")
 
 
@@ -322,11 +322,11 @@ def test_what_a_config_says_is_known(timm, b0, tmp_path):
     (config(mean=[0, 0, 0], std=[1, 1, 1]), r"mean \[0, 0, 0\]"), ({"architecture": "tf_efficientnet_b0_ap"}, "mean 0.5"),
     (config(top={"model_args": {"bn_eps": 1e-5}}), "built with another bn_eps"),
     (config("tf_efficientnet_b1"), "does not hold b1 with 10 classes: blocks.0.1.conv_dw.weight is missing"),
-    (config(label_names=["a"]), "has 10 logits, and 1 names of classes are stated"),
-    (config(top={"num_classes": 7}), "has 10 logits, and 7 classes are stated"),
+    (config(label_names=["a"]), "has 10 logits, but its config states 1 class names"),
+    (config(top={"num_classes": 7}), "has 10 logits, but its config states 7 classes"),
     (config(top={"global_pool": "max"}), "built with another global_pool"),
     ({"architecture": "hf-hub:timm/tf_efficientnet_b0.ap_in1k"}, "mean 0.5"),
-    ("{", "config.json is damaged, or no config of timm's"), ("[]", "config.json is damaged"), ('{"architecture": 3}', "is damaged"),
+    ("{", "config.json is damaged, or is not timm's config"), ("[]", "config.json is damaged"), ('{"architecture": 3}', "is damaged"),
     ({"architecture": "tf_efficientnet_b0", "input_size": "big"}, "is damaged"),
 ])  # fmt: skip
 def test_what_has_our_names_and_shapes_and_is_another_network_is_refused(timm, config, sentence, tmp_path):
@@ -335,7 +335,7 @@ def test_what_has_our_names_and_shapes_and_is_another_network_is_refused(timm, c
         files.read(path)
     assert "\n" not in str(caught.value)
     if " is not ours" in str(caught.value):
-        assert re.search(r"timm's tf_efficientnet_b[0*]\.aa_in1k, for one, would do", str(caught.value))
+        assert re.search(r"take timm's tf_efficientnet_b[0*]\.aa_in1k, for example", str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_a_tag_a_prefix_and_upper_case_are_no_other_network(timm, name, tmp_path
 @pytest.mark.parametrize(("name", "change", "sentence"), [
     ("bn1.weight", lambda value: value * np.nan, "bn1.weight holds values that are not finite"),
     ("bn1.running_var", lambda value: value - 9, "bn1.running_var holds values that are not finite, or variances below 0"),
-    ("conv_stem.weight", lambda value: value.astype(np.int8), "conv_stem.weight is of int8, no floating-point numbers"),
+    ("conv_stem.weight", lambda value: value.astype(np.int8), "conv_stem.weight is int8, not floating-point"),
 ])  # fmt: skip
 def test_what_are_no_weights_is_refused(timm, name, change, sentence, tmp_path):
     with pytest.raises(EffnetlibError, match=sentence):
@@ -360,14 +360,14 @@ def test_what_are_no_weights_is_refused(timm, name, change, sentence, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "hint"), [
-    ("model", "it holds:"), ("tf_efficientnet_b0_aa-827b6e33", "it holds:"), ("tf_efficientnet_b0.ns_jft_in1k", "it holds:"),
-    ("efficientnet_b0_ra-3dd342df", r"it holds \(its name speaks of timm's own efficientnet"),
-    ("tf_efficientnet_b0.ap_in1k", r"it holds \(its name speaks of AdvProp\)"),
+    ("model", "holds:"), ("tf_efficientnet_b0_aa-827b6e33", "holds:"), ("tf_efficientnet_b0.ns_jft_in1k", "holds:"),
+    ("efficientnet_b0_ra-3dd342df", r"holds \(its name suggests timm's own efficientnet"),
+    ("tf_efficientnet_b0.ap_in1k", r"holds \(its name suggests AdvProp\)"),
 ])  # fmt: skip
 def test_where_nothing_says_which_network_it_is_that_is_said(timm, name, hint, tmp_path):
     path = save_timm(tmp_path / f"{name}.safetensors", timm, format="pt")
     origin = files.read(path)["origin"]
-    assert origin.keys() == {"file", "sha256", "note"} and re.search(f"which network of timm's {hint}", origin["note"])
+    assert origin.keys() == {"file", "sha256", "note"} and re.search(f"networks \\S* {hint}", origin["note"])
     (tmp_path / "config.json").write_text('{"model_type": "other"}')
     assert files.read(path)["origin"] == origin
 
@@ -376,7 +376,7 @@ def test_a_network_inside_a_model_of_pytorch_and_files_of_others(timm, b0, tmp_p
     inside = {f"backbone.{name}": value for name, value in timm.items()} | {"neck.weight": np.zeros(3, np.float32)}
     read = files.read(save_timm(tmp_path / "x.safetensors", inside, config()))
     assert read["variant"] == "b0"
-    assert read["origin"]["note"] == "of the model around b0 in x.safetensors, neck is left out"
+    assert read["origin"]["note"] == "x.safetensors holds more than b0, and neck is left out"
     jax.tree.map(np.testing.assert_array_equal, read["weights"], b0)
     bare = {name: value for name, value in timm.items() if "classifier" not in name}
     with pytest.raises(
