@@ -26,14 +26,13 @@ _SMALL_SETS = {
     "imagenette-b0": ("b0", 20.0, "inception", 128),
 }
 
-# One session on a hosted notebook: B0 by the paper's RMSProp rules, with the schedule shortened in proportion. The chips need a
-# fraction of the time (outputs/published/plans). The images that the host makes limit the number of epochs.
+# One session on a hosted notebook: B0 by the paper's RMSProp rules, with the schedule shortened in proportion. The times are
+# predictions (outputs/published/plans, and input.json for the host's images per second).
 _SESSIONS = {
-    # One chip of v5e for about ten minutes: 2.0 million images. One core makes 7,900 per second, and more cores no more: images so
-    # small are work for Python, which runs in one thread at a time.
+    # One chip of v5e: about a minute for 2.0 million images. One core of the host augments more than the chip can take.
     "colab": dict(batch=512, epochs=40.0, dataset="cifar10", image_size=64, augmentation="shift_flip"),
-    # Eight chips of v5e for nine hours: 128 million images. One core makes 1,203 per second, and two 1.8 times that. If 16
-    # threads make seven times that, half of it is enough.
+    # Eight chips of v5e: 70 minutes for 128 million images, if the host can read 3.5 GB/s. Nobody has measured what Kaggle's
+    # mount gives. At an eighth of that the session's nine hours are just enough.
     "kaggle": dict(batch=1024, epochs=100.0, augmentation="inception"),
 }
 # A session of Kaggle ends after 540 without a warning. Installing, listing photographs and keeping the output take some.
