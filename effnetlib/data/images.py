@@ -1,6 +1,6 @@
-"""What is done to one image: decoding, cropping, resizing, augmentation (numpy, on the host), and normalisation.
+"""One image: decoding, cropping, resizing, augmentation (numpy, on the host), and normalisation.
 
-Source: section 6 of the reference semantics; tensorflow/tpu, models/official/efficientnet/preprocessing.py.
+Source: tensorflow/tpu, models/official/efficientnet/preprocessing.py.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from PIL import Image
 from effnetlib.data.augment import autoaugment, randaugment
 from effnetlib.errors import FailedError, first_line
 
-# Those that crop at random, as the reference does for ImageNet, and what they add to it.
+# Augmentations with a random crop, as for ImageNet, and the policy that follows the crop.
 CROPPING = {"inception": None, "autoaugment": autoaugment, "randaugment": randaugment}
 AUGMENTATIONS = (*CROPPING, "shift_flip", "shift", "none")
 
@@ -26,16 +26,16 @@ MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 CROP_PADDING = 32
 
-# Images are made in parallel. A pool of threads for each of them would only make them wait for one another.
+# Images are already made in parallel. OpenCV's own threads would only compete for the same cores.
 cv2.setNumThreads(1)
 
-# What RGB needs 512 MiB for is not read; Pillow draws the same line.
+# 512 MiB of RGB. Pillow refuses larger images, too.
 MAX_PIXELS = 2**29 // 3
-BACKGROUND = (255, 255, 255)  # what shows through where an image is transparent
+BACKGROUND = (255, 255, 255)  # behind transparent pixels
 
 
 class Unreadable(Exception):
-    """Why an encoded image is not read, in the words of its decoder or of ours."""
+    """An encoded image cannot be read. The message is the decoder's or ours."""
 
 
 def normalize(images):
@@ -44,7 +44,7 @@ def normalize(images):
 
 
 def decode(encoded: bytes, name: str) -> np.ndarray:
-    """An image as `read` reads it, or a FailedError with its name."""
+    """The pixels of an encoded image (see `read`). Raises a FailedError with its name."""
     try:
         return read(encoded)[1]
     except Unreadable as error:
@@ -52,24 +52,24 @@ def decode(encoded: bytes, name: str) -> np.ndarray:
 
 
 def read(encoded: bytes) -> tuple[str, np.ndarray]:
-    """Format, told by the content, and pixels of an encoded image: every photograph is decoded here.
+    """The format and the pixels of an encoded image.
 
-    The format is Pillow's name, such as "JPEG", "PNG" or "WEBP", with "CMYK " before it where it applies. The pixels are RGB, uint8
-    ``[height, width, 3]``: of an animation the first frame, of 16 bits the upper 8, transparency over `BACKGROUND`. EXIF
+    The content decides the format. It is Pillow's name, such as "JPEG", "PNG" or "CMYK JPEG". The pixels are RGB, uint8
+    ``[height, width, 3]``: the first frame of an animation, the upper 8 of 16 bits, transparency over `BACKGROUND`. EXIF
     orientation is not applied.
 
     Raises:
-      Unreadable: no decoder can read it, its header claims more than `MAX_PIXELS` (no memory is taken for it), or its
-        pixels are 32-bit numbers, of which nothing says what is white.
+      Unreadable: no decoder can read it, its header claims more than `MAX_PIXELS` (no memory is allocated), or its
+        pixels are 32-bit numbers with no defined white.
     """
     try:
         return _read(encoded)
-    except Exception as error:  # each decoder has kinds of its own, and MemoryError and KeyError are among them
+    except Exception as error:  # decoders raise many kinds, even MemoryError and KeyError
         raise Unreadable(first_line(error).partition(" <")[0]) from None
 
 
 def _read(encoded: bytes) -> tuple[str, np.ndarray]:
-    with contextlib.suppress(Exception):  # strict, and it knows fewer forms of JPEG: Pillow has the last word
+    with contextlib.suppress(Exception):  # Pillow below reads more forms of JPEG
         if _jpeg_size(encoded):
             return "JPEG", simplejpeg.decode_jpeg(encoded, "RGB")
     image = Image.open(io.BytesIO(encoded))
@@ -77,7 +77,7 @@ def _read(encoded: bytes) -> tuple[str, np.ndarray]:
         raise ValueError(
             f"its header claims {image.width:,} x {image.height:,} pixels, and {MAX_PIXELS:,} are the limit"
         )
-    kind = "JPEG" if image.format == "MPO" else image.format  # what some cameras write: a JPEG and its thumbnails
+    kind = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with previews, from cameras
     kind = f"CMYK {kind}" if image.mode == "CMYK" else kind
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         levels = np.asarray(image)
@@ -92,27 +92,27 @@ def _read(encoded: bytes) -> tuple[str, np.ndarray]:
 
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that simplejpeg can decode, by its header."""
+    """(height, width) from the header, if it is a JPEG that simplejpeg can decode."""
     with contextlib.suppress(Exception):
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
         return (height, width) if height * width <= MAX_PIXELS and colorspace not in ("CMYK", "YCCK") else None
 
 
 def _upper_rows(encoded: bytes, rows: int, shape: tuple[int, int]) -> np.ndarray:
-    """The first `rows` rows of a JPEG of (height, width), or more of them, with a fourth channel that speeds up resizing.
+    """At least the first `rows` rows of an image of `shape` (height, width). A fourth channel speeds up resizing.
 
-    The decoder stops early because a copy of the header claims fewer rows: eight more than are wanted, for chroma is
-    interpolated between rows. The pixels are those of the whole image. Only a baseline JPEG that ends as it should is cut:
-    other kinds are decoded as a whole, and in a truncated file the early stop would hide that its end is missing.
+    A copy of the header claims `rows` + 8 rows, so the decoder stops early. The 8 extra rows keep the interpolation of
+    chroma between rows exact. Only a baseline JPEG with a proper end is cut. Other kinds are decoded whole, and in a
+    truncated file an early stop would hide the missing end.
     """
     at, marker, length = 2, 0, 0
-    while at + 9 < len(encoded) and not 0xFFC0 <= marker <= 0xFFDA:  # up to the frame's header
+    while at + 9 < len(encoded) and not 0xFFC0 <= marker <= 0xFFDA:  # find the frame header
         at += length
         marker, length = int.from_bytes(encoded[at : at + 2]), 2 + int.from_bytes(encoded[at + 2 : at + 4])
     size, fewer = struct.pack(">HH", *shape), struct.pack(">H", min(rows + 8, shape[0]))
     cut = marker in (0xFFC0, 0xFFC1) and encoded[at + 5 : at + 9] == size and encoded.endswith(b"\xff\xd9")
     try:
-        # Not strict, for a decoder that stops early warns of what follows.
+        # Not strict if cut: the decoder warns about the data after its last row.
         part = encoded[: at + 5] + fewer + encoded[at + 7 :] if cut else encoded
         return simplejpeg.decode_jpeg(part, "RGBX", strict=not cut or fewer == size[:2])
     except Exception:
@@ -120,11 +120,11 @@ def _upper_rows(encoded: bytes, rows: int, shape: tuple[int, int]) -> np.ndarray
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic (Keys, a = -0.75), without antialiasing, to ``[size, size, 3]`` uint8. A fourth channel is for speed; with it values may differ by one.
+    """Resizes to uint8 ``[size, size, 3]``: bicubic (Keys, a = -0.75), without antialiasing.
 
-    As in the reference but for two things: TensorFlow 1's resize_bicubic samples at ``i * scale``, here the centres of the
-    pixels are mapped, ``(i + 0.5) * scale - 0.5``, which moves the picture by less than a pixel; and the reference keeps
-    fractions and overshoots where it does not augment, here values are rounded to 0 … 255.
+    A fourth channel makes it faster; values may then differ by one. Two things differ from the released code. TensorFlow
+    1 samples at ``i * scale``, this at ``(i + 0.5) * scale - 0.5`` (pixel centres), a shift below one output pixel. Values
+    are always rounded to 0 … 255; the released code keeps fractions and overshoots if it does not augment.
     """
     if image.shape[:2] != (size, size):
         image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -132,12 +132,12 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def eval_image(original: bytes | np.ndarray, size: int, augmentation: str) -> np.ndarray:
-    """For the cropping augmentations the centre square of ``size / (size + 32)`` of the shorter side; else the whole."""
+    """The image resized for evaluation. For `CROPPING`, the centre ``size / (size + 32)`` of the shorter side."""
     return _cropped(original, size, augmentation)
 
 
 def _cropped(original, size, augmentation, rng=None):
-    """An image cropped, at random if there is an `rng`, and resized. No more is decoded than the crop needs."""
+    """Crops, at random if there is an `rng`, and resizes. Decodes only the rows that the crop needs."""
     shape = _jpeg_size(original) if isinstance(original, bytes) else original.shape[:2]
     if shape is None:
         original = read(original)[1]
@@ -157,23 +157,23 @@ def train_images(
 ) -> np.ndarray:
     """Augmented training images, uint8 ``[batch, size, size, 3]``.
 
-    Each is a pure function of its original and (seed, epoch, index), whatever else is in the batch.
+    Each image is a pure function of its original and (seed, epoch, index), not of the rest of the batch.
 
     Args:
-      originals: of each example uint8 ``[height, width, 3]``, or a photograph as bytes. Or one array of a whole set that is
-        resized already, ``[examples, size, size, 3]``: then an example's original is at its index.
-      epochs, indices: of the examples.
+      originals: per example uint8 ``[height, width, 3]``, or the bytes of a photograph. Or one array of a whole resized
+        set, ``[examples, size, size, 3]``, which is read at `indices`.
+      epochs, indices: epoch and index per example.
 
     Raises:
       Unreadable: see `read`.
     """
     if augmentation in CROPPING:
-        rngs = [example_rng(seed, *one) for one in zip(epochs, indices, strict=True)]
-        each = zip(originals, rngs, strict=True)
-        return np.stack([_crop_and_flip(original, size, augmentation, rng) for original, rng in each])
+        rngs = [example_rng(seed, epoch, index) for epoch, index in zip(epochs, indices, strict=True)]
+        pairs = zip(originals, rngs, strict=True)
+        return np.stack([_crop_and_flip(original, size, augmentation, rng) for original, rng in pairs])
     images, rows = originals, np.asarray(indices)
     if not isinstance(images, np.ndarray):
-        images, rows = np.stack([eval_image(each, size, augmentation) for each in originals]), np.arange(len(originals))
+        images, rows = np.stack([eval_image(x, size, augmentation) for x in originals]), np.arange(len(originals))
     if not augmentation.startswith("shift"):
         return images[rows]
     top, left, flip, _ = philox((indices, epochs, 0, 0), seed)
@@ -184,9 +184,9 @@ def train_images(
 
 
 def _shift(images, rows, top, left, flip):
-    """Cuts ``images[rows]`` out of a black frame of an eighth of their size, from (top, left) on, and mirrors those of `flip`."""
+    """Pads ``images[rows]`` with black by an eighth, cuts the window at (top, left), and mirrors where `flip`."""
     size, pad = images.shape[1], images.shape[1] // 8
-    out, chunk = np.empty((len(rows), size, size, 3), np.uint8), max(1, 2**16 // size**2)  # fits the processor's cache
+    out, chunk = np.empty((len(rows), size, size, 3), np.uint8), max(1, 2**16 // size**2)  # fits the cache
     framed = np.zeros((chunk, size + 2 * pad, 3 * (size + 2 * pad)), np.uint8)
     windows = np.lib.stride_tricks.sliding_window_view(framed, (size, 3 * size), axis=(1, 2))
     images = images.reshape(len(images), size, 3 * size)
@@ -195,14 +195,14 @@ def _shift(images, rows, top, left, flip):
         count, mirrored = len(rows[part]), flip[part]
         framed[:count, pad : pad + size, 3 * pad : 3 * (pad + size)] = images[rows[part]]
         cut = windows[np.arange(count), top[part], 3 * left[part]].reshape(count, size, size, 3)
-        if mirrored.any():  # they are one tall image
+        if mirrored.any():  # as one tall image
             cut[mirrored] = cv2.flip(cut[mirrored].reshape(-1, size, 3), 1).reshape(-1, size, size, 3)
         out[part] = cut
     return out
 
 
 def philox(counter: Sequence, key: int) -> tuple[np.ndarray, ...]:
-    """Four random numbers below 2**32 per counter, by Philox 4x32 of ten rounds; uint64 arrays.
+    """Four random numbers below 2**32 per counter, as uint64 arrays: Philox 4x32 with ten rounds.
 
     Args:
       counter: four arrays or numbers below 2**32.
@@ -222,7 +222,7 @@ def philox(counter: Sequence, key: int) -> tuple[np.ndarray, ...]:
 
 
 def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator for one photograph in one epoch."""
+    """The random generator of one photograph in one epoch."""
     return np.random.Generator(np.random.Philox(key=(seed, (int(epoch) << 32) + int(index))))
 
 
@@ -230,15 +230,15 @@ def _crop_and_flip(original, size, augmentation, rng):
     image = _cropped(original, size, augmentation, rng)
     if rng.random() < 0.5:
         image = cv2.flip(image, 1)
-    further = CROPPING[augmentation]
-    return further(image, rng) if further else image
+    policy = CROPPING[augmentation]
+    return policy(image, rng) if policy else image
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Makes examples one by one, from ``read(index)``: the image and its label; of a photograph, its bytes, label and name.
+    """Makes examples one by one. ``read(index)`` returns an image and its label, or a photograph's bytes, label and name.
 
-    Without a seed they are made as they are evaluated. Raises FailedError where a photograph cannot be read.
+    Without a seed, examples are made for evaluation. Raises FailedError if a photograph cannot be read.
     """
 
     read: Callable[[int], tuple]
@@ -268,11 +268,11 @@ def random_crop(
     min_covered=0.1,
     attempts=10,
 ) -> tuple[int, int, int, int] | None:
-    """(top, left, height, width) by the rule of tf.image.sample_distorted_bounding_box over the whole image.
+    """(top, left, height, width) of a random crop, by the rule of tf.image.sample_distorted_bounding_box.
 
-    An attempt draws the aspect ratio uniformly, then the height uniformly between those that give the least and the
-    most area, then the place. It fails if the crop covers less than `min_covered` of the image. None where every
-    attempt failed or the crop is the whole image: the caller then takes the centre crop, as the reference does.
+    An attempt draws an aspect ratio, then a height within the limits of `area`, then a place, each uniformly. It fails if
+    the crop does not fit or covers less than `min_covered` of the image. Returns None if every attempt fails or the crop
+    is the whole image. The caller then takes the centre crop, as the released code does.
     """
     smallest, largest = area[0] * height * width, area[1] * height * width
     for _ in range(attempts):

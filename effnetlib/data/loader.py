@@ -1,8 +1,8 @@
-"""Batches on the devices, in an order that is a pure function of (seed, step): the position to resume from is the step.
+"""Batches on the devices. Their order is a pure function of (seed, step), so a run resumes from its step alone.
 
-The training set is read as one endless stream, epoch after epoch, each a fresh permutation. Step s takes the examples
-from ``s * batch`` on, so no example is ever dropped, and a batch may span two epochs. Which process loads what follows
-from the sharding, and never changes what the global batch is.
+The training set is one endless stream of epochs, and each epoch is a new permutation. Step s takes the examples from
+``s * batch`` on. No example is dropped, and a batch may span two epochs. The sharding decides which process loads which
+rows; it never changes the global batch.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from effnetlib.data.workers import Workers
 from effnetlib.runs.machine import usable_cores
 
 Batch = dict[str, jax.Array]
-KEPT_BYTES = 2**30  # of a resized set; CIFAR-10 at 224 px would be 7.5 GB, and is resized anew for each batch
-WORTH_A_WORKER = 64  # images; to start one takes as long as to make about so many
+CACHED_BYTES = 2**30  # limit of a resized set in memory; CIFAR-10 at 224 px (7.5 GB) is resized anew per batch
+WORTH_A_WORKER = 64  # images; starting a worker takes about as long as making these
 
 
 @functools.lru_cache(maxsize=4)
 def permutation(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch."""
+    """The order of the examples in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
@@ -46,7 +46,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Batches of the steps from `start` up to `stop`: uint8 images ``[batch, size, size, 3]``, int32 labels.
 
-    Close it (`contextlib.closing`) when an error may end its use: it has worker processes.
+    Use it in `contextlib.closing`, so that its worker processes end after an error, too.
     """
     rows = _local_rows(sharding, batch)
     with contextlib.closing(Reader(split, size, augmentation, seed)) as reader:
@@ -58,9 +58,9 @@ def train_batches(
 def eval_batches(
     split: Split, *, batch: int, size: int, augmentation: str, sharding, reader: "Reader | None" = None
 ) -> Iterator[Batch]:
-    """Each example once, in order; the last batch is padded with black images whose ``mask`` is False.
+    """Batches of each example once, in order. Black images with a ``mask`` of False fill the last batch.
 
-    Close it as `train_batches`. A `reader` of this split is used, and stays open for the next evaluation.
+    Close it like `train_batches`. A given `reader` of this split stays open for the next evaluation.
     """
     rows, steps = _local_rows(sharding, batch), range(-(-len(split) // batch))
     masks = [step * batch + rows < len(split) for step in steps]
@@ -76,20 +76,20 @@ def eval_batches(
 
 
 class Reader:
-    """Makes the examples of a split, as they are evaluated, or with a seed as they are trained on.
+    """Makes the examples of a split: for training with a seed, for evaluation without.
 
-    A set in memory is resized once and augmented a batch at a time, in a thread. Photographs are made by a worker process
-    per core, which stay until `close`; on one core, or for a few, in a thread.
+    A set in memory is resized once and augmented batch by batch, in a thread. Photographs are made by one worker process
+    per core, until `close`. On one core, or for a few images, a thread makes them.
     """
 
     def __init__(self, split: Split, size: int, augmentation: str, seed: int | None = None):
         self.split, self.size, self.augmentation, self.seed = split, size, augmentation, seed
         self.examples, self.workers = Examples(split.encoded or split.example, size, augmentation, seed), None
-        as_evaluated = split.encoded is None and (seed is None or augmentation not in CROPPING)
-        self.kept = as_evaluated and 3 * size * size * len(split) <= KEPT_BYTES
+        is_resized_once = split.encoded is None and (seed is None or augmentation not in CROPPING)
+        self.is_cached = is_resized_once and 3 * size * size * len(split) <= CACHED_BYTES
 
     def __call__(self, wanted: Iterable[np.ndarray], batch: int, total: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Images and labels of each batch of (epoch, index), int64 ``[n, 2]``: n is at most `batch`, and `total` in all."""
+        """Images and labels per array of (epoch, index), int64 ``[n, 2]``, n <= `batch`. `total` is the sum of all n."""
         count = min(usable_cores(), total // WORTH_A_WORKER)
         if self.split.encoded is None or count < 2:
             return _one_thread_ahead(self._make, wanted)
@@ -97,26 +97,26 @@ class Reader:
         return self.workers(wanted)
 
     def close(self) -> None:
-        """Ends the worker processes; the next call starts others."""
+        """Ends the worker processes; the next call starts new ones."""
         if self.workers:
             self.workers.close()
         self.workers = None
 
     def _make(self, wanted):
         epochs, indices = wanted.T
-        if not self.kept:
-            made = [self.examples(*each) for each in wanted.tolist()]
+        if not self.is_cached:
+            made = [self.examples(epoch, index) for epoch, index in wanted.tolist()]
             images = np.array([image for image, _ in made], np.uint8).reshape(-1, self.size, self.size, 3)
             return images, np.array([label for _, label in made], np.int32)
-        images, labels = _kept(self.split, self.size, self.augmentation)
+        images, labels = _resized(self.split, self.size, self.augmentation)
         if self.seed is None:
             return images[indices], labels[indices]
         return train_images(images, self.size, self.augmentation, self.seed, epochs, indices), labels[indices]
 
 
-@functools.lru_cache(maxsize=2)  # the training and the evaluation split
-def _kept(split: Split, size: int, augmentation: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a set in memory as they are evaluated, and their labels."""
+@functools.lru_cache(maxsize=2)  # for the training and the evaluation split
+def _resized(split: Split, size: int, augmentation: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a set in memory, resized for evaluation, and their labels."""
     images, labels = np.empty((len(split), size, size, 3), np.uint8), np.empty(len(split), np.int32)
     for index in range(len(split)):
         image, labels[index] = split.example(index)
@@ -144,7 +144,7 @@ def _local_rows(sharding, batch: int) -> np.ndarray:
 
 
 def _on_devices(arrays: dict[str, np.ndarray], rows: np.ndarray, batch: int, sharding) -> Batch:
-    """Puts the rows of each device on it. The copy is asynchronous: while the devices work on one batch the next is on its way."""
+    """Puts the rows on their devices. The copy is asynchronous: the next batch is copied while the devices compute."""
 
     def place(array):
         def shard(index):

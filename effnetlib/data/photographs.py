@@ -1,12 +1,12 @@
-"""Where photographs lie: the layouts in which people keep ImageNet, and any folder of the form `split/class/*.jpg`.
+"""Layouts of photographs: the usual forms of ImageNet, and any folder of the form `split/class/*.jpg`.
 
 * The official archives: `ILSVRC2012_img_train.tar` (one tar per class inside), `ILSVRC2012_img_val.tar` (flat).
-* Folders: `train/CLASS/*` and `val/CLASS/*` (or `valid`, `dev`, …; see `split_of`), also one level down, and where the Kaggle
-  competition has them. `images` between the two is passed through. `test` is evaluated on where nothing else could be.
+* Folders: `train/CLASS/*` and `val/CLASS/*` (or `valid`, `dev`, …; see `split_of`). They may lie one level down, or as in
+  Kaggle's competition. A folder `images` in between is allowed. `test` is the evaluation split if nothing else could be.
 
-A flat validation split takes its labels from Kaggle's table, Tiny ImageNet's, or ImageNet's development kit. Classes are
-numbered in the sorted order of their names; where all are whole numbers, in the order of the numbers. What lies there and
-is not used is counted. `skip.txt` beside the splits names photographs to leave out, one path per line.
+A flat validation split takes its labels from Kaggle's table, Tiny ImageNet's table, or ImageNet's development kit. Classes
+are numbered in the sorted order of their names, or by number if all names are whole numbers. Unused files and folders are
+counted. `skip.txt` beside the splits names photographs to leave out, one path per line.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from effnetlib.data.split import Split, shown
 from effnetlib.data.workers import Packed
 from effnetlib.errors import EffnetlibError, first_line
 
-# The suffixes of photographs, and the format that each promises.
+# The format of each suffix.
 FORMATS = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | dict.fromkeys((".tif", ".tiff"), "TIFF")
 FORMATS |= {".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 SUFFIXES = tuple(FORMATS)
@@ -35,12 +35,12 @@ SPLIT_NAMES = {
     "eval": ("val", "valid", "validation", "validate", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's
-# What is passed over: what systems put between the photographs, and that table.
+ANNOTATIONS = "val_annotations.txt"  # the labels of Tiny ImageNet
+# Prefixes of ignored names: files of operating systems, and that table.
 JUNK = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "$Recycle.Bin", ANNOTATIONS)
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 WNID = re.compile(r"n\d{8}")
-WHOLE = 1000  # synsets
+WHOLE = 1000  # classes of the full ImageNet
 TARS = {"train": "ILSVRC2012_img_train.tar", "eval": "ILSVRC2012_img_val.tar"}
 KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -55,11 +55,11 @@ WANTED = {
 
 
 class MissingSplit(EffnetlibError):
-    """The layout is recognised, but this split of it is not there."""
+    """The layout is recognised, but it lacks this split."""
 
 
 class Photo(NamedTuple):
-    """One file (`offset` 0), or a part of an archive: `name` is what to call it, `size` its bytes when it was listed."""
+    """One file (`offset` 0), or a part of an archive. `name` is its full path; `size` is its bytes when listed."""
 
     name: str
     label: int
@@ -81,7 +81,7 @@ class Photo(NamedTuple):
 
 
 class _Files:
-    """Photographs by index: the file as bytes, the label and the name."""
+    """Reads photographs by index: bytes, label and name."""
 
     def __init__(self, photos: Sequence[Photo]):
         self.photos = photos
@@ -91,11 +91,11 @@ class _Files:
         return photo.read(), photo.label, photo.name
 
     def __getstate__(self):
-        return {"photos": Packed(self.photos)}  # which all worker processes share
+        return {"photos": Packed(self.photos)}  # one copy for all worker processes
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder (or a split of TFDS) of this name holds, if any.
+    """The split that a folder (or TFDS split) of this name holds; None if it is not the name of a split.
 
     >>> split_of("Training_Set"), split_of("valid"), split_of("TEST"), split_of("extras")
     ('train', 'eval', 'test', None)
@@ -105,7 +105,7 @@ def split_of(name: str) -> str | None:
 
 
 def in_words(counts: dict[str, int]) -> str:
-    """What was counted, for a sentence.
+    """Counts as words for a sentence.
 
     >>> in_words({"extras/": 1, "valid/**/*.gif": 12})
     'extras/, valid/**/*.gif (12)'
@@ -120,7 +120,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def check_classes(place: object, classes: dict[str, tuple[str, ...]]) -> None:
-    """Refuses splits whose classes differ; `classes` has the names of each split's."""
+    """Raises an error if the splits have different classes. `classes` maps splits to class names."""
     (first, wanted), *others = classes.items()
     for other, found in others:
         only = {first: sorted(set(wanted) - set(found)), other: sorted(set(found) - set(wanted))}
@@ -129,23 +129,23 @@ def check_classes(place: object, classes: dict[str, tuple[str, ...]]) -> None:
             raise EffnetlibError(f"the classes of {place} differ: {differ} ({hint})")
 
 
-_KEPT: dict[tuple[Path, str], tuple[dict[Path, int], Split]] = {}
+_LISTINGS: dict[tuple[Path, str], tuple[dict[Path, int], Split]] = {}
 
 
 def list_photographs(root: Path, split: str) -> Split | None:
-    """Lists a split ("train", "eval" or "test") of the data set at `root`, class by class, by name; None where no layout is
-    recognised. No photograph is opened. `unused` is such as `{"valid/**/*.gif": 12, "extras/": 1}`.
+    """Lists a split ("train", "eval" or "test") of the data set at `root`, ordered by class and name.
+    Returns None if no layout is recognised. No photograph is opened. `unused` is like `{"valid/**/*.gif": 12, "extras/": 1}`.
 
-    Listing a million files takes minutes, so the last listings are kept while no folder that was read has changed. (A file that
-    is written over under its own name changes no folder. Only its size in the listing is then old.)
+    Listing a million files takes minutes. So the last three listings are cached until a folder that was read changes.
+    (Overwriting a file changes no folder. Then only its size in the listing is old.)
 
     Raises:
-      MissingSplit: a layout is recognised, and has no such split.
-      EffnetlibError: what is missing or wrong in it.
+      MissingSplit: a layout is recognised, but it lacks this split.
+      EffnetlibError: something in the layout is missing or wrong.
     """
-    changed, listing = _KEPT.get((root, split), ({}, None))
+    mtimes, listing = _LISTINGS.get((root, split), ({}, None))
     with contextlib.suppress(OSError):
-        if listing and all(os.stat(place).st_mtime_ns == when for place, when in changed.items()):
+        if listing and all(os.stat(place).st_mtime_ns == mtime for place, mtime in mtimes.items()):
             return listing
     walk = _Walk(root, split)
     try:
@@ -156,21 +156,21 @@ def list_photographs(root: Path, split: str) -> Split | None:
         raise EffnetlibError(f"an archive in {root} is damaged, or not whole: {error}") from None
     except OSError as error:
         raise EffnetlibError(f"{error.filename or root} cannot be read: {error.strerror}") from None
-    # Times in a file system have steps of up to 10 ms: a change within the step of the last one would not be seen.
-    if listing and time.time_ns() - max(walk.changed.values()) > 100_000_000:
-        _KEPT[root, split] = walk.changed, listing
-        for oldest in list(_KEPT)[:-3]:
-            del _KEPT[oldest]
+    # File times have steps of up to 10 ms: a second change within a step is invisible. So fresh folders are not cached.
+    if listing and time.time_ns() - max(walk.mtimes.values()) > 100_000_000:
+        _LISTINGS[root, split] = walk.mtimes, listing
+        for oldest in list(_LISTINGS)[:-3]:
+            del _LISTINGS[oldest]
     return listing
 
 
 def seen(folder: Path) -> str:
-    """What lies in a folder, in words."""
+    """The content of a folder, in words."""
     return in_words(beside(folder, folder, lambda _: False))
 
 
 def beside(root: Path, base: Path, used: Callable[[str], object]) -> Counter:
-    """Counts what lies in the folders from `root` down to `base`, apart from the way there and from what is `used(name)`."""
+    """Counts what lies in the folders from `root` to `base`, except the path to `base` and names that are `used(name)`."""
     counts, place, where = Counter(), root, ""
     for step in (*base.relative_to(root).parts, None):
         with os.scandir(place) as entries:
@@ -183,14 +183,14 @@ def beside(root: Path, base: Path, used: Callable[[str], object]) -> Counter:
 
 
 def _tally(where: str, folders: Iterable[str], photos: Iterable[Photo], others: Iterable[str]) -> Counter:
-    """Counts folders by their names, and files by their suffixes."""
+    """Counts folders by name and files by suffix."""
     files = (os.path.splitext(name)[1].lower() for name in (*(photo.name for photo in photos), *others))
     kinds = [*(f"{name}/" for name in folders), *(f"*{suffix or ' without a suffix'}" for suffix in files)]
     return Counter(where + kind for kind in kinds)
 
 
 class _Place(NamedTuple):
-    """A folder; or the archive that begins at `offset` of the file `tar`, and that is called `path`."""
+    """A folder, or an archive that begins at `offset` of the file `tar`. Then `path` is only its name."""
 
     path: Path
     tar: Path | None = None
@@ -198,11 +198,11 @@ class _Place(NamedTuple):
 
 
 class _Walk:
-    """One listing in the making: when each place that it read was changed, what is not used, what `skip.txt` leaves out."""
+    """Makes one listing. Collects modification times, counts of unused files, and the photographs that `skip.txt` names."""
 
     def __init__(self, root: Path, split: str):
         self.root, self.split = root, split
-        self.changed: dict[Path, int] = {}
+        self.mtimes: dict[Path, int] = {}
         self.unused: Counter = Counter()
         self.skip: set[str] = set()
         self.skipped: set[str] = set()
@@ -211,8 +211,8 @@ class _Walk:
         root = self.root
         for path in (root, *(root / name for name in (*TARS.values(), *BESIDE))):
             if path.exists():
-                self.changed[path] = path.stat().st_mtime_ns
-        if (root / SKIP) in self.changed:
+                self.mtimes[path] = path.stat().st_mtime_ns
+        if (root / SKIP) in self.mtimes:
             lines = (root / SKIP).read_bytes().decode(errors="surrogateescape").splitlines()
             self.skip = {str(root / line.partition("\t")[0]) for line in lines if line.strip()}
         folders = self._scan(_Place(root))[0]
@@ -247,7 +247,7 @@ class _Walk:
         return places
 
     def _settle_test(self, base: Path, places: dict[str, _Place], classes: list[str]) -> None:
-        """Takes `test` out of `places` where its folders are no classes; makes it "eval" where nothing else could be."""
+        """Removes `test` from `places` if its folders are not classes. Makes it "eval" if nothing else could be."""
         test = places["test"]
         folders, photos, others = self._open(test)
         if not folders.keys() & set(classes or folders):
@@ -255,7 +255,7 @@ class _Walk:
             where = self._where(test)
             self.unused.update(_tally(where, folders, photos, others) or {where: 0})
         elif "eval" not in places and self.split == "test":
-            raise MissingSplit(f"{test.path} is what {self.root} evaluates on: it has no test split beside it")
+            raise MissingSplit(f"{self.root} evaluates on {test.path}: it has no test split beside it")
         elif "eval" not in places and self.split == "eval":
             rivals, lower = set(), set(map(str.casefold, classes))
             known = {base, *base.parents, *(place.path for place in places.values())}
@@ -273,13 +273,13 @@ class _Walk:
             places["eval"] = test
 
     def _scan(self, place: _Place) -> tuple[dict[str, _Place], list[Photo], list[str]]:
-        """(folders, photographs without their labels, names of other files), the folders sorted.
+        """(folders, photographs without their labels, names of other files), in sorted order for a folder.
 
-        A link to nothing is a folder or a photograph: it cannot be passed over, and whoever reads it names it.
+        A broken link counts as a folder or a photograph. It is not ignored: reading it raises an error with its name.
         """
         if place.tar:
             return self._scan_archive(place)
-        self.changed[place.path] = os.stat(place.path).st_mtime_ns
+        self.mtimes[place.path] = os.stat(place.path).st_mtime_ns
         folders, photos, others = {}, [], []
         with os.scandir(place.path) as entries:
             for entry in sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name):
@@ -304,7 +304,7 @@ class _Walk:
                         folders[path.stem] = _Place(place.path / path.stem, place.tar, member.offset_data)
                     elif member.isfile() and path.name.lower().endswith(SUFFIXES) and self._keep(str(path)):
                         photos.append(Photo(str(path), 0, str(place.tar), member.size, member.offset_data))
-                    archive.members.clear()  # or it keeps a million of them
+                    archive.members.clear()  # else a million members stay in memory
         return folders, photos, others
 
     def _keep(self, path: str) -> bool:
@@ -313,7 +313,7 @@ class _Walk:
         return path not in self.skip
 
     def _open(self, place: _Place):
-        """What `_scan` finds; where that is a folder `images` and no photographs, what is in there (as in Tiny ImageNet)."""
+        """Like `_scan`. If there is only a folder `images`, and no photograph, scans that (as in Tiny ImageNet)."""
         folders, photos, others = self._scan(place)
         if photos or folders.keys() != {"images"}:
             return folders, photos, others
@@ -331,7 +331,7 @@ class _Walk:
             if not groups[name]:
                 if self.split == "train":
                     there = f"{', '.join(SUFFIXES)} (seen: {in_words(_tally('', nested, (), rest))})"
-                    raise EffnetlibError(f"the class folder {folder.path} holds no {there}: fill it, or take it away")
+                    raise EffnetlibError(f"the class folder {folder.path} holds no {there}: fill it, or remove it")
                 self.unused[f"{where}{name}/"] = 0
             self.unused.update(_tally(f"{where}**/", nested, (), rest))
         if loose and self.split == "eval" and not any(groups.values()):
@@ -348,9 +348,7 @@ class _Walk:
         self.unused.update(_tally(where, (), loose, others))
         inside, rest = f"{self.root}/", self.skip - self.skipped
         if strays := sorted(name for name in rest if name.startswith(f"{place.path}/") or not name.startswith(inside)):
-            raise EffnetlibError(
-                f"{self.root / SKIP} names {strays[0]}, which is no photograph here: take the line out"
-            )
+            raise EffnetlibError(f"{self.root / SKIP} names {strays[0]}, which is no photograph here: remove the line")
         if self.skipped:
             self.unused[f"photographs that {SKIP} names"] = len(self.skipped)
         class_names = _numbered(groups)
@@ -373,7 +371,7 @@ class _Walk:
 
 
 def _numbered(names: Iterable[str]) -> list[str]:
-    """Class names in the order of their labels: that of the numbers where all are whole numbers, else as text is sorted."""
+    """Class names in the order of their labels: numeric if all are whole numbers, else sorted as text."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
@@ -382,7 +380,7 @@ def _validation_labels(root: Path, place: Path, names: list[str], classes: list[
     """The class of each file name in `place`, a split without class folders.
 
     Raises:
-      EffnetlibError: no file of labels was found, or it cannot be read, or does not fit the photographs or the classes.
+      EffnetlibError: there is no label file, it cannot be read, or it does not fit the photographs or the classes.
     """
     kit = root / f"{DEVKIT}.tar.gz"
     path = next(
@@ -398,7 +396,7 @@ def _validation_labels(root: Path, place: Path, names: list[str], classes: list[
         raise EffnetlibError(f"{there}: {wanted}")
     try:
         known = _from_kit(path) if path == kit else _from_table(path)
-    except Exception as error:  # text that is none, a damaged archive or matrix: each library raises its own kinds
+    except Exception as error:  # damaged text, archive or matrix: each library raises its own kinds
         raise EffnetlibError(f"the validation labels in {path} cannot be read: {first_line(error)}") from None
     found = {name: known.get(name) or known.get(name.rpartition(".")[0]) for name in names}
     if missing := [name for name in names if not found[name]]:
@@ -409,14 +407,14 @@ def _validation_labels(root: Path, place: Path, names: list[str], classes: list[
 
 
 def _from_table(path: Path) -> dict[str, str]:
-    """Of a table whose first column is the file's name, with its suffix or without, and whose second begins with the class."""
+    """Reads a table. Column 1 is the file name, with or without suffix. Column 2 begins with the class."""
     with open(path, newline="") as file:
         rows = csv.reader(file, delimiter="\t" if path.suffix == ".txt" else ",")
         return {row[0]: row[1].split()[0] for row in rows if len(row) >= 2 and row[1].split()}
 
 
 def _from_kit(path: Path) -> dict[str, str]:
-    """Of the development kit, whose n-th number is the class of `ILSVRC2012_val_0000000n`."""
+    """Reads the development kit. Its n-th number is the class of `ILSVRC2012_val_0000000n`."""
     from scipy.io import loadmat
 
     with tarfile.open(path) as archive:

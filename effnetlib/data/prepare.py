@@ -1,7 +1,7 @@
-"""From photographs in any layout to ArrayRecord shards with a manifest, and the check of such a folder.
+"""Converts photographs in any layout to ArrayRecord shards with a manifest, and checks such a folder.
 
-A shard is written beside its final name and renamed when it is whole; then the manifest names it. So a run that was killed
-goes on where it stood, and nothing that is there is ever damaged.
+A shard is written under a temporary name. When it is complete, it is renamed and listed in the manifest. So a killed run
+can continue, and existing shards are never damaged.
 """
 
 import functools
@@ -30,26 +30,26 @@ from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.progress import Progress
 
 IMAGENET = {"train": 1_281_167, "eval": 50_000}
-PHOTOGRAPHS_A_SHARD = 1250
-KEPT = ("JPEG", "PNG")  # formats whose bytes go into shards as they are
+PHOTOGRAPHS_PER_SHARD = 1250
+SHARD_FORMATS = ("JPEG", "PNG")  # formats whose bytes go into shards as they are
 
 
 class Refused(Exception):
-    """Why a photograph goes into no shard."""
+    """A photograph is not written to a shard. The message says why."""
 
 
 class Odd(Refused):
-    """It can be read, and a JPEG can be made of it."""
+    """The photograph is readable, but in the wrong format. It can be converted to JPEG."""
 
 
 def accept(photo: Photo, convert: bool) -> tuple[bytes, bool]:
-    """The bytes of a photograph for a shard, after it was decoded as a whole, and whether they are no longer the file's.
+    """(bytes for a shard, whether they were converted). The photograph is decoded whole, to prove that it is readable.
 
-    Where shards do not hold its format, `convert` makes an RGB JPEG of the best quality, as the reference's script does of PNG
-    and CMYK.
+    If shards cannot hold its format, `convert` makes an RGB JPEG of the best quality. The reference's script does the same
+    with PNG and CMYK.
 
     Raises:
-      Refused: it is unreadable, CMYK, of a format that its name does not say, or of one that shards do not hold.
+      Refused: it is unreadable, CMYK, neither JPEG nor PNG, or its suffix names another format.
     """
     try:
         encoded = photo.read()
@@ -59,7 +59,7 @@ def accept(photo: Photo, convert: bool) -> tuple[bytes, bool]:
     except Unreadable as error:
         raise Refused(f"unreadable, or cut off ({error})" if encoded else "an empty file") from None
     named = FORMATS[os.path.splitext(photo.name)[1].lower()]
-    if (kind in KEPT and kind == named) or (kind == "JPEG" and convert):
+    if (kind in SHARD_FORMATS and kind == named) or (kind == "JPEG" and convert):
         return encoded, False
     if not convert:
         posing = "a CMYK photograph" if kind.startswith("CMYK") else f"a {kind} posing as a {named}"
@@ -73,9 +73,9 @@ def accept(photo: Photo, convert: bool) -> tuple[bytes, bool]:
 
 class _Shard(NamedTuple):
     file: str
-    places: list[int]  # of its photographs in canonical order
+    places: list[int]  # positions of its photographs in canonical order
     photos: list[Photo]
-    members: str  # a hash of their names and sizes
+    members: str  # hash of their labels, names and sizes
 
 
 def prepare(
@@ -83,19 +83,19 @@ def prepare(
 ) -> dict:
     """Writes the photographs of every split of `source` into ArrayRecord shards in `dest`; returns the manifest.
 
-    Running it again goes on where it stopped, writes what is missing, and adds splits that are new in the source.
+    Running it again continues after a stop, writes missing shards, and adds splits that are new in the source.
 
     Args:
       source: a folder in any layout of `effnetlib.data.photographs`.
-      dest: the folder to write; made if need be.
-      convert: make RGB JPEGs of what is no JPEG or PNG, or CMYK, or of another format than its name says. Else it is refused.
-      partial: take an ImageNet that is not whole.
-      skip_unreadable: leave out what cannot be read. The manifest names it, and the fingerprint is of what is left.
+      dest: the folder to write; created if needed.
+      convert: make RGB JPEGs of photographs in the wrong format (see `accept`). Else they are refused.
+      partial: accept an incomplete ImageNet.
+      skip_unreadable: leave out unreadable photographs. The manifest names them; the fingerprint covers the rest.
 
     Raises:
-      EffnetlibError: the source is none, or lacks something; `dest` holds something else, or lies where the source's
-        photographs are, or another process is writing to it.
-      FailedError: photographs are refused (all are named), or there is no room.
+      EffnetlibError: the source has no known layout, or lacks something. Or `dest` holds another data set, lies among
+        the source's photographs, or is being written by another process.
+      FailedError: photographs are refused (`refused.txt` names all), or the disk is too small or fails.
     """
     listings = _list(source, partial)
     taken = {name for names in SPLIT_NAMES.values() for name in names}
@@ -107,7 +107,7 @@ def prepare(
             return _write(dest, listings, os.path.relpath(dest, source) + "/", convert, skip_unreadable)
     except OSError as error:
         failed = f"{error.filename or dest} could not be written ({error.strerror})"
-        raise FailedError(f"{failed}: once that is mended, the same command goes on") from None
+        raise FailedError(f"{failed}: fix this, and run the same command again to continue") from None
 
 
 def _list(source: Path, partial: bool) -> dict[str, Split]:
@@ -140,7 +140,7 @@ def _is_imagenet(train: Split) -> bool:
 
 
 def _divide(split: str, photos: list[Photo]) -> Iterator[_Shard]:
-    order, of = shard_order(len(photos)).tolist(), -(-len(photos) // PHOTOGRAPHS_A_SHARD)
+    order, of = shard_order(len(photos)).tolist(), -(-len(photos) // PHOTOGRAPHS_PER_SHARD)
     for number in range(of):
         places = order[len(order) * number // of : len(order) * (number + 1) // of]
         members = [photos[place] for place in places]
@@ -150,7 +150,7 @@ def _divide(split: str, photos: list[Photo]) -> Iterator[_Shard]:
 
 
 def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, skip_unreadable: bool) -> dict:
-    """Writes the shards that are not there yet, and the manifest after each; `name` is what the source calls `dest`."""
+    """Writes the missing shards, and the manifest after each. `name` is the path of `dest` in the source, if inside."""
     shards = {split: list(_divide(split, listing.photos)) for split, listing in listings.items()}
     before = read_manifest(dest)["splits"] if (dest / MANIFEST).is_file() else {}
     for split, about in before.items():
@@ -169,7 +169,7 @@ def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, ski
         raise FailedError(f"the shards need {needed / 2**30:.1f} GiB, and {dest} has {free / 2**30:.1f} GiB free")
     manifest = {
         "schema": SCHEMA,
-        "unused": {kind: count for each in listings.values() for kind, count in each.unused.items() if kind != name},
+        "unused": {kind: n for listing in listings.values() for kind, n in listing.unused.items() if kind != name},
         "classes": list(next(iter(listings.values())).class_names),
     }
 
@@ -178,12 +178,12 @@ def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, ski
         write_atomically(dest / MANIFEST, json.dumps(manifest) + "\n")
 
     save()
-    # Of an earlier, unfinished preparation of fewer or more photographs. What else lies there is not ours.
+    # Old shards of an unfinished preparation with another number of photographs. Other files are not ours, and stay.
     for stale in (*(dest / file for file in known), *dest.glob(".*-?????-of-?????.array_record*")):
         stale.unlink(missing_ok=True)
     refused = []
     write = functools.partial(_write_shard, dest, convert=convert, skip_unreadable=skip_unreadable)
-    for about, wrong in _each(write, todo, [len(shard.photos) for shard in todo]):
+    for about, wrong in _map_shards(write, todo, [len(shard.photos) for shard in todo]):
         refused += wrong
         if about:
             done[about["file"]] = about
@@ -195,7 +195,7 @@ def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, ski
 
 
 def _describe(listing: Split, shards: list[_Shard], done: dict[str, dict]) -> dict:
-    """What the manifest says of a split of which some shards are done."""
+    """The manifest entry of a split: its shards that are done."""
     abouts = [done[shard.file] for shard in shards if shard.file in done]
     return {
         "whole": len(abouts) == len(shards),
@@ -207,8 +207,8 @@ def _describe(listing: Split, shards: list[_Shard], done: dict[str, dict]) -> di
     }
 
 
-def _each(work, shards: list, sizes: list[int]) -> Iterator:
-    """`work(shard)` of each, made in threads, with the progress in photographs."""
+def _map_shards(work, shards: list, sizes: list[int]) -> Iterator:
+    """Yields `work(shard)` per shard, from threads. Shows the progress; `sizes` are photographs per shard."""
     progress, done = Progress(sum(sizes), 0, 1, unit="photograph"), 0
     with ThreadPoolExecutor(usable_cores()) as pool:
         try:
@@ -223,8 +223,8 @@ def _each(work, shards: list, sizes: list[int]) -> Iterator:
 
 def _refuse(path: Path, refused: list[tuple[str, Refused]]) -> None:
     text = "".join(f"{name}\t{reason}\n" for name, reason in refused)
-    write_atomically(path, text.encode(errors="surrogateescape"))  # names as the disk has them
-    hint = "replace them, or leave out with --skip-unreadable what cannot be read"
+    write_atomically(path, text.encode(errors="surrogateescape"))  # names may not be UTF-8
+    hint = "replace them, or leave out unreadable ones with --skip-unreadable"
     if all(isinstance(reason, Odd) for _, reason in refused):
         hint = "--convert makes JPEGs of them"
     named = "; ".join(f"{name}: {reason}" for name, reason in refused[:10]) + "; …" * (len(refused) > 10)
@@ -232,8 +232,8 @@ def _refuse(path: Path, refused: list[tuple[str, Refused]]) -> None:
 
 
 def _write_shard(dest: Path, shard: _Shard, *, convert: bool, skip_unreadable: bool) -> tuple[dict | None, list]:
-    """Writes one shard, and returns what the manifest says of it. The other part is (name, reason) of each photograph that is
-    refused: then there is no shard."""
+    """Writes one shard and returns (its manifest entry, []). If photographs are refused, writes none and returns
+    (None, [(name, reason), ...])."""
     temporary, path = dest / f".{shard.file}", dest / shard.file
     refused, skipped, converted, records = [], [], [], hashlib.sha256()
     try:
@@ -285,7 +285,7 @@ def _sha256(path: Path) -> str:
 
 
 def check(dest: Path) -> list[str]:
-    """Reads every shard of a prepared folder and compares it with the manifest; returns what is wrong, a sentence each.
+    """Compares every shard of a prepared folder with its manifest. Returns one sentence per problem.
 
     Raises:
       EffnetlibError: there is no readable manifest.
@@ -304,4 +304,4 @@ def check(dest: Path) -> list[str]:
         return None if is_right else f"{path} is damaged: its bytes are not those that were written"
 
     shards = [about for split in splits.values() for about in split["shards"]]
-    return list(filter(None, _each(problem, shards, [about["examples"] for about in shards])))
+    return list(filter(None, _map_shards(problem, shards, [about["examples"] for about in shards])))

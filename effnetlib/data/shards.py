@@ -1,8 +1,8 @@
-"""ArrayRecord shards of photographs: the original JPEG bytes with their labels, read at random.
+"""ArrayRecord shards of photographs: encoded images with their labels, read by index.
 
-A record is a `tf.train.Example` with the features "image" (bytes), "label" (int64) and "file_name" (bytes): the form of
-TFDS's `imagenet2012`, so its shards and ours are read by the same code. A folder of ours holds `manifest.json` (see
-`effnetlib.data.prepare`), TFDS's holds `dataset_info.json`.
+A record is a `tf.train.Example` with the features "image" (bytes), "label" (int64) and "file_name" (bytes). TFDS's
+`imagenet2012` has the same form, so the same code reads its shards and ours. Our folders hold `manifest.json` (see
+`effnetlib.data.prepare`); TFDS's hold `dataset_info.json`.
 """
 
 import functools
@@ -26,7 +26,7 @@ UNFINISHED = "the preparation of {} did not end: the same `effnetlib data prepar
 SCHEMA = 1
 INFO = "dataset_info.json"  # of TFDS
 
-# `tf.train.Example` without TensorFlow: the fields that we use, by their numbers in its example.proto.
+# `tf.train.Example` without TensorFlow: the fields that we use, with the numbers of example.proto.
 _PROTO = """
 name: "effnetlib_example.proto" package: "effnetlib" syntax: "proto3"
 message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
@@ -57,7 +57,7 @@ def encode_record(image: bytes, label: int, file_name: str) -> bytes:
 
 
 def decode_record(record: bytes) -> tuple[bytes, int, str]:
-    """(image, label, file name) of a record. A ValueError says that it is none."""
+    """(image, label, file name) of a record. Raises ValueError if it is not one."""
     try:
         features = {entry.key: entry.value for entry in _Example.FromString(record).features.feature}
         (image,), (label,) = features["image"].bytes_list.value, features["label"].int64_list.value
@@ -67,9 +67,9 @@ def decode_record(record: bytes) -> tuple[bytes, int, str]:
 
 
 class ShardedRecords:
-    """Records by index over several shards. `order[i]` is where example i lies; None means where it is counted.
+    """Records of several shards by index. Example i is the record `order[i]`, or record i if `order` is None.
 
-    Threads may share it. Reading a damaged shard, or a label of `classes` or more, is a FailedError that names the shard.
+    Threads may share it. A damaged shard, or a label not below `classes`, raises a FailedError that names the shard.
     """
 
     def __init__(self, shards: list[tuple[Path, int]], classes: int, order: np.ndarray | None = None):
@@ -79,15 +79,14 @@ class ShardedRecords:
     @functools.cached_property
     def _source(self):
         _allow_open_files(2 * len(self.shards) + 100)
-        whole = functools.partial(SimpleNamespace, skip=0)  # with the counts given, no shard is opened to count them
+        whole = functools.partial(SimpleNamespace, skip=0)  # known counts: no shard is opened to count its records
         return ArrayRecordDataSource(
             [whole(filename=str(path), take=count, examples_in_shard=count) for path, count in self.shards]
         )
 
     def __getstate__(self):
-        return {
-            name: value for name, value in vars(self).items() if name != "_source"
-        }  # its files are open in one process
+        # The open files of `_source` belong to one process.
+        return {name: value for name, value in vars(self).items() if name != "_source"}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -113,7 +112,7 @@ class ShardedRecords:
 
 
 def _allow_open_files(count: int) -> None:
-    """The data source keeps every shard open, and the usual limit is 1,024."""
+    """Raises the limit, usually 1,024 files: the data source keeps every shard open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
@@ -121,13 +120,13 @@ def _allow_open_files(count: int) -> None:
 
 
 def shard_order(num_examples: int) -> np.ndarray:
-    """Which example (in canonical order) lies at each place over all shards: a permutation fixed for ever, so that every
-    shard is a random part of the whole."""
+    """The example (in canonical order) at each place over all shards. This permutation never changes. It makes every
+    shard a random part of the whole."""
     return np.random.default_rng(0).permutation(num_examples)
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder of ours.
+    """The manifest of a folder that `effnetlib.data.prepare` wrote.
 
     Raises:
       EffnetlibError: it is damaged, or of another version.
@@ -135,7 +134,7 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         for split, about in manifest["splits"].items():
-            about.setdefault("whole", True)  # manifests were written only at the end once
+            about.setdefault("whole", True)  # old manifests were written only at the end
             if manifest["schema"] != SCHEMA or about["examples"] != sum(shard["examples"] for shard in about["shards"]):
                 raise ValueError(f"the counts of {split} contradict each other")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -144,14 +143,14 @@ def read_manifest(folder: Path) -> dict:
 
 
 def open_shards(root: Path, split: str) -> Split | None:
-    """Opens a split of a folder of shards, ours or TFDS's; None where it is neither.
+    """Opens a split of a folder of shards, ours or TFDS's. Returns None if it is neither.
 
     Raises:
-      EffnetlibError: it is one, and what is missing or wrong in it.
+      EffnetlibError: something in the folder is missing or wrong.
     """
     if (root / MANIFEST).is_file():
         return _open_ours(root, split)
-    # NAME/CONFIG/VERSION, or a part of that. Where there are photographs, such a search would take minutes.
+    # TFDS's folders are NAME/CONFIG/VERSION, or a part of that. A deep search among photographs would take minutes.
     photographs = any(split_of(path.name) for path in root.glob("*"))
     infos = sorted(info for depth in range(2 if photographs else 4) for info in root.glob("*/" * depth + INFO))
     if len(infos) > 1:
@@ -175,12 +174,10 @@ def _open_ours(root: Path, split: str) -> Split:
         raise EffnetlibError(UNFINISHED.format(root))
     shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]
     if missing := [path for path, _ in shards if not path.is_file()]:
-        raise FailedError(f"the shard {missing[0]} is missing: preparing again mends it")
+        raise FailedError(f"the shard {missing[0]} is missing: prepare the folder again")
     skipped = [place for shard in about["shards"] for place, *_ in shard.get("skipped", ())]
     order = shard_order(about["examples"] + len(skipped))
-    order = np.argsort(
-        order[~np.isin(order, skipped)]
-    )  # skipped photographs leave no gap, in the shards or in the order
+    order = np.argsort(order[~np.isin(order, skipped)])  # skipped photographs leave no gaps
     used = {shard["file"] for each in manifest["splits"].values() for shard in each["shards"]} | {MANIFEST}
     unused = beside(root, root, used.__contains__)
     if skipped:

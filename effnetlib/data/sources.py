@@ -1,4 +1,4 @@
-"""Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet's, loose or in shards."""
+"""Sources: digits (embedded), CIFAR-10, and photographs such as ImageNet (loose files or shards)."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ MINIVAL_SHARDS, REFERENCE_SHARDS = 20, 1024
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Sizes of a data set: examples to train on and to evaluate, and classes."""
+    """Sizes of a data set: training examples, evaluation examples, classes."""
 
     train_examples: int
     eval_examples: int
@@ -37,12 +37,12 @@ KNOWN = {
 
 
 def cache_folder() -> Path:
-    """Where downloaded sets lie: the environment variable EFFNETLIB_DATA, else ~/.cache/effnetlib."""
+    """The folder of downloaded sets: the environment variable EFFNETLIB_DATA, else ~/.cache/effnetlib."""
     return user_path(os.environ.get("EFFNETLIB_DATA") or "~/.cache/effnetlib", "EFFNETLIB_DATA", folder=True)
 
 
 def describe(name: str, subset: str = "all") -> DataInfo:
-    """The sizes of a data set: constants for the known ones, a listing for photographs (nothing is decoded)."""
+    """The sizes of a data set. Known sets have constants; other photographs are listed, not decoded."""
     if name in KNOWN:
         info, held_out = KNOWN[name], 0
         if subset == "minival":
@@ -54,15 +54,15 @@ def describe(name: str, subset: str = "all") -> DataInfo:
 
 
 def load(name: str, split: str, subset: str = "all") -> Split:
-    """Opens a split of a data set: "train", "eval", or where a folder of photographs has one beside those, "test".
+    """Opens a split of a data set.
 
     Args:
-      subset: "all", or "minival", the reference's hold-out: 20 of 1,024 shards of the training set are taken from it and
-        are what "eval" means. It is drawn once for ever, the same for loose photographs and for shards of ours (TFDS's
-        have an order of their own).
+      split: "train" or "eval"; also "test" for photographs that have all three.
+      subset: "all" or "minival". With "minival", 20/1,024 of the training set become "eval", as in the released code. The
+        choice is fixed. It is the same for loose photographs and our shards; TFDS's shards have another order.
 
     Raises:
-      EffnetlibError: the set is unknown, missing (the sentence says how to get it), or not of the size it should be.
+      EffnetlibError: the set is unknown, missing (the message says how to get it), or of the wrong size.
     """
     if split not in SPLITS:
         raise EffnetlibError(f"there is no split {split!r}: {did_you_mean(split, SPLITS)}")
@@ -71,12 +71,12 @@ def load(name: str, split: str, subset: str = "all") -> Split:
         held_out, drawn = _held_out(len(whole), name), shard_order(len(whole))
         return whole.select(drawn[held_out:] if split == "train" else drawn[:held_out])
     if name in IN_MEMORY and split == "test":
-        raise EffnetlibError(f"{name} has no test split beside the one it is evaluated on")
+        raise EffnetlibError(f"{name} has no test split, only train and eval")
     data = IN_MEMORY[name](split) if name in IN_MEMORY else _photographs(name, split)
     if name in KNOWN and split != "test":
         wanted = KNOWN[name].train_examples if split == "train" else KNOWN[name].eval_examples
         if len(data) != wanted:
-            hint = "complete it, or name its path as the data set, which takes what is there"
+            hint = "complete it, or give its path as the data set, which accepts any size"
             raise EffnetlibError(
                 f"the {split} split of {name} should have {wanted:,} examples, and has {len(data):,}: {hint}"
             )
@@ -96,7 +96,7 @@ def _digits(split: str) -> Split:
     from sklearn.datasets import load_digits  # a slow import that only this set needs
 
     digits = load_digits()
-    # Sorted by class, every fifth example is for evaluation: stratified to within one, and fixed for ever.
+    # Every fifth example, sorted by class, is for evaluation. The split is fixed, and stratified to within one example.
     order = np.argsort(digits.target, kind="stable")
     is_eval = np.arange(len(order)) % 5 == 0
     chosen = order[is_eval if split == "eval" else ~is_eval]
@@ -125,15 +125,15 @@ def _cifar10(split: str) -> Split:
 IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}
 
 _COMPETITION = "imagenet-object-localization-challenge"
-KAGGLE_IMAGENET = (
-    Path("/kaggle/input/competitions", _COMPETITION),
-    Path("/kaggle/input", _COMPETITION),
-)  # now, and before
+# Kaggle mounts it at the first path today; the second is the older place.
+KAGGLE_IMAGENET = (Path("/kaggle/input/competitions", _COMPETITION), Path("/kaggle/input", _COMPETITION))
 
 
 def data_folder(name: str) -> Path:
-    """Where photographs of this name lie: the path itself, or a folder of the cache. On Kaggle, "imagenet" is the competition's
-    where it is attached and the cache has none."""
+    """The folder of a set of photographs: the path itself, or a folder of the cache.
+
+    If the cache has no "imagenet", Kaggle's competition folder is used where it is attached.
+    """
     folder = user_path(name_or_path(name, "dataset"), "dataset", cache_folder(), folder=True)
     attached = KAGGLE_IMAGENET if name == "imagenet" and not folder.is_dir() else ()
     return next((place for place in attached if place.is_dir()), folder)
@@ -150,7 +150,7 @@ def _photographs(name: str, split: str) -> Split:
     if root.exists():
         raise EffnetlibError(f"{root} holds no data set (seen: {seen(root)}): {wanted}")
     if os.sep not in name:
-        wanted += " (EFFNETLIB_DATA names another place than the cache folder)"
+        wanted += " (EFFNETLIB_DATA sets another cache folder)"
     if name == "imagenet":
         places = ", ".join(map(str, KAGGLE_IMAGENET))
         raise EffnetlibError(f"imagenet is not in {root} (nor, as on Kaggle, in {places}): {wanted}")
@@ -160,7 +160,7 @@ def _photographs(name: str, split: str) -> Split:
 
 
 def remark(splits: dict[str, Split]) -> str:
-    """Where the photographs of splits come from, and what is not used, in a line; nothing of what is in memory."""
+    """One line: where the photographs come from and what is not used. Empty for sets in memory."""
     origins = [f"{name} from {split.origin}" for name, split in splits.items() if split.origin]
     unused = {kind: count for split in splits.values() for kind, count in split.unused.items()}
     return f"photographs: {', '.join(origins)}{f'; not used: {in_words(unused)}' if unused else ''}" if origins else ""

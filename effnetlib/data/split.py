@@ -11,20 +11,20 @@ import numpy as np
 from effnetlib.data.images import decode
 
 
-@dataclass(frozen=True, eq=False)  # two are equal where they are the same object, which makes them keys
+@dataclass(frozen=True, eq=False)  # compared by identity, so that a split can be a cache key
 class Split:
-    """One split of a data set, by random access, in an order that is the set's own (class by class for photographs).
+    """One split of a data set, read by index. Its order is fixed; loose photographs are ordered by class, then name.
 
     Attributes:
-      size: examples.
-      class_names: the names of the labels.
-      fingerprint: sixteen hex digits of a SHA-256. Over every pixel and label where the set is in memory or in shards of
-        ours; over names and sizes of the files where they are loose.
-      example: ``example(index)`` is an image, uint8 ``[height, width, 3]``, and its label.
-      encoded: ``encoded(index)`` is a photograph's file as bytes, its label and its name; None for sets in memory.
-      origin: the folder or archive that photographs come from.
-      unused: counts of what lies among or beside photographs and is not used.
-      names: a SHA-256 over the names of loose files alone; empty for other sets.
+      size: number of examples.
+      class_names: the class of each label.
+      fingerprint: 16 hex digits of a SHA-256. It covers pixels and labels (in memory), records (our shards), or file names
+        and sizes (loose photographs, TFDS).
+      example: ``example(index)`` returns an image, uint8 ``[height, width, 3]``, and its label.
+      encoded: ``encoded(index)`` returns a photograph's bytes, label and name; None for sets in memory.
+      origin: the folder or archive of the photographs.
+      unused: counts of the files and folders that are not used, by kind.
+      names: a hash like `fingerprint`, but over file names without sizes; only for loose files.
       photos: the loose files (see `effnetlib.data.photographs.Photo`); empty for other sets.
     """
 
@@ -45,7 +45,7 @@ class Split:
     def of_photographs(
         cls, size: int, class_names: Sequence[str], fingerprint: str, encoded: Callable, **about
     ) -> "Split":
-        """A split of which `encoded` is known; `about` has the fields after that."""
+        """A split of photographs. `about` sets the fields after `encoded`."""
         return cls(size, tuple(class_names), fingerprint, functools.partial(_decoded, encoded), encoded, **about)
 
     @classmethod
@@ -58,14 +58,14 @@ class Split:
         return cls(len(labels), tuple(class_names), digest, functools.partial(_pixels, images, labels))
 
     def select(self, indices: np.ndarray) -> "Split":
-        """Part of the split, in its order."""
+        """The examples at `indices`, in the order of this split."""
         indices = np.sort(indices).astype(np.int64)
         return replace(
             self,
             size=len(indices),
             fingerprint=hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()[:16],
-            example=functools.partial(_at, self.example, indices),
-            encoded=self.encoded and functools.partial(_at, self.encoded, indices),
+            example=functools.partial(_read_at, self.example, indices),
+            encoded=self.encoded and functools.partial(_read_at, self.encoded, indices),
             photos=(),
         )
 
@@ -79,14 +79,14 @@ def _decoded(encoded: Callable, index: int) -> tuple[np.ndarray, int]:
     return decode(photograph, name), label
 
 
-def _at(read: Callable, indices: np.ndarray, index: int):
+def _read_at(read: Callable, indices: np.ndarray, index: int):
     return read(int(indices[index]))
 
 
 def shown(name: str) -> str:
-    r"""The name of a file or a class for a sentence. It is escaped where it looks like another name.
+    r"""A file or class name for a sentence. It is escaped if it could be mistaken for another name.
 
-    That is so for blanks at its ends, letters made of parts, and invisible characters.
+    Reasons are outer or double spaces, decomposed letters, and invisible characters.
 
     >>> print(shown("ant"), shown("ant "), shown("A\u0308pfel"))
     ant 'ant ' 'A\u0308pfel'

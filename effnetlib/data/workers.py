@@ -1,12 +1,12 @@
-"""Worker processes that make examples ahead of their use and hand over the pixels in shared memory.
+"""Worker processes that make examples ahead of their use. They return pixels through shared memory.
 
-Decoding holds Python's interpreter lock for a part of its time, so that threads of one process have a limit; processes
-have none. They are started anew, not forked: a fork of a process with jax's threads may wait for ever. They import
-neither jax nor the user's `__main__`.
+Decoding holds the interpreter lock part of the time. This limits the threads of one process, but not several processes.
+Workers are started anew, not forked: a fork of a process with jax's threads may hang. They import neither jax nor the
+user's `__main__`.
 
-The parent writes which examples it wants into a ring of rows in shared memory, and the numbers of rows, `UNIT` at a time,
-into one pipe from which all workers read. A worker writes the rows' pixels, and then their numbers into a pipe of its own.
-The end of a worker is the end of that pipe, and the end of the parent is the end of the first one: neither can miss it.
+The parent writes the wanted examples into a ring of rows in shared memory. It writes their row numbers, `UNIT` at a time,
+into one pipe that all workers read. A worker writes the pixels into the rows, then the row numbers into its own pipe.
+When a worker dies, its pipe ends and the parent notices. When the parent dies, the task pipe ends and the workers stop.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ import numpy as np
 
 from effnetlib.errors import EffnetlibError, FailedError, first_line
 
-UNIT = 16  # images that a worker takes at a time
-RECORD = struct.Struct("<ii")  # the first row of a unit, and how many
-FAILED = RECORD.pack(-1, 0)  # why follows, as JSON, and nothing more
-# What stops a run: the parent decides when its workers end.
+UNIT = 16  # images per task
+RECORD = struct.Struct("<ii")  # a task: its first row, and the number of rows
+FAILED = RECORD.pack(-1, 0)  # the reason follows, as JSON; it is the last message
+# Signals that stop a run. Workers block them: the parent ends its workers.
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 START = "import json, sys; sys.path[:], *job = json.loads(sys.argv[1]); from effnetlib.data import workers; workers.work(*job)"
 
@@ -40,17 +40,17 @@ START = "import json, sys; sys.path[:], *job = json.loads(sys.argv[1]); from eff
 class Workers:
     """Processes that make examples.
 
-    The shared memory holds one batch and 32 images per worker: 4.5 GB for B5 at 4,096 per host with 96 workers. A batch
-    that is handed over is a copy, 2.6 GB then, of which a training loop has two.
+    The shared memory holds one batch and 32 images per worker: 4.5 GB for B5 at 4,096 per host with 96 workers. Each
+    returned batch is a copy (2.6 GB in this example); a training loop holds two.
 
     Args:
-      make: ``make(epoch, index)`` is the image, uint8 ``[size, size, 3]``, and the label of an example. It is pickled; its
-        arrays are shared by all workers. ``make.name(index)`` is what to call the example in a sentence.
+      make: ``make(epoch, index)`` returns an image, uint8 ``[size, size, 3]``, and its label. It is pickled; all workers
+        share its arrays. ``make.name(index)`` names the example in messages.
       batch: examples in the largest batch.
-      count: processes, one or more.
+      count: number of processes, at least one.
 
     Raises:
-      FailedError: (in the iterators) an example cannot be made, or a worker has died.
+      FailedError: (while iterating) an example cannot be made, or a worker has died.
     """
 
     def __init__(self, make: Callable[[int, int], tuple[np.ndarray, int]], size: int, batch: int, count: int):
@@ -63,15 +63,15 @@ class Workers:
             fd = _shared_memory()
             stack.callback(os.close, fd)
             os.ftruncate(fd, 8 * count + self.rows * _row(size).itemsize + sum(shape[0]))
-            self.at, self.ring, parts = _map(fd, *shape)
+            self.current, self.ring, parts = _map(fd, *shape)
             for part, content in zip(parts, job, strict=True):
                 part[:] = content
-            self.at[:], self.done = -1, np.zeros(self.rows, bool)
+            self.current[:], self.done = -1, np.zeros(self.rows, bool)
             unread, self.tasks = os.pipe()
             stack.callback(os.close, self.tasks)
             self.selector = stack.enter_context(selectors.DefaultSelector())
             with os.fdopen(unread, "rb") as tasks, contextlib.ExitStack() as after:
-                # What this thread blocks, its processes never get.
+                # Workers inherit the signal mask of this thread.
                 after.callback(
                     signal.pthread_sigmask, signal.SIG_SETMASK, signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
                 )
@@ -82,7 +82,7 @@ class Workers:
                         stdin=tasks, stdout=subprocess.PIPE, pass_fds=[fd],
                         env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                     )  # fmt: skip
-                    stack.enter_context(worker)  # waits for it
+                    stack.enter_context(worker)  # its exit waits for the process
                     stack.callback(worker.kill)
                     self.selector.register(worker.stdout, selectors.EVENT_READ, (number, worker))
             self.close = stack.pop_all().close  # ends the processes
@@ -104,7 +104,7 @@ class Workers:
         rows = np.arange(self.sent, self.sent + len(wanted)) % self.rows
         self.ring["wanted"][rows], self.done[rows] = wanted, False
         self.sent += len(wanted)
-        # A unit does not go around the ring's end.
+        # The rows of a task are contiguous, so it ends where the ring ends.
         ends = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
         units = [
             RECORD.pack(rows[first], min(UNIT, end - first))
@@ -112,7 +112,7 @@ class Workers:
             for first in range(start, end, UNIT)
         ]
         units = b"".join(units)
-        with contextlib.suppress(BrokenPipeError):  # all workers have died: `_take` says of what
+        with contextlib.suppress(BrokenPipeError):  # all workers have died; `_take` reports why
             while units:
                 units = units[os.write(self.tasks, units) :]
 
@@ -128,16 +128,16 @@ class Workers:
         self.taken += count
         return self.ring["image"][rows], self.ring["label"][rows]
 
-    def _failure(self, said, number, worker):
-        if said := said + worker.stdout.read():
-            is_sentence, reason = json.loads(said)
+    def _failure(self, message, number, worker):
+        if message := message + worker.stdout.read():
+            is_sentence, reason = json.loads(message)
             if is_sentence:
                 return FailedError(reason)
         else:
             code = worker.wait()
             reason = signal.Signals(-code).name if code < 0 else f"code {code}"
             reason += ", as the system does when memory is used up" if reason == "SIGKILL" else ""
-        place, row = "", int(self.at[number])
+        place, row = "", int(self.current[number])
         if row >= 0:
             with contextlib.suppress(EffnetlibError):
                 place = f" at {self.make.name(int(self.ring['wanted'][row, 1]))}"
@@ -145,19 +145,19 @@ class Workers:
 
 
 def work(fd: int, number: int, *shape) -> None:
-    """What a worker process does until there is no parent."""
+    """The loop of a worker process. It ends when the parent ends."""
     results = os.dup(1)
-    os.dup2(2, 1)  # what a library may print does not go among the results
-    at, ring, job = _map(fd, *shape)
+    os.dup2(2, 1)  # what a library prints goes to stderr, not into the results
+    current, ring, job = _map(fd, *shape)
     images, labels, wanted = (ring[name] for name in ring.dtype.names)
     try:
         make = pickle.loads(job[0], buffers=job[1:])
         while task := os.read(0, RECORD.size):
             first, length = RECORD.unpack(task)
             for row in range(first, first + length):
-                at[number] = row
+                current[number] = row
                 images[row], labels[row] = make(*wanted[row].tolist())
-            at[number] = -1
+            current[number] = -1
             os.write(results, task)
     except BrokenPipeError:  # the parent has ended
         return
@@ -172,7 +172,7 @@ def work(fd: int, number: int, *shape) -> None:
 
 
 class Packed(Sequence):
-    """A list whose pickle is two arrays, which all workers share; each item is unpickled when it is used."""
+    """A list that pickles as two arrays, which all workers share. An item is unpickled when it is used."""
 
     def __init__(self, items: Iterable):
         items = [pickle.dumps(item) for item in items]
@@ -187,7 +187,7 @@ class Packed(Sequence):
 
 
 def _shared_memory() -> int:
-    """A file in memory that has no name and no limit but the memory's. /dev/shm, often of 64 MB, is not used."""
+    """A nameless file in memory. /dev/shm is not used, because it is often limited to 64 MB."""
     try:
         return os.memfd_create("effnetlib")
     except (AttributeError, OSError):  # not Linux, or forbidden
@@ -200,9 +200,9 @@ def _row(size: int) -> np.dtype:
 
 
 def _map(fd: int, job: list[int], rows: int, size: int, count: int):
-    """What lies in the shared memory: the row that each worker is at, the ring, and the parts of the job of these lengths."""
+    """Maps the shared memory: the current row per worker, the ring, and the parts of the job (`job` has their lengths)."""
     memory = memoryview(mmap.mmap(fd, 0))
-    at = np.frombuffer(memory, np.int64, count)
-    ring = np.frombuffer(memory, _row(size), rows, at.nbytes)
-    ends = itertools.accumulate(job, initial=at.nbytes + ring.nbytes)
-    return at, ring, [memory[start:end] for start, end in itertools.pairwise(ends)]
+    current = np.frombuffer(memory, np.int64, count)
+    ring = np.frombuffer(memory, _row(size), rows, current.nbytes)
+    ends = itertools.accumulate(job, initial=current.nbytes + ring.nbytes)
+    return current, ring, [memory[start:end] for start, end in itertools.pairwise(ends)]

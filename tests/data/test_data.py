@@ -271,7 +271,7 @@ def test_a_set_too_large_to_keep_at_its_final_size_gives_the_same_batches(monkey
 
     sharding = batch_sharding(make_mesh(8))
     kept = everything()
-    monkeypatch.setattr("effnetlib.data.loader.KEPT_BYTES", 0)
+    monkeypatch.setattr("effnetlib.data.loader.CACHED_BYTES", 0)
     for a, b in zip(kept, everything(), strict=True):
         assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 

@@ -141,7 +141,7 @@ def test_every_layout_gives_the_same_photographs_labels_and_fingerprint(layout, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prepared_shards_hold_the_same_bytes_in_the_same_order(layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 5)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 5)
     layout(tmp_path / "in")
     manifest = prepare(tmp_path / "in", tmp_path / "out", partial=True)
     assert [len(manifest["splits"][s]["shards"]) for s in ("train", "eval")] == [3, 2]
@@ -418,7 +418,7 @@ def test_the_destination_is_not_among_the_photographs(tmp_path):
 
 
 def test_preparing_again_mends_adds_and_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 3)
     by_class(tmp_path / "in")
     (tmp_path / "in/val").rename(tmp_path / "later")
     prepare(tmp_path / "in", tmp_path / "out")
@@ -440,7 +440,7 @@ def test_what_others_put_into_the_destination_stays(tmp_path, monkeypatch):
     prepare(tmp_path / "in", tmp_path / "out")
     kept = [path for path in (tmp_path / "out").iterdir() if path.read_bytes() == b"precious"]
     assert len(kept) == 3
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)  # of our own, the former are taken away
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 3)  # of our own, the former are taken away
     prepare(tmp_path / "in", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").glob("train-*")}
     assert names == {f"train-{i:05}-of-00004.array_record" for i in range(4)} | {"train-00000-of-00009.array_record"}
@@ -475,7 +475,7 @@ def test_a_refused_photograph_in_a_folder_whose_name_is_not_utf8(tmp_path):
 
 
 def test_replacing_a_refused_photograph_keeps_the_other_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 3)
     by_class(tmp_path / "in")
     bad = tmp_path / "in/train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
     good = bad.read_bytes()
@@ -502,7 +502,7 @@ def test_a_picture_of_absurd_size_is_refused_not_opened(tmp_path, monkeypatch):
 
 
 def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 1)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 1)
     by_class(tmp_path / "in")
     prepare(tmp_path / "in", tmp_path / "out")
     code = (
@@ -728,16 +728,16 @@ def test_other_photographs_are_not_mixed_into_a_folder(tmp_path):
 
 
 def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 4)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 4)
     by_class(tmp_path / "in")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(EffnetlibError, match=r"the shards need .* GiB free"):
         prepare(tmp_path / "in", tmp_path / "out")
     monkeypatch.undo()
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 4)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 4)
     code = (
         "import resource, signal, sys; from pathlib import Path; from effnetlib.data import prepare as m\n"
-        "m.PHOTOGRAPHS_A_SHARD = 4; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "m.PHOTOGRAPHS_PER_SHARD = 4; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "try: m.prepare(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "except m.EffnetlibError as error: sys.exit(str(error))"
@@ -780,7 +780,7 @@ def test_two_at_once_and_a_kill_in_between(tmp_path, monkeypatch):
 
 
 def test_what_was_written_before_a_stop_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PHOTOGRAPHS_A_SHARD", 3)
+    monkeypatch.setattr(module, "PHOTOGRAPHS_PER_SHARD", 3)
     by_class(tmp_path / "in")
     original, written = module._write_shard, []
 
