@@ -16,7 +16,8 @@ GIB = 2**30
 class Chip:
     """The published figures of a generation's chip.
 
-    Sources: Cloud TPU documentation for flops and memory. Links of v2 and v3 (496 and 656 Gbit/s): Jouppi et al., CACM
+    Sources: Cloud TPU documentation for flops and memory. Of v4, v5e and v6e the memory is what a program may use, by the
+    compiler's own messages ("of 15.75G hbm"). Links of v2 and v3 (496 and 656 Gbit/s): Jouppi et al., CACM
     63(7), 2020. Links from v4 on: "How to scale your model", chapter 2. Quoted from memory, so check before use.
     """
 
@@ -35,10 +36,10 @@ _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
     "v2": Chip(2, 46e12, 16 * GIB, 700e9, 62e9, 2, (*_SQUARES, "8x16x1")),
     "v3": Chip(2, 123e12, 32 * GIB, 900e9, 82e9, 2, (*_SQUARES, "16x8x1", "32x16x1", "32x32x1")),
-    "v4": Chip(1, 275e12, 32 * GIB, 1200e9, 45e9, 3, _CUBES),
-    "v5e": Chip(1, 197e12, 16 * GIB, 819e9, 45e9, 2, _PLANES),
+    "v4": Chip(1, 275e12, int(30.75 * GIB), 1200e9, 45e9, 3, _CUBES),
+    "v5e": Chip(1, 197e12, int(15.75 * GIB), 819e9, 45e9, 2, _PLANES),
     "v5p": Chip(1, 459e12, 95 * GIB, 2765e9, 90e9, 3, _CUBES),
-    "v6e": Chip(1, 918e12, 32 * GIB, 1638e9, 90e9, 2, _PLANES),
+    "v6e": Chip(1, 918e12, int(31.25 * GIB), 1638e9, 90e9, 2, _PLANES),
 }
 NAMES = tuple(f"{generation}:{chips}" for generation, chip in CHIPS.items() for chips in chip.slices)
 

@@ -69,6 +69,9 @@ def start(
         for name, other in (("no_proxy", "NO_PROXY"), ("NO_PROXY", "no_proxy"), ("no_grpc_proxy", "no_proxy")):
             hosts = os.environ.get(name, os.environ.get(other, "")).split(",")
             os.environ[name] = ",".join(dict.fromkeys([*filter(None, hosts), host]))  # no proxy can reach it
+        with contextlib.suppress(AttributeError):  # an old jax does not have it
+            # Its handler would swallow a SIGTERM until training begins.
+            jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(address, count, number, initialization_timeout=timeout_seconds)
 
 

@@ -31,7 +31,7 @@ def open_run(
 ) -> Iterator["Run"]:
     """Opens a run's folder in all processes. For arguments and errors see `train`. Everything is checked before anything
     is written. When the block ends, the record holds the status. Nothing is written if the run was completed before."""
-    devices = jax.devices()
+    devices, stop = jax.devices(), Stop(max_minutes)  # its clock counts the listing of photographs too
     with contextlib.ExitStack() as block:
         settings = block.enter_context(pinned())
         with raise_together():
@@ -49,7 +49,7 @@ def open_run(
             record = _open_record(recipe, directory, splits)
         if is_main_process() and (remark := data.remark(splits)):
             say(remark)
-        run = Run(record, splits, devices[:count], Stop(max_minutes))
+        run = Run(record, splits, devices[:count], stop)
         if record.status == "completed":
             yield run
             return

@@ -25,9 +25,10 @@ for name in EFFNETLIB_OUTPUTS EFFNETLIB_DATA; do # before anything is installed
         exit 2
     }
 done
-# The images' own Python is older than ours.
+# The images' own Python is older than ours. With the lock, all hosts have the versions that the tests ran with.
 default_install='tar -xzf effnetlib.tar.gz && cd effnetlib && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv &&
-    python3 -m uv venv -q --allow-existing --python 3.12 .venv && python3 -m uv pip install -q -p .venv "jax[tpu]" --editable .'
+    python3 -m uv venv -q --allow-existing --python 3.11 .venv &&
+    python3 -m uv pip install -q -p .venv -c requirements.lock "jax[tpu]" --editable .'
 install=${INSTALL-$default_install}
 logs=${LOGS:-$here/../../outputs/hosts/$tpu}
 mkdir -p "$logs"
@@ -45,7 +46,7 @@ addresses=$(tpu_vm describe "$tpu" --format='value(networkEndpoints[].ipAddress)
 read -ra addresses <<<"${addresses//;/ }"
 if [[ -n $install ]]; then
     tar -czf "$work/effnetlib.tar.gz" -C "$here/../.." --exclude=__pycache__ --transform='s,^,effnetlib/,' \
-        effnetlib notebooks pyproject.toml README.md LICENSE
+        effnetlib notebooks pyproject.toml requirements.lock README.md LICENSE
     tpu_vm scp "$work/effnetlib.tar.gz" "$tpu:" --worker=all
     tpu_vm ssh "$tpu" --worker=all --command="$install"
 fi
