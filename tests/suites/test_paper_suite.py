@@ -214,7 +214,7 @@ def test_a_report_of_what_is_no_suite_and_no_pair_of_runs_ends_in_one_sentence()
         ([run, empty], "is not the folder of a run"),
         ([run, run], "a comparison needs two runs or more"),
         ([run, damaged], "damaged/run.json is damaged"),
-        ([run, other, "--price", "2"], "--price is for the paper against ours"),
+        ([run, other, "--price", "2"], "--price is for one suite, not for a comparison of runs"),
         ([outputs_folder() / "broken"], "but no completed one"),
     ]
     for arguments, sentence in cases:
