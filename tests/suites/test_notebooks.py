@@ -217,6 +217,7 @@ def execute(monkeypatch):
     with mpl.rc_context():
         yield run
     InteractiveShell.clear_instance()
+    plt.close("all")
 
 
 def _outputs(notebook):
