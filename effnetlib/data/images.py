@@ -80,7 +80,7 @@ def _read(encoded: bytes) -> tuple[str, np.ndarray]:
     kind = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with previews, from cameras
     kind = f"CMYK {kind}" if image.mode == "CMYK" else kind
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        levels = np.asarray(image)
+        levels = np.asarray(image).astype(np.int32)
         grey = (levels >> 8).astype(np.uint8)
         grey[levels == image.info.get("transparency", -1)] = BACKGROUND[0]
         image = Image.fromarray(grey)
