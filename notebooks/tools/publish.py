@@ -159,7 +159,7 @@ def draw_claims(found: list[dict]) -> str:
             xlabel="effect with its 95 % interval, in points of top-1 or percent of the time; the claim holds in the shaded part",
         )
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=12)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None})
     plt.close(figure)
