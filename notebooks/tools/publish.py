@@ -34,7 +34,7 @@ from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.record import Record, load_records
 from effnetlib.suites.outcome import Outcome
 
-KEPT_OF_A_RUN = ("run.json", "metrics.jsonl")
+LARGE_SUITE = 100  # runs; of more than these, one training step of ten is published, and every evaluation
 TEMPLATE = Path(__file__).parent / "companion.html.j2"
 
 
@@ -67,8 +67,7 @@ def publish(suite: Path) -> Path:
             _copy_notebook(suite / f"executed/{name}.ipynb", new / f"executed/{name}.ipynb")
         for path in suite.glob("figures/*.*"):
             _copy(path, new / "figures" / path.name)
-        for path in (path for name in KEPT_OF_A_RUN for path in suite.glob(f"runs/*/{name}")):
-            _copy(path, new / path.relative_to(suite))
+        copy_records(suite, new)
         render_index(new, suite.name)
         if place.exists():
             place.rename(published / f".{suite.name}.before")
@@ -78,6 +77,15 @@ def publish(suite: Path) -> Path:
     finally:
         _mend(published)
     return refresh()
+
+
+def copy_records(suite: Path, to: Path) -> None:
+    """Copies the records of a suite's runs, thinned where there are more than `LARGE_SUITE`."""
+    records = sorted(suite.glob("runs/*/run.json"))
+    for record in records:
+        kept = to / record.relative_to(suite)
+        _copy(record, kept)
+        _copy(record.with_name("metrics.jsonl"), kept.with_name("metrics.jsonl"), len(records) > LARGE_SUITE)
 
 
 def _mend(published: Path) -> None:
@@ -297,9 +305,13 @@ def _copy_notebook(source: Path, to: Path) -> None:
     nbformat.write(notebook, to)
 
 
-def _copy(source: Path, to: Path) -> None:
+def _copy(source: Path, to: Path, thinned: bool = False) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, to)
+    if thinned:
+        rows = source.read_text().splitlines(keepends=True)
+        steps = set([row for row in rows if '"kind": "train"' in row][::10])
+        to.write_text("".join(row for row in rows if '"kind": "train"' not in row or row in steps))
 
 
 if __name__ == "__main__":

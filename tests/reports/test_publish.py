@@ -72,6 +72,17 @@ def test_what_is_published_is_records_reports_and_what_they_say(project):
     assert not [path for path in project.iterdir() if path.name.startswith(".")]
 
 
+def test_of_a_large_suite_one_step_in_ten_is_kept_and_every_evaluation(project, monkeypatch):
+    monkeypatch.setattr(publish, "LARGE_SUITE", 1)
+    for name in ("a", "b"):
+        record = made_up(name)
+        rows = [{"kind": "train", "step": step} for step in range(25)] + [{"kind": "eval", "step": 25}]
+        (record.directory / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    publish.copy_records(record.directory.parents[1], project / "suite")
+    kept = [json.loads(row) for row in (project / "suite/runs/a/metrics.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in kept] == [("train", 0), ("train", 10), ("train", 20), ("eval", 25)]
+
+
 def test_of_two_suites_that_tested_a_claim_the_one_with_more_seeds_counts(project):
     for suite, seeds in (("first", 5), ("larger", 6), ("untested", 2)):
         executed = project / suite / "executed"
