@@ -68,17 +68,6 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFNETLIB_DATA", str(tmp_path / "data"))
 
 
-# Without the compiler's costly passes, for what runs a few times.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-def run_once(function, *arguments):
-    """``jit(function)(*arguments)``, compiled quickly."""
-    # Without its fusion emitters too: B0's step then compiles in 12 to 15 s where it is 30 on a core. (B5's step does in 98 where
-    # it is 79, so that they stay in `QUICK`.)
-    return jax.jit(function).lower(*arguments).compile(QUICK | {"xla_cpu_use_fusion_emitters": False})(*arguments)
-
-
 @pytest.fixture(scope="session")
 def tiny():
     """A recipe of eleven steps on real digits."""

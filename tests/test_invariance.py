@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK
 from flax import nnx
 
 from effnetlib import GroupedBatchNorm, Recipe, Record, data, make_mesh
@@ -30,7 +29,7 @@ def losses(recipe, devices):
     init, step, _ = make_train_step(recipe)
     init_key, key = jax.device_put(tuple(jax.random.split(jax.random.key(0))), replicated(mesh))
     init = jax.jit(init, out_shardings=replicated(mesh)).lower(init_key)
-    state = init.compile(QUICK)(init_key)
+    state = init.compile()(init_key)
     batches = data.train_batches(
         data.load("digits", "train"), seed=0, batch=recipe.global_batch_size, size=32, augmentation="shift",
         sharding=batch_sharding(mesh), start=0, stop=STEPS,
@@ -109,7 +108,7 @@ def test_groups_within_a_device_need_no_collective_and_larger_ones_stay_within_t
 def test_no_collective_of_the_train_step_spans_more_than_its_group_but_for_the_gradient(group, meeting):
     recipe = Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group)
     _, lowered, state, _ = lower_train_step(recipe, make_mesh(recipe.num_groups))
-    text = lowered.compile(QUICK).as_text()
+    text = lowered.compile().as_text()
     lines = [line for line in text.splitlines() if "replica_groups=" in line]
     assert lines and all(" all-reduce" in line for line in lines)  # no activation is gathered or exchanged
     within = [line for line in lines if parse_replica_groups(line) == meeting]

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_once
 from flax import nnx
 
 from effnetlib import EfficientNet, EffnetlibError, Recipe, make_mesh
@@ -68,7 +67,7 @@ def test_squeeze_is_measured_from_the_block_input():
 
 def test_initialisers():
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: EfficientNet("b0")))
-    model = nnx.merge(graphdef, run_once(lambda: nnx.state(EfficientNet("b0", rngs=nnx.Rngs(0)))))
+    model = nnx.merge(graphdef, jax.jit(lambda: nnx.state(EfficientNet("b0", rngs=nnx.Rngs(0))))())
     block = model.blocks[3]
     cases = [(model.stem.kernel, 2 / (9 * 32)), (block.depthwise, 2 / 25), (block.project.kernel, 2 / 40)]
     for value, variance in cases:
@@ -136,7 +135,7 @@ def test_training_needs_no_key_order_but_the_key():
         model = EfficientNet("nano", 10, dtype=jnp.float32)
         return [model(images, train=True, key=key) for key in keys]
 
-    first, again, other = run_once(logits, jax.random.key(0), jax.random.key(0), jax.random.key(1))
+    first, again, other = jax.jit(logits)(jax.random.key(0), jax.random.key(0), jax.random.key(1))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
 

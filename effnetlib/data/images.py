@@ -45,8 +45,15 @@ def normalize(images):
 
 def decode(encoded: bytes, name: str) -> np.ndarray:
     """The pixels of an encoded image (see `read`). Raises a FailedError with its name."""
-    try:
+    with _named(name):
         return read(encoded)[1]
+
+
+@contextlib.contextmanager
+def _named(name: str):
+    """Turns an Unreadable of the block into a FailedError with the image's name."""
+    try:
+        yield
     except Unreadable as error:
         raise FailedError(f"{name} is not a readable image ({error})") from None
 
@@ -248,25 +255,17 @@ class Examples:
 
     def __call__(self, epoch: int, index: int) -> tuple[np.ndarray, int]:
         original, label, *name = self.read(index)
-        try:
+        with _named("".join(name)):  # what lies in memory is not encoded, and has no name
             if self.seed is None:
                 return eval_image(original, self.size, self.augmentation), label
             return train_images([original], self.size, self.augmentation, self.seed, [epoch], [index])[0], label
-        except Unreadable as error:
-            raise FailedError(f"{name[0]} is not a readable image ({error})") from None
 
     def name(self, index: int) -> str:
         return self.read(index)[2]
 
 
 def random_crop(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    area=(0.08, 1.0),
-    aspect=(3 / 4, 4 / 3),
-    min_covered=0.1,
-    attempts=10,
+    height: int, width: int, rng: np.random.Generator, area=(0.08, 1.0), aspect=(3 / 4, 4 / 3), min_covered=0.1
 ) -> tuple[int, int, int, int] | None:
     """(top, left, height, width) of a random crop, by the rule of tf.image.sample_distorted_bounding_box.
 
@@ -275,7 +274,7 @@ def random_crop(
     is the whole image. The caller then takes the centre crop, as the released code does.
     """
     smallest, largest = area[0] * height * width, area[1] * height * width
-    for _ in range(attempts):
+    for _ in range(10):
         ratio = rng.uniform(*aspect)
         low, high = round(math.sqrt(smallest / ratio)), round(math.sqrt(largest / ratio))
         if round(high * ratio) > width:

@@ -358,16 +358,8 @@ class _Walk:
         fingerprint, names = (
             hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()[:16] for lines in (sizes, names)
         )
-        return Split.of_photographs(
-            len(photos),
-            class_names,
-            fingerprint,
-            _Files(photos),
-            origin=where,
-            unused=dict(self.unused),
-            names=names,
-            photos=photos,
-        )
+        about = {"origin": where, "unused": dict(self.unused), "names": names, "photos": photos}
+        return Split.of_photographs(len(photos), class_names, fingerprint, _Files(photos), **about)
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

@@ -84,8 +84,7 @@ class ShardedRecords:
             [whole(filename=str(path), take=count, examples_in_shard=count) for path, count in self.shards]
         )
 
-    def __getstate__(self):
-        # The open files of `_source` belong to one process.
+    def __getstate__(self):  # open files belong to one process
         return {name: value for name, value in vars(self).items() if name != "_source"}
 
     def __len__(self) -> int:

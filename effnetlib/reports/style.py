@@ -48,6 +48,16 @@ def log_ticks(axes, values: Iterable[float]) -> None:
     axes.minorticks_off()
 
 
+def mean_line(axes, x, values, place: int = 0, **line) -> None:
+    """Draws the mean of each column of `values` (a row per seed) against `x`, with the standard deviation. NaN is no seed.
+
+    `place` is the number of the line: bars that would overlap are set apart.
+    """
+    x, mean = x * (1 + 0.03 * place), values.mean()
+    (drawn,) = axes.plot(x, mean, "o-", **line)
+    axes.errorbar(x, mean, values.std().fillna(0), fmt="none", color=drawn.get_color(), capsize=3)
+
+
 def label_lines(axes) -> None:
     """Replaces the legend by names at the ends of the lines. First draw all panels that share an axis."""
     if axes.get_legend():

@@ -51,7 +51,7 @@ class Training:
 
 
 def groups(group: int):
-    """Images a second on eight simulated devices, with so many examples a batch-norm group."""
+    """Images per second on eight simulated devices, with `group` examples per batch-norm group."""
     simulate_devices(8)
     bench = Training(Recipe.preset("digits-64-rmsprop").replace(batch_norm_batch_size=group))
     bench.run(3)

@@ -182,8 +182,10 @@ def test_the_stream_is_the_same_for_any_number_of_workers_and_any_start(photogra
     monkeypatch.setattr(loader, "WORTH_A_WORKER", 1)
     sharding = batch_sharding(make_mesh(1, jax.devices()[:1]))
 
-    def stream(cores, start=0):
+    def stream(cores, start=0, workers=None):
         monkeypatch.setattr(loader, "usable_cores", lambda: cores)
+        if workers:
+            monkeypatch.setattr(loader, "Workers", lambda *arguments: Workers(*arguments[:3], workers))
         split = load(photographs, "train")
         with contextlib.closing(
             loader.train_batches(
@@ -191,13 +193,13 @@ def test_the_stream_is_the_same_for_any_number_of_workers_and_any_start(photogra
             )
         ) as batches:
             first = next(batches)
-            assert len(own_workers()) == (cores if cores > 1 else 0)
+            assert len(own_workers()) == (workers or (cores if cores > 1 else 0))
             all_of_them = [first, *batches]
         assert not own_workers()
         return [(np.asarray(batch["images"]), np.asarray(batch["labels"])) for batch in all_of_them]
 
     alone = stream(1)
-    for other in (stream(2), stream(4, start=4)):
+    for other in (stream(2), stream(4, start=4), stream(2, workers=1)):
         for (images, labels), (same, as_well) in zip(alone[-len(other) :], other, strict=True):
             np.testing.assert_array_equal(images, same)
             np.testing.assert_array_equal(labels, as_well)

@@ -4,13 +4,14 @@ import re
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import PIL.Image
 import pytest
 
 from effnetlib import EffnetlibError, Recipe, Record
 from effnetlib.reports.html import render_html, render_index
-from effnetlib.reports.style import COLOURS, label_lines, palette, percent
+from effnetlib.reports.style import COLOURS, label_lines, mean_line, palette, percent
 from effnetlib.reports.tables import (
     best_rates,
     conditions,
@@ -195,6 +196,15 @@ def test_index_lists_runs_reports_and_status():
     assert 'class="failed" title="no data">failed' in html
     assert '<a href="01_report.html">Title of 01_report</a>' in html and '<a href="good.html">good</a>' in html
     assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
+
+
+def test_a_seed_that_is_missing_costs_a_point_nothing_and_a_point_without_seeds_is_a_gap():
+    figure, axes = plt.subplots()
+    values = pd.DataFrame({"a": [50.0, 52.0], "b": [60.0, np.nan], "c": [np.nan, np.nan]})
+    mean_line(axes, pd.Index([128, 512, 2048]), values, place=1, label="lars")
+    (line,) = (line for line in axes.lines if line.get_label() == "lars")
+    np.testing.assert_allclose(line.get_xydata(), [[131.84, 51], [527.36, 60], [2109.44, np.nan]])
+    plt.close(figure)
 
 
 def test_figures_are_kept_with_their_text_in_256_colours_as_drawings_or_as_photographs():

@@ -19,7 +19,6 @@ import papermill
 import pytest
 import seaborn as sns
 import yaml
-from conftest import run_once
 from flax import nnx
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -249,7 +248,7 @@ def _random_weights(num_classes):
         model = EfficientNet("nano", num_classes)
         return tuple(nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
 
-    return jax.device_get(run_once(init))
+    return jax.device_get(jax.jit(init)())
 
 
 def test_pretrained_weights_are_evaluated_and_drawn(execute, tmp_path):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import QUICK
 from test_prepare import by_class
 
 from effnetlib import Recipe, Record
@@ -119,7 +118,7 @@ def test_each_recipe_starts(variant, optimizer, photographs, monkeypatch):
         return
     monkeypatch.setitem(VARIANTS, variant, dataclasses.replace(VARIANTS[variant], depth=0.2))
     init, lowered, _, _ = lower_train_step(program, mesh)
-    init, step = init.lower(key).compile(QUICK), lowered.compile(QUICK)
+    init, step = init.lower(key).compile(), lowered.compile()
     for preset, recipe in zip(presets, recipes, strict=True):
         state = init(key)
         rates = np.asarray(Recipe.preset(preset).schedule(np.arange(1, 3)))

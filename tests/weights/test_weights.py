@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_once
 from flax import nnx
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
@@ -81,11 +80,10 @@ def test_logits_equal_keras(variant, efficientnet, tmp_path):
     x = images(2, size)
     trainable, fixed = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
     # Keras divides by 255 inside.
-    wanted = np.asarray(
-        run_once(lambda *args: model.stateless_call(*args, training=False)[0], trainable, fixed, 255 * x)
-    )
+    keras_logits = jax.jit(lambda *args: model.stateless_call(*args, training=False)[0])
+    wanted = np.asarray(keras_logits(trainable, fixed, 255 * x))
     found = to_ours(named(model), KERAS, variant, CLASSES)
-    got = run_once(lambda m, x: m(x), Pretrained(found, variant, CLASSES, size, (), {}).model(), x)
+    got = jax.jit(lambda m, x: m(x))(Pretrained(found, variant, CLASSES, size, (), {}).model(), x)
     assert np.ptp(wanted) > 0.1
     np.testing.assert_allclose(got, wanted, atol=1e-5)
     if variant == "b0":  # and the files that Keras itself writes
@@ -105,7 +103,7 @@ def test_training_gradients_and_statistics_equal_keras(efficientnet):
         logits, moved = model.stateless_call(trainable, fixed, 255 * x, training=True)
         return jnp.sum(logits * weight), moved
 
-    grads, moved = run_once(jax.grad(keras_loss, has_aux=True), trainable)
+    grads, moved = jax.jit(jax.grad(keras_loss, has_aux=True))(trainable)
     paths = [variable.path for variable in model.trainable_variables + model.non_trainable_variables]
     by_name = {path: np.asarray(value) for path, value in zip(paths, [*grads, *moved], strict=True)}
     wanted = to_ours(by_name, KERAS, "b0", CLASSES)
@@ -119,7 +117,7 @@ def test_training_gradients_and_statistics_equal_keras(efficientnet):
         logits = merged(x, train=True, key=jax.random.key(0))
         return jnp.sum(logits * weight), nnx.to_pure_dict(nnx.state(merged, nnx.BatchStat))
 
-    got_grads, got_stats = run_once(jax.grad(loss, has_aux=True), params)
+    got_grads, got_stats = jax.jit(jax.grad(loss, has_aux=True))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got_stats, wanted[1])
     # Gradients that are zero but for rounding (a shift right before a batch norm) are as noisy as the largest are exact.
     noise = 1e-5 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[0]))
