@@ -51,7 +51,8 @@ if [[ -n ${COPY_BACK:-} ]]; then
         ((!asked)) || exit 75
         sleep 1
     done
-    [[ $to == *://* ]] || mkdir "$to" 2>/dev/null || true # not its parents: they are there if the bucket is mounted
+    # Not their parents: those are there if the bucket is mounted. `cp` fails when another host makes hosts/ at the same moment.
+    [[ $to == *://* ]] || mkdir "$to" "$to/hosts" 2>/dev/null || true
     rm -rf "$EFFNETLIB_OUTPUTS"
     mkdir "$EFFNETLIB_OUTPUTS"
     if ! $copy "$to" "$EFFNETLIB_OUTPUTS"; then
