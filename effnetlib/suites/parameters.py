@@ -2,10 +2,9 @@
 
 import ast
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 
-import yaml
+from ruamel.yaml import YAML, YAMLError
 
 from effnetlib.errors import EffnetlibError, require
 from effnetlib.recipe import HINTS, Recipe, accepted, check_parameters, typed
@@ -17,30 +16,13 @@ TRAIN_OPTIONS = dict(directory=str, settings=dict, simulated_devices=int, eval_d
 TRAIN_PARAMETERS = ("preset", *TRAIN_OPTIONS, *HINTS)
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2, and refuses a repeated key. PyYAML reads 1.1: 010 is 8, 1:30 is 90, 1e-3 is text."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", ":timestamp"))]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        if twice := [key for key in keys if not isinstance(key, list) and keys.count(key) > 1]:
-            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
-def read_yaml(text: str):
-    """The value of a YAML text. Raises yaml.YAMLError if it is not YAML."""
-    return yaml.load(text, _Loader)
+def read_yaml(text: str, what: str):
+    """The value of a YAML 1.2 text. EffnetlibError, which names `what`: it is not YAML, or a key is given twice."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        reason = " ".join(str(error).partition("To suppress this check")[0].split())
+        raise EffnetlibError(f"{what} is not YAML: {reason}") from None
 
 
 def assignments(texts: Iterable[str]) -> dict:
@@ -49,10 +31,7 @@ def assignments(texts: Iterable[str]) -> dict:
     for text in texts:
         key, separator, value = text.partition("=")
         require(separator, f"--set wants KEY=VALUE, not {text!r}")
-        try:
-            found[key] = read_yaml(value)
-        except yaml.YAMLError:
-            raise EffnetlibError(f"--set {key}: {value!r} is not a YAML value") from None
+        found[key] = read_yaml(value, f"--set {text}")
     return found
 
 

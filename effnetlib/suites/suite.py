@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import papermill
-import yaml
 
 from effnetlib.errors import EffnetlibError, did_you_mean, require
 from effnetlib.recipe import Recipe, check_parameters, typed
@@ -101,11 +100,9 @@ def load_suite(path: Path | str, changes: Mapping | None = None) -> Suite:
     """
     path = user_path(path, "the suite")
     try:
-        content = read_yaml(path.read_text())
-    except OSError as error:
-        raise EffnetlibError(f"the suite {path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EffnetlibError(f"the suite {path} is not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path.read_text(), f"the suite {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EffnetlibError(f"the suite {path} cannot be read: {getattr(error, 'strerror', error)}") from None
     try:
         _check_keys(content, KEYS)
         runs, reports = (tuple(_entries(path.stem, kind, content.get(kind) or [], changes or {})) for kind in KEYS)

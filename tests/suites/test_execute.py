@@ -58,8 +58,8 @@ def test_numbers_with_an_exponent_are_numbers(folder):
 
 
 def test_numbers_are_those_of_yaml_1_2():
-    texts = {"1e-3": 0.001, "1.5e3": 1500.0, "1.e3": 1000.0, "-12": -12, "010": "010", "1:30": "1:30", "0x10": "0x10"}
-    assert {text: read_yaml(text) for text in texts} == texts
+    texts = {"1e-3": 0.001, "1.5e3": 1500.0, "1.e3": 1000.0, "-12": -12, "010": 10, "1:30": "1:30", "no": "no"}
+    assert {text: read_yaml(text, "x") for text in texts} == texts
 
 
 def test_a_path_in_settings_begins_where_the_command_runs(folder, monkeypatch, tmp_path):
@@ -90,17 +90,17 @@ def test_one_entry_may_be_a_run_for_each_combination_of_values(folder):
         ("rnus: []", "there is no key 'rnus': did you mean runs?"),
         ("runs: [{parameters: {}}]", "an entry lacks the key 'name'"),
         ("runs: [{name: a, parameters: [1]}]", r"a: parameters must be a mapping, and is \[1\]"),
-        ("runs: []\nruns: []", "the key 'runs' is given twice"),
-        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, seed: 2}}]", "the key 'seed' is given twice"),
+        ("runs: []\nruns: []", "duplicate key .runs"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, seed: 2}}]", "duplicate key .seed"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1, settings: {seed: 2}}}]", "seed is given twice, as"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, settings: abc}}]", "settings must map the names of settings"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, settings: {1: 2}}}]", "settings must map the names"),
         ("runs: [{name: a, parameters: {preset: [a]}}]", "there is no preset ..'a'.."),
-        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 010}}]", "seed must be int, and is '010'"),
+        ("runs: [{name: a, parameters: {preset: digits-64-lars, seed: 1:30}}]", "seed must be int, and is '1:30'"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, max_minutes: abc}}]", "max_minutes must be float or None"),
         ("runs: [{name: a, parameters: {preset: digits-64-lars, global_batch_size: 100000000000000000000}}]", "below 2,147,483,648"),
         (f"runs: [{{name: a, parameters: {{preset: digits-64-lars, epochs: {'9' * 400}}}}}]", "epochs must be a finite number"),
-        ("runs: [{name: no, parameters: {preset: digits-64-lars}}]", r"name must be text \(put it in quotation marks\), and is False"),
+        ("runs: [{name: false, parameters: {preset: digits-64-lars}}]", r"name must be text \(put it in quotation marks\), and is False"),
         (f"runs: [{{name: {'a' * 101}, parameters: {{preset: digits-64-lars}}}}]", "at most 100 letters"),
         ("runs: 5", "runs must be a list, and is 5"),
         ("runs: [{name: a/b, parameters: {preset: digits-64-lars}}]", "'a/b' cannot name a run"),
@@ -135,7 +135,7 @@ def test_bad_usage_of_the_command_line(folder):
     cases = [
         (["run", str(path), "--only", "fsat"], "the suite small has no entry 'fsat': did you mean fast?"),
         (["run", str(path), "--set", "seed"], "--set wants KEY=VALUE, not 'seed'"),
-        (["run", str(path), "--set", "seed=["], "--set seed: '[' is not a YAML value"),
+        (["run", str(path), "--set", "seed=["], "--set seed=[ is not YAML: while parsing"),
         (["run", str(path), "--set", "global_batchsize=32"], "did you mean global_batch_size?"),
         (["run", str(path.with_name("none.yaml"))], "cannot be read: No such file"),
         (["report", str(folder)], "holds no executed notebooks"),
