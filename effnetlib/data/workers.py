@@ -4,8 +4,8 @@ Decoding holds the interpreter lock part of the time. This limits the threads of
 Workers are started anew, not forked: a fork of a process with jax's threads may hang. They import neither jax nor the
 user's `__main__`.
 
-The parent writes the wanted examples into a ring of rows in shared memory. It writes their row numbers, `UNIT` at a time,
-into one pipe that all workers read. A worker writes the pixels into the rows, then the row numbers into its own pipe.
+The parent writes the wanted examples into a ring of rows in shared memory. It writes their row numbers into one pipe that
+all workers read, `UNIT` at a time. A worker writes the pixels into the rows, then which rows they are into its own pipe.
 When a worker dies, its pipe ends and the parent notices. When the parent dies, the task pipe ends and the workers stop.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 from effnetlib.errors import EffnetlibError, FailedError, first_line
 
 UNIT = 16  # images per task
-RECORD = struct.Struct("<ii")  # a task: its first row, and the number of rows
+RECORD = struct.Struct("<ii")  # a finished task: its first row, and the number of rows
 FAILED = RECORD.pack(-1, 0)  # the reason follows, as JSON; it is the last message
 # Signals that stop a run. Workers block them: the parent ends its workers.
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
@@ -56,8 +56,8 @@ class Workers:
     def __init__(self, make: Callable[[int, int], tuple[np.ndarray, int]], size: int, batch: int, count: int):
         self.make, self.rows, self.sent, self.taken = make, batch + 2 * UNIT * count, 0, 0
         buffers = []
-        job = pickle.dumps(make, protocol=5, buffer_callback=buffers.append)
-        job = [job, *(buffer.raw() for buffer in buffers)]
+        job = [pickle.dumps(make, protocol=5, buffer_callback=buffers.append)]
+        job += [buffer.raw() for buffer in buffers]
         shape = [[len(part) for part in job], self.rows, size, count]
         with contextlib.ExitStack() as stack:
             fd = _shared_memory()
@@ -104,14 +104,7 @@ class Workers:
         rows = np.arange(self.sent, self.sent + len(wanted)) % self.rows
         self.ring["wanted"][rows], self.done[rows] = wanted, False
         self.sent += len(wanted)
-        # The rows of a task are contiguous, so it ends where the ring ends.
-        ends = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
-        units = [
-            RECORD.pack(rows[first], min(UNIT, end - first))
-            for start, end in itertools.pairwise(ends)
-            for first in range(start, end, UNIT)
-        ]
-        units = b"".join(units)
+        units = rows.astype(np.int32).tobytes()
         with contextlib.suppress(BrokenPipeError):  # all workers have died; `_take` reports why
             while units:
                 units = units[os.write(self.tasks, units) :]
@@ -122,7 +115,7 @@ class Workers:
             for key, _ in self.selector.select():
                 content = os.read(key.fd, 1 << 16)
                 for first, length in RECORD.iter_unpack(content.partition(FAILED)[0]):
-                    self.done[first : first + length] = True
+                    self.done[np.arange(first, first + length) % self.rows] = True
                 if not content or FAILED in content:
                     raise self._failure(content.partition(FAILED)[2], *key.data)
         self.taken += count
@@ -152,21 +145,21 @@ def work(fd: int, number: int, *shape) -> None:
     images, labels, wanted = (ring[name] for name in ring.dtype.names)
     try:
         make = pickle.loads(job[0], buffers=job[1:])
-        while task := os.read(0, RECORD.size):
-            first, length = RECORD.unpack(task)
-            for row in range(first, first + length):
+        while task := np.frombuffer(os.read(0, 4 * UNIT), np.int32).tolist():
+            for row in task:
                 current[number] = row
                 images[row], labels[row] = make(*wanted[row].tolist())
             current[number] = -1
-            os.write(results, task)
+            os.write(results, RECORD.pack(task[0], len(task)))
     except BrokenPipeError:  # the parent has ended
         return
     except Exception as error:
-        is_sentence, reason = isinstance(error, EffnetlibError), f"{type(error).__name__}: {first_line(error)}"
+        is_sentence = isinstance(error, EffnetlibError)
         if not is_sentence:
             traceback.print_exc()
+        reason = str(error) if is_sentence else f"{type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(BrokenPipeError):
-            os.write(results, FAILED + json.dumps([is_sentence, str(error) if is_sentence else reason]).encode())
+            os.write(results, FAILED + json.dumps([is_sentence, reason]).encode())
     finally:
         os.close(results)
 
@@ -200,7 +193,7 @@ def _row(size: int) -> np.dtype:
 
 
 def _map(fd: int, job: list[int], rows: int, size: int, count: int):
-    """Maps the shared memory: the current row per worker, the ring, and the parts of the job (`job` has their lengths)."""
+    """Maps the shared memory: the current row per worker, the ring, and the parts of the job, whose lengths are `job`."""
     memory = memoryview(mmap.mmap(fd, 0))
     current = np.frombuffer(memory, np.int64, count)
     ring = np.frombuffer(memory, _row(size), rows, current.nbytes)
