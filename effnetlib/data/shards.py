@@ -8,7 +8,6 @@ A record is a `tf.train.Example` with the features "image" (bytes), "label" (int
 import functools
 import hashlib
 import json
-import re
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +16,9 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-from effnetlib.data.photographs import beside, split_of
+from effnetlib.data.photographs import SPLIT_NAMES, beside, split_of
 from effnetlib.data.split import Split
-from effnetlib.errors import EffnetlibError, FailedError
+from effnetlib.errors import EffnetlibError, FailedError, first_line, require
 
 MANIFEST = "manifest.json"
 UNFINISHED = "the preparation of {} did not end: the same `effnetlib data prepare` goes on with it"
@@ -99,15 +98,8 @@ class ShardedRecords:
             return image, label, name
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             path = self.shards[int(np.searchsorted(self.starts, place, side="right")) - 1][0]
-            reason = str(error).splitlines()[0]
-            if "Too many open files" in reason:
-                raise FailedError(
-                    f"{len(self.shards)} shards need as many open files: raise the limit (ulimit -n)"
-                ) from None
-            raise FailedError(f"the shard {path} is damaged ({reason[:100]}): delete it, and write it anew") from None
-
-    def split(self, class_names, fingerprint: str, origin: str, unused: dict[str, int]) -> Split:
-        return Split.of_photographs(len(self), class_names, fingerprint, self.__getitem__, origin=origin, unused=unused)
+            hint = "delete it, and write it anew (or raise the limit of open files, ulimit -n, if that is the reason)"
+            raise FailedError(f"the shard {path} is damaged ({first_line(error)[:100]}): {hint}") from None
 
 
 def _allow_open_files(count: int) -> None:
@@ -147,76 +139,58 @@ def open_shards(root: Path, split: str) -> Split | None:
     Raises:
       EffnetlibError: something in the folder is missing or wrong.
     """
-    if (root / MANIFEST).is_file():
-        return _open_ours(root, split)
+    is_ours = (root / MANIFEST).is_file()
+    info = None if is_ours else _find_tfds(root)
+    if not is_ours and not info:
+        return None
+    folder, manifest = (root, read_manifest(root)) if is_ours else (info.parent, _read_tfds(info))
+    splits = manifest["splits"]
+    hint = "add it to the source and prepare again" + ", or set subset=minival" * (split == "eval")
+    require(split in splits, f"{folder} was prepared without the {split} split, only with {', '.join(splits)}: {hint}")
+    about = splits[split]
+    require(about["whole"], UNFINISHED.format(root))
+    shards = [(folder / shard["file"], shard["examples"]) for shard in about["shards"]]
+    if missing := [path for path, _ in shards if not path.is_file()]:
+        hint = "prepare the folder again" + ", with file_format='array_record'" * (not is_ours)
+        raise FailedError(f"the shard {missing[0]} is missing: {hint}")
+    used = {shard["file"] for each in splits.values() for shard in each["shards"]}
+    unused = beside(root, folder, lambda name: name in used or name.endswith((".json", ".labels.txt")))
+    unused |= {f"the split {name}": each["examples"] for name, each in splits.items() if name not in SPLIT_NAMES}
+    if is_ours:
+        skipped = [place for shard in about["shards"] for place, *_ in shard.get("skipped", ())]
+        order, fingerprint = shard_order(about["examples"] + len(skipped)), about["fingerprint"]
+        order = np.argsort(order[~np.isin(order, skipped)])  # skipped photographs leave no gaps
+        unused |= {"unreadable photographs that were left out": len(skipped)} if skipped else {}
+    else:
+        sizes = "".join(f"{path.name} {path.stat().st_size}\n" for path, _ in shards).encode()
+        order, fingerprint = None, hashlib.sha256(info.read_bytes() + sizes).hexdigest()[:16]
+    records, classes = ShardedRecords(shards, len(manifest["classes"]), order), manifest["classes"]
+    about = {"origin": about.get("origin", split), "unused": unused}
+    return Split.of_photographs(len(records), classes, fingerprint, records.__getitem__, **about)
+
+
+def _find_tfds(root: Path) -> Path | None:
     # TFDS's folders are NAME/CONFIG/VERSION, or a part of that. A deep search among photographs would take minutes.
     photographs = any(split_of(path.name) for path in root.glob("*"))
     infos = sorted(info for depth in range(2 if photographs else 4) for info in root.glob("*/" * depth + INFO))
-    if len(infos) > 1:
-        named = " or ".join(str(info.parent) for info in infos)
-        raise EffnetlibError(
-            f"{root} holds {len(infos)} data sets or versions of TFDS: name the folder of one, {named}"
-        )
-    return _open_tfds(root, infos[0], split) if infos else None
+    named = " or ".join(str(info.parent) for info in infos)
+    require(len(infos) < 2, f"{root} holds {len(infos)} data sets or versions of TFDS: name the folder of one, {named}")
+    return infos[0] if infos else None
 
 
-def _open_ours(root: Path, split: str) -> Split:
-    manifest = read_manifest(root)
-    if split not in manifest["splits"]:
-        hint = ", or set subset=minival, which holds out a part of train" if split == "eval" else ""
-        raise EffnetlibError(
-            f"{root} was prepared without the {split} split, only with {', '.join(manifest['splits'])}: add it to the "
-            f"source and prepare again{hint}"
-        )
-    about = manifest["splits"][split]
-    if not about["whole"]:
-        raise EffnetlibError(UNFINISHED.format(root))
-    shards = [(root / shard["file"], shard["examples"]) for shard in about["shards"]]
-    if missing := [path for path, _ in shards if not path.is_file()]:
-        raise FailedError(f"the shard {missing[0]} is missing: prepare the folder again")
-    skipped = [place for shard in about["shards"] for place, *_ in shard.get("skipped", ())]
-    order = shard_order(about["examples"] + len(skipped))
-    order = np.argsort(order[~np.isin(order, skipped)])  # skipped photographs leave no gaps
-    used = {shard["file"] for each in manifest["splits"].values() for shard in each["shards"]} | {MANIFEST}
-    unused = beside(root, root, used.__contains__)
-    if skipped:
-        unused["unreadable photographs that were left out"] = len(skipped)
-    records, origin = ShardedRecords(shards, len(manifest["classes"]), order), about.get("origin", split)
-    return records.split(manifest["classes"], about["fingerprint"], origin, unused)
-
-
-def _open_tfds(root: Path, info: Path, split: str) -> Split:
-    folder = info.parent
+def _read_tfds(info: Path) -> dict:
+    """What TFDS says of a data set, in the form of our manifest. A split of another kind keeps its name."""
+    labels, splits = info.with_name("label.labels.txt"), {}
     try:
-        about = json.loads(info.read_text())
-        named = {each["name"]: [int(n) for n in each["shardLengths"]] for each in about["splits"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise EffnetlibError(f"{info} is damaged, or of another version: {error!r}") from None
-    known = {kind: name for name in reversed(named) if (kind := split_of(name))}
-    name = known.get(split) or (known.get("test") if split == "eval" else None)
-    if name is None or (split == "test" and "eval" not in known):
-        raise EffnetlibError(f"{folder} has no {split} split, only {', '.join(named)}")
-    lengths = named[name]
-    pattern = re.compile(rf".+-{re.escape(name)}\.array_record-(\d+)-of-0*{len(lengths)}")
-    files = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
-    if len(files) != len(lengths):
-        raise EffnetlibError(
-            f"{folder} should hold {len(lengths)} ArrayRecord shards of {name}, and holds {len(files)} (TFDS writes them "
-            "with file_format='array_record')"
-        )
-    labels = folder / "label.labels.txt"
-    try:
-        classes = tuple(labels.read_text("utf-8").removesuffix("\n").split("\n"))
-    except UnicodeError as error:
-        raise EffnetlibError(f"{labels} is not UTF-8: {error}") from None
-    except OSError as error:
-        raise EffnetlibError(f"{labels}, which names the classes, cannot be read: {error.strerror}") from None
-    digest = hashlib.sha256(info.read_bytes())
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-    written = re.compile(r".+\.array_record-\d+-of-\d+|.+\.(json|labels\.txt)")
-    unused = beside(root, folder, written.fullmatch) | {
-        f"the split {each}": sum(counts) for each, counts in named.items() if each not in known.values()
-    }
-    records = ShardedRecords(list(zip(files, lengths, strict=True)), len(classes))
-    return records.split(classes, digest.hexdigest()[:16], name, unused)
+        classes, about = labels.read_text("utf-8").removesuffix("\n").split("\n"), json.loads(info.read_text())
+        for each in about["splits"]:
+            name, lengths = each["name"], [int(length) for length in each["shardLengths"]]
+            stem, of = f"{about['name']}-{name}.array_record", len(lengths)
+            shards = [{"file": f"{stem}-{i:05}-of-{of:05}", "examples": n} for i, n in enumerate(lengths)]
+            found = {"whole": True, "examples": sum(lengths), "origin": name, "shards": shards}
+            splits.setdefault(split_of(name) or name, found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EffnetlibError(f"{info} or {labels.name} is damaged, or of another version: {error!r}") from None
+    if "eval" not in splits and "test" in splits:
+        splits["eval"] = splits.pop("test")
+    return {"classes": classes, "splits": splits}

@@ -197,7 +197,9 @@ def test_tfds_shards(tmp_path):
     assert contents(train) == [(content, WNIDS.index(wnid)) for wnid, _, content in train_files()]
     assert len(evaluation) == 6 and evaluation.example(0)[0].shape == (16, 20, 3)
     (tmp_path / "in/imagenet2012/5.1.0/imagenet2012-train.array_record-00001-of-00002").unlink()
-    with pytest.raises(EffnetlibError, match="should hold 2 ArrayRecord shards of train, and holds 1"):
+    with pytest.raises(
+        EffnetlibError, match="train.array_record-00001-of-00002 is missing: .* file_format=.array_record"
+    ):
         load(str(tmp_path / "in"), "train")
 
 
@@ -223,7 +225,7 @@ def test_tfds_without_validation_is_evaluated_on_test_and_says_so(tmp_path):
     found = load(str(tmp_path / "in"), "eval")
     assert len(found) == 6 and found.origin == "test"
     assert found.unused == {"imagenet2012/5.1.0/*.txt": 1}
-    with pytest.raises(EffnetlibError, match="has no test split"):
+    with pytest.raises(EffnetlibError, match="without the test split, only with train, eval"):
         load(str(tmp_path / "in"), "test")
     more = [{"name": "validation_v2", "shardLengths": ["7"]}]
     about = json.loads(about)
@@ -240,7 +242,7 @@ def test_names_of_classes_that_do_not_fit_the_shards_of_tfds(tmp_path):
     with pytest.raises(FailedError, match="label 1, where 1 classes are named"):
         contents(train)
     names.write_bytes("Käfer\n".encode("latin-1"))
-    with pytest.raises(EffnetlibError, match="label.labels.txt is not UTF-8"):
+    with pytest.raises(EffnetlibError, match="label.labels.txt is damaged.*UnicodeDecodeError"):
         load(str(tmp_path / "in"), "train")
 
 
