@@ -24,7 +24,7 @@ from effnetlib.data.images import Unreadable, read
 from effnetlib.data.photographs import FORMATS, KAGGLE, SPLIT_NAMES, TARS, MissingSplit, Photo, check_classes
 from effnetlib.data.shards import MANIFEST, SCHEMA, UNFINISHED, encode_record, read_manifest, shard_order
 from effnetlib.data.split import Split
-from effnetlib.errors import EffnetlibError, FailedError, first_line
+from effnetlib.errors import EffnetlibError, FailedError, first_line, require
 from effnetlib.runs.files import exclusive_lock, write_atomically
 from effnetlib.runs.machine import usable_cores
 from effnetlib.runs.progress import Progress
@@ -45,11 +45,8 @@ class Odd(Refused):
 def accept(photo: Photo, convert: bool) -> tuple[bytes, bool]:
     """(bytes for a shard, whether they were converted). The photograph is decoded whole, to prove that it is readable.
 
-    If shards cannot hold its format, `convert` makes an RGB JPEG of the best quality. The reference's script does the same
-    with PNG and CMYK.
-
-    Raises:
-      Refused: it is unreadable, CMYK, neither JPEG nor PNG, or its suffix names another format.
+    If shards cannot hold its format, `convert` makes an RGB JPEG of the best quality, as the reference's script does.
+    Raises Refused: it is unreadable, CMYK, neither JPEG nor PNG, or its suffix names another format.
     """
     try:
         encoded = photo.read()
@@ -100,8 +97,8 @@ def prepare(
     listings = _list(source, partial)
     taken = {name for names in SPLIT_NAMES.values() for name in names}
     taken |= {listing.origin.partition("/")[0] for listing in listings.values()}
-    if any(dest.resolve().is_relative_to((source / name).resolve()) for name in taken):
-        raise EffnetlibError(f"{dest} lies among the photographs of {source}: name a folder beside them")
+    inside = any(dest.resolve().is_relative_to((source / name).resolve()) for name in taken)
+    require(not inside, f"{dest} lies among the photographs of {source}: name a folder beside them")
     try:
         with exclusive_lock(dest, "preparing"):
             return _write(dest, listings, os.path.relpath(dest, source) + "/", convert, skip_unreadable)
@@ -111,25 +108,24 @@ def prepare(
 
 
 def _list(source: Path, partial: bool) -> dict[str, Split]:
-    if not source.is_dir():
-        raise EffnetlibError(f"there is no folder {source}")
+    require(source.is_dir(), f"there is no folder {source}")
     listings, missing = {}, {}
     for split in SPLIT_NAMES:
         try:
             listings[split] = photographs.list_photographs(source, split)
         except MissingSplit as error:
             missing[split] = error
-    if None in listings.values():
-        wanted = "wanted are ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC, or train/CLASS/*.jpg in it"
-        raise EffnetlibError(f"{source} is no layout of photographs (seen: {photographs.seen(source)}): {wanted}")
+    wanted = "wanted are ILSVRC2012_img_train.tar, ILSVRC/Data/CLS-LOC, or train/CLASS/*.jpg in it"
+    unknown = f"{source} is no layout of photographs (seen: {photographs.seen(source)}): {wanted}"
+    require(None not in listings.values(), unknown)
     if "train" in missing and not (partial and listings):
         raise missing["train"]
     if not partial and _is_imagenet(listings["train"]):
         for split, wanted in IMAGENET.items():
             count = len(listings.get(split, ()))
             short = f"{source} should hold the {wanted:,} photographs of ImageNet's {split} split, and holds {count:,}"
-            if count != wanted:
-                raise EffnetlibError(f"{missing.get(split, short)}: complete it, or take what is there with --partial")
+            hint = "complete it, or take what is there with --partial"
+            require(count == wanted, f"{missing.get(split, short)}: {hint}")
     check_classes(source, {split: listing.class_names for split, listing in listings.items()})
     return listings
 
@@ -154,13 +150,13 @@ def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, ski
     shards = {split: list(_divide(split, listing.photos)) for split, listing in listings.items()}
     before = read_manifest(dest)["splits"] if (dest / MANIFEST).is_file() else {}
     for split, about in before.items():
-        if about["whole"] and (split not in listings or listings[split].fingerprint != about["listing"]):
-            raise EffnetlibError(f"{dest} holds another data set: name another folder, or delete that one")
+        same = split in listings and listings[split].fingerprint == about["listing"]
+        require(same or not about["whole"], f"{dest} holds another data set: name another folder, or delete that one")
     known = {about["file"]: about for split in before.values() for about in split["shards"]}
     done, todo = {}, []
     for shard in itertools.chain(*shards.values()):
-        path, about = dest / shard.file, known.pop(shard.file, None)
-        if about and about["members"] == shard.members and path.is_file() and path.stat().st_size == about["bytes"]:
+        path, about = dest / shard.file, known.pop(shard.file, {})
+        if about.get("members") == shard.members and path.is_file() and path.stat().st_size == about["bytes"]:
             done[shard.file] = about
         else:
             todo.append(shard)
@@ -190,7 +186,14 @@ def _write(dest: Path, listings: dict[str, Split], name: str, convert: bool, ski
             save()
     (dest / "refused.txt").unlink(missing_ok=True)
     if refused:
-        _refuse(dest / "refused.txt", refused)
+        listed = "".join(f"{name}\t{reason}\n" for name, reason in refused)
+        write_atomically(dest / "refused.txt", listed.encode(errors="surrogateescape"))  # names may not be UTF-8
+        convertible = all(isinstance(reason, Odd) for _, reason in refused)
+        hint = "replace them, or leave out unreadable ones with --skip-unreadable"
+        hint = "--convert makes JPEGs of them" if convertible else hint
+        named = "; ".join(f"{name}: {reason}" for name, reason in refused[:10]) + "; …" * (len(refused) > 10)
+        where = f"all listed in {dest / 'refused.txt'} ({hint})"
+        raise FailedError(f"{len(refused)} photographs are refused, {where}: {named}")
     return manifest
 
 
@@ -219,16 +222,6 @@ def _map_shards(work, shards: list, sizes: list[int]) -> Iterator:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _refuse(path: Path, refused: list[tuple[str, Refused]]) -> None:
-    text = "".join(f"{name}\t{reason}\n" for name, reason in refused)
-    write_atomically(path, text.encode(errors="surrogateescape"))  # names may not be UTF-8
-    hint = "replace them, or leave out unreadable ones with --skip-unreadable"
-    if all(isinstance(reason, Odd) for _, reason in refused):
-        hint = "--convert makes JPEGs of them"
-    named = "; ".join(f"{name}: {reason}" for name, reason in refused[:10]) + "; …" * (len(refused) > 10)
-    raise FailedError(f"{len(refused)} photographs are refused, all listed in {path} ({hint}): {named}")
 
 
 def _write_shard(dest: Path, shard: _Shard, *, convert: bool, skip_unreadable: bool) -> tuple[dict | None, list]:
@@ -290,11 +283,9 @@ def check(dest: Path) -> list[str]:
     Raises:
       EffnetlibError: there is no readable manifest.
     """
-    if not (dest / MANIFEST).is_file():
-        raise EffnetlibError(f"{dest} has no {MANIFEST}: prepare it first")
+    require((dest / MANIFEST).is_file(), f"{dest} has no {MANIFEST}: prepare it first")
     splits = read_manifest(dest)["splits"]
-    if not all(split["whole"] for split in splits.values()):
-        raise EffnetlibError(UNFINISHED.format(dest))
+    require(all(split["whole"] for split in splits.values()), UNFINISHED.format(dest))
 
     def problem(about):
         path = dest / about["file"]
