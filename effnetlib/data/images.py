@@ -16,7 +16,7 @@ import simplejpeg
 from PIL import Image
 
 from effnetlib.data.augment import autoaugment, randaugment
-from effnetlib.errors import FailedError, first_line
+from effnetlib.errors import FailedError, first_line, require
 
 # Augmentations with a random crop, as for ImageNet, and the policy that follows the crop.
 CROPPING = {"inception": None, "autoaugment": autoaugment, "randaugment": randaugment}
@@ -69,21 +69,19 @@ def read(encoded: bytes) -> tuple[str, np.ndarray]:
       Unreadable: no decoder can read it, its header claims more than `MAX_PIXELS` (no memory is allocated), or its
         pixels are 32-bit numbers with no defined white.
     """
+    with contextlib.suppress(Exception):  # Pillow reads more forms of JPEG
+        if _jpeg_size(encoded):
+            return "JPEG", simplejpeg.decode_jpeg(encoded, "RGB")
     try:
-        return _read(encoded)
+        return _read_by_pillow(encoded)
     except Exception as error:  # decoders raise many kinds, even MemoryError and KeyError
         raise Unreadable(first_line(error).partition(" <")[0]) from None
 
 
-def _read(encoded: bytes) -> tuple[str, np.ndarray]:
-    with contextlib.suppress(Exception):  # Pillow below reads more forms of JPEG
-        if _jpeg_size(encoded):
-            return "JPEG", simplejpeg.decode_jpeg(encoded, "RGB")
+def _read_by_pillow(encoded: bytes) -> tuple[str, np.ndarray]:
     image = Image.open(io.BytesIO(encoded))
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"its header claims {image.width:,} x {image.height:,} pixels, and {MAX_PIXELS:,} are the limit"
-        )
+    claims = f"its header claims {image.width:,} x {image.height:,} pixels, and {MAX_PIXELS:,} are the limit"
+    require(image.width * image.height <= MAX_PIXELS, claims)
     kind = "JPEG" if image.format == "MPO" else image.format  # MPO: a JPEG with previews, from cameras
     kind = f"CMYK {kind}" if image.mode == "CMYK" else kind
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -138,13 +136,11 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return image if image.shape[2] == 3 else cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
 
 
-def eval_image(original: bytes | np.ndarray, size: int, augmentation: str) -> np.ndarray:
-    """The image resized for evaluation. For `CROPPING`, the centre ``size / (size + 32)`` of the shorter side."""
-    return _cropped(original, size, augmentation)
+def eval_image(original: bytes | np.ndarray, size: int, augmentation: str, rng=None) -> np.ndarray:
+    """The image resized for evaluation. For `CROPPING`, the centre ``size / (size + 32)`` of the shorter side.
 
-
-def _cropped(original, size, augmentation, rng=None):
-    """Crops, at random if there is an `rng`, and resizes. Decodes only the rows that the crop needs."""
+    With an `rng` the crop is random, as for training. Of a JPEG only the rows that the crop needs are decoded.
+    """
     shape = _jpeg_size(original) if isinstance(original, bytes) else original.shape[:2]
     if shape is None:
         original = read(original)[1]
@@ -175,9 +171,13 @@ def train_images(
       Unreadable: see `read`.
     """
     if augmentation in CROPPING:
-        rngs = [example_rng(seed, epoch, index) for epoch, index in zip(epochs, indices, strict=True)]
-        pairs = zip(originals, rngs, strict=True)
-        return np.stack([_crop_and_flip(original, size, augmentation, rng) for original, rng in pairs])
+        made, policy = [], CROPPING[augmentation]
+        for original, epoch, index in zip(originals, epochs, indices, strict=True):
+            rng = example_rng(seed, epoch, index)
+            image = eval_image(original, size, augmentation, rng)
+            image = cv2.flip(image, 1) if rng.random() < 0.5 else image
+            made.append(policy(image, rng) if policy else image)
+        return np.stack(made)
     images, rows = originals, np.asarray(indices)
     if not isinstance(images, np.ndarray):
         images, rows = np.stack([eval_image(x, size, augmentation) for x in originals]), np.arange(len(originals))
@@ -231,14 +231,6 @@ def philox(counter: Sequence, key: int) -> tuple[np.ndarray, ...]:
 def example_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random generator of one photograph in one epoch."""
     return np.random.Generator(np.random.Philox(key=(seed, (int(epoch) << 32) + int(index))))
-
-
-def _crop_and_flip(original, size, augmentation, rng):
-    image = _cropped(original, size, augmentation, rng)
-    if rng.random() < 0.5:
-        image = cv2.flip(image, 1)
-    policy = CROPPING[augmentation]
-    return policy(image, rng) if policy else image
 
 
 @dataclass(frozen=True)
