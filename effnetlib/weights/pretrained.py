@@ -16,7 +16,7 @@ from effnetlib import data
 from effnetlib.data.images import normalize
 from effnetlib.data.photographs import WHOLE, WNID
 from effnetlib.data.split import shown
-from effnetlib.errors import EffnetlibError
+from effnetlib.errors import EffnetlibError, require
 from effnetlib.evaluation import EvalResult, evaluate
 from effnetlib.mesh import batch_sharding, make_mesh
 from effnetlib.model import EfficientNet
@@ -66,18 +66,15 @@ class Pretrained:
             step, weights = checkpoints.latest_weights(path, best)
             origin = {"run": record.name, "step": step, "recipe_hash": recipe.hash}
             return cls(weights, recipe.variant, record.data["num_classes"], recipe.resolution, names, origin)
-        if best:
-            raise EffnetlibError(f"{path} is not the folder of a run, and only a run keeps its best checkpoint")
-        file = next((file for file in (path, path / MODEL) if file.is_file()), None)
-        if file is None:
-            raise EffnetlibError(f"{path} is neither a file of weights nor the folder of an import or of a run")
+        require(not best, f"{path} is not the folder of a run, and only a run keeps its best checkpoint")
+        file = path / MODEL if path.is_dir() else path
+        require(file.is_file(), f"{path} is neither a file of weights nor the folder of an import or of a run")
         return cls(**files.read(file))
 
     def export(self, file: Path | str) -> None:
         """Writes a `.safetensors` file with timm's names. EffnetlibError: the suffix is another, or writing fails."""
         file = user_path(file, "the file")
-        if file.suffix.lower() != ".safetensors":
-            raise EffnetlibError(f"{file} does not end in .safetensors")
+        require(file.suffix.lower() == ".safetensors", f"{file} does not end in .safetensors")
         try:
             files.write(file, **vars(self))
         except OSError as error:
@@ -95,31 +92,27 @@ class Pretrained:
           EffnetlibError: the classes or their order differ.
         """
         given, ours = ([unicodedata.normalize("NFC", n) for n in names] for names in (class_names, self.class_names))
-        count, numbers = len(given), [int(name) if name.isdecimal() else -1 for name in given]
-        different = [i for i, pair in enumerate(zip(given, ours, strict=False)) if pair[0] != pair[1]]
-        synsets = count == WHOLE and all(map(WNID.fullmatch, given)) and given == sorted(given)
-        wrong = None
-        if count != self.num_classes:
-            wrong = f"has {count:,} classes, and the weights {self.num_classes:,}: take the data of their training"
-        elif numbers != list(range(count)) and sorted(numbers) == list(range(count)):
-            wrong = f"has numbers out of order for classes ({', '.join(given[:4])}): prepare it again"
-        elif different and numbers != list(range(count)):
-            at, order = different[0], "; the order differs" if sorted(given) == sorted(ours) else ""
-            wrong = (
-                f"has {shown(given[at])} for class {at}, and the weights {shown(ours[at])}{order}: "
-                "name the class folders as the weights do, or by the numbers from 0"
-            )
-        elif ours or synsets or numbers == list(range(count)):
-            pass
-        elif count == WHOLE and self.origin.get("tag", "").endswith("in1k"):
-            wrong = (
-                f"begins with {', '.join(map(shown, given[:3]))}, and the weights have ImageNet's classes: "
-                "name the class folders by WordNet ID, or by the numbers 0 to 999"
-            )
-        else:
-            say(f"The weights do not name the classes of {count} logits: the order of {dataset}'s classes is assumed")
-        if wrong:
-            raise EffnetlibError(f"{dataset} {wrong}")
+        count, numbers = len(given), list(map(str, range(len(class_names))))
+        wrong = (
+            f"{dataset} has {count:,} classes, and the weights {self.num_classes:,}: take the data of their training"
+        )
+        require(count == self.num_classes, wrong)
+        values = [str(int(name)) if name.isdecimal() else name for name in given]
+        if values == numbers:
+            return
+        wrong = f"{dataset} has numbers out of order for classes ({', '.join(given[:4])}): prepare it again"
+        require(sorted(values) != sorted(numbers), wrong)
+        hint = "name the class folders as the weights do, or by the numbers from 0"
+        for at, (here, there) in enumerate(zip(given, ours, strict=False)):
+            order = "; the order differs" if sorted(given) == sorted(ours) else ""
+            wrong = f"{dataset} has {shown(here)} for class {at}, and the weights {shown(there)}{order}: {hint}"
+            require(here == there, wrong)
+        if ours or (count == WHOLE and all(map(WNID.fullmatch, given)) and given == sorted(given)):
+            return
+        wrong = f"{dataset} begins with {', '.join(map(shown, given[:3]))}, and the weights have ImageNet's classes: "
+        hint = "name the class folders by WordNet ID, or by the numbers 0 to 999"
+        require(count != WHOLE or not self.origin.get("tag", "").endswith("in1k"), wrong + hint)
+        say(f"The weights do not name the classes of {count} logits: the order of {dataset}'s classes is assumed")
 
 
 def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
@@ -130,8 +123,7 @@ def import_weights(file: Path | str, directory: Path | str) -> Pretrained:
     """
     directory, pretrained = user_path(directory, "the folder", folder=True), Pretrained.load(file)
     make_writable(directory)
-    if any(directory.iterdir()):
-        raise EffnetlibError(f"{directory} is not empty: name another folder, or delete that one")
+    require(not any(directory.iterdir()), f"{directory} is not empty: name another folder, or delete that one")
     pretrained.export(directory / MODEL)
     return pretrained
 
@@ -174,8 +166,8 @@ def evaluate_pretrained(
     """
     file, split = user_path(file, "the file"), data.load(dataset, "eval")
     pretrained.check_classes(split.class_names, dataset)
-    if batch < 1 or batch % jax.device_count():
-        raise EffnetlibError(f"a batch of {batch} does not divide over {jax.device_count()} devices")
+    divides = batch > 0 and batch % jax.device_count() == 0
+    require(divides, f"a batch of {batch} does not divide over {jax.device_count()} devices")
     size = image_size or pretrained.image_size
     with pinned() as settings:
         result = evaluate(pretrained.model(precision), split, batch=batch, size=size, augmentation=augmentation)
