@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 
 from effnetlib.data.images import MEAN_RGB, STDDEV_RGB
-from effnetlib.errors import EffnetlibError, first_line
+from effnetlib.errors import EffnetlibError, first_line, require
 from effnetlib.model import VARIANTS, head_filters, stage_repeats
 from effnetlib.runs.checkpoints import Weights
 from effnetlib.runs.files import write_atomically
@@ -24,6 +24,13 @@ MEAN, STD = (np.divide(values, 255).tolist() for values in (MEAN_RGB, STDDEV_RGB
 KERNELS = (  # of the stem, the depthwise convolutions, the head and the classifier, by library
     ("conv_stem.weight", "conv_dw.weight", "conv_head.weight", "classifier.weight"),
     ("stem_conv/kernel", "dwconv/kernel", "top_conv/kernel", "predictions/kernel"),
+)
+OURS = re.compile(
+    r"(?:.*[/:])?tf_efficientnet_(b[0-7]|nano)(?:_(aa|ap|ns))?(?:\.(\w+))?"
+)  # timm's names of our networks
+UNKNOWN = (
+    "no config states which of timm's networks {} holds: efficientnet_b* (other padding and epsilon) and AdvProp's "
+    "weights (other normalisation) look like ours, but would score badly"
 )
 
 
@@ -37,8 +44,8 @@ def read(path: Path) -> dict:
       EffnetlibError: the format is another one, the file is damaged, a part of the variant is missing, or timm's config
         states another network or another normalisation of images.
     """
-    if path.suffix.lower() not in (".safetensors", ".h5", ".hdf5", ".keras"):
-        raise EffnetlibError(f"{path} is neither a .safetensors file (timm) nor a .h5 or .keras file (Keras)")
+    known_suffix = path.suffix.lower() in (".safetensors", ".h5", ".hdf5", ".keras")
+    require(known_suffix, f"{path} is neither a .safetensors file (timm) nor a .h5 or .keras file (Keras)")
     library = TIMM if path.suffix.lower() == ".safetensors" else KERAS
     try:
         found = load_file(path) if library == TIMM else _read_keras(path)
@@ -54,23 +61,22 @@ def read(path: Path) -> dict:
 
     stem, depthwise, head, classifier = KERNELS[library]
     prefixes = [name.removesuffix(stem) for name in found if name.endswith(stem)]
-    if len(prefixes) != 1:
-        count = f"{len(prefixes)} networks" if prefixes else "nothing"
-        raise EffnetlibError(f"{path} holds {count} with EfficientNet's names ({stem}): its layers are {layers(found)}")
+    wrong = f"{path} holds {len(prefixes)} networks with EfficientNet's names ({stem}): its layers are {layers(found)}"
+    require(len(prefixes) == 1, wrong)
     (prefix,) = prefixes
     inside = [name for name in found if name.startswith(prefix) and name.count("/") <= prefix.count("/") + 1]
     outside = [name for name in found.keys() - inside if "normalization" not in name]
     inner = {name.removeprefix(prefix): found[name] for name in inside}
     # The output axis of a kernel is the first in timm and the last in Keras. Without a kernel there are 0 outputs.
-    shapes = ((0, *np.shape(inner.get(name, ())), 0) for name in (head, classifier))
-    width, num_classes = (shape[1 if library == TIMM else -2] for shape in shapes)
+    kernels = (inner.get(name, np.zeros(0)) for name in (head, classifier))
+    width, num_classes = (kernel.shape[0 if library == TIMM else -1] for kernel in kernels)
     blocks = sum(name.endswith(depthwise) for name in inner)
     nearest = min(VARIANTS, key=lambda v: (abs(blocks - sum(stage_repeats(v))), abs(width - head_filters(v))))
     variant = known.get("variant", nearest)
     names = known.get("class_names", ())
     for what, count in (("classes", known.get("num_classes")), ("class names", len(names))):
-        if count and num_classes and count != num_classes:
-            raise EffnetlibError(f"{path} has {num_classes} logits, but its config states {count} {what}")
+        agrees = not count or not num_classes or count == num_classes
+        require(agrees, f"{path} has {num_classes} logits, but its config states {count} {what}")
     notes = [known["note"]] if "note" in known else []
     if outside:
         notes.append(f"{path.name} holds more than {variant}, and {layers(outside)} is left out")
@@ -143,12 +149,10 @@ def _stated(path: Path) -> dict:
         config |= config.get("pretrained_cfg", {})
         architecture = config.get("architecture", "")
         if not architecture:
-            return {"note": _unknown(path)}
-        ours = re.fullmatch(
-            r"(?:.*[/:])?tf_efficientnet_(b[0-7]|nano)(?:_(aa|ap|ns))?(?:\.(\w+))?", architecture.lower()
-        )
-        variant, tag_of_name = (ours[1], ours[3] or ours[2]) if ours else ("b*", None)
-        tag = config.get("tag") or tag_of_name or ""
+            return {"note": UNKNOWN.format(path.name)}
+        ours = OURS.fullmatch(architecture.lower())
+        variant, *tags = ours.groups() if ours else ("b*",)
+        tag = config.get("tag") or next(filter(None, tags), "")
         wrong = [] if ours else [f"is {architecture}, with other layers, padding or batch-norm epsilon"]
         other = {*config.get("model_args", {})} - {"num_classes", "drop_rate", "drop_path_rate"}
         other |= {"global_pool"} if (config.get("global_pool") or "avg") != "avg" else set()
@@ -160,23 +164,11 @@ def _stated(path: Path) -> dict:
         labels = config.get("label_names") or list(config.get("label_descriptions", ()))
         labels = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
         size = int(config["input_size"][-1]) if "input_size" in config else 0
-        known = {"variant": variant, "image_size": size, "class_names": tuple(map(str, labels)), "tag": tag}
-        known |= {"num_classes": num_classes, "note": str(config.get("note") or "")}
+        known = {"variant": variant, "num_classes": num_classes, "image_size": size, "tag": tag}
+        known |= {"class_names": tuple(map(str, labels)), "note": str(config.get("note") or "")}
         known |= {"from": dict(config.get("from") or {})}
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, OSError) as error:
         raise EffnetlibError(f"{where} is damaged, or is not timm's config: {first_line(error)}") from None
-    if wrong:
-        example = f"take timm's tf_efficientnet_{variant}.aa_in1k, for example"
-        raise EffnetlibError(f"{path} is not ours: {where} says that it {' and '.join(wrong)}; {example}")
+    example = f"take timm's tf_efficientnet_{variant}.aa_in1k, for example"
+    require(not wrong, f"{path} is not ours: {where} says that it {' and '.join(wrong)}; {example}")
     return {name: value for name, value in known.items() if value}
-
-
-def _unknown(path: Path) -> str:
-    words = {*re.split("[^a-z0-9]+", path.stem.lower())}
-    hints = ["AdvProp"] * bool(words & {"ap", "advprop"})
-    hints += ["timm's own efficientnet"] * ("efficientnet" in words and "tf" not in words)
-    hint = f" (its name suggests {' and '.join(hints)})" if hints else ""
-    return (
-        f"no config states which of timm's networks {path.name} holds{hint}: efficientnet_b* (other padding and "
-        "epsilon) and AdvProp's weights (other normalisation) look like ours, but would score badly"
-    )

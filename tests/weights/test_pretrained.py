@@ -115,7 +115,7 @@ def test_importing_into_a_folder_of_ones_own(file, tmp_path):
 def test_an_import_says_what_nothing_states_and_keeps_it(nano, tmp_path):
     save_file(names.to_timm(nano, "nano", 10), tmp_path / "tf_nano_ap.safetensors")
     done = run("weights", "import", tmp_path / "tf_nano_ap.safetensors", "--to", tmp_path / "a")
-    note = "no config states which of timm's networks tf_nano_ap.safetensors holds (its name suggests AdvProp)"
+    note = "no config states which of timm's networks tf_nano_ap.safetensors holds: "
     assert done.exit_code == 0 and note in done.output, done.output
     assert Pretrained.load(tmp_path / "a").origin["note"].startswith(note)
     for source, target in (("a", "b.safetensors"), ("b.safetensors", "c.SAFETENSORS")):

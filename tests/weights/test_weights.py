@@ -357,15 +357,11 @@ def test_what_are_no_weights_is_refused(timm, name, change, sentence, tmp_path):
         files.read(save_timm(tmp_path / "model.safetensors", timm | {name: change(timm[name])}, config()))
 
 
-@pytest.mark.parametrize(("name", "hint"), [
-    ("model", "holds:"), ("tf_efficientnet_b0_aa-827b6e33", "holds:"), ("tf_efficientnet_b0.ns_jft_in1k", "holds:"),
-    ("efficientnet_b0_ra-3dd342df", r"holds \(its name suggests timm's own efficientnet"),
-    ("tf_efficientnet_b0.ap_in1k", r"holds \(its name suggests AdvProp\)"),
-])  # fmt: skip
-def test_where_nothing_says_which_network_it_is_that_is_said(timm, name, hint, tmp_path):
-    path = save_timm(tmp_path / f"{name}.safetensors", timm, format="pt")
+def test_where_nothing_says_which_network_it_is_that_is_said(timm, tmp_path):
+    path = save_timm(tmp_path / "x.safetensors", timm, format="pt")
     origin = files.read(path)["origin"]
-    assert origin.keys() == {"file", "sha256", "note"} and re.search(f"networks \\S* {hint}", origin["note"])
+    assert origin.keys() == {"file", "sha256", "note"}
+    assert origin["note"].startswith("no config states which of timm's networks x.safetensors holds: efficientnet_b*")
     (tmp_path / "config.json").write_text('{"model_type": "other"}')
     assert files.read(path)["origin"] == origin
 
