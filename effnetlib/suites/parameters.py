@@ -36,43 +36,21 @@ def assignments(texts: Iterable[str]) -> dict:
 
 
 def notebook_parameters(namespace: Mapping, known: Iterable[str]) -> dict:
-    """Reads a notebook's parameters from its ``globals()``: its parameters cell, and the cell that papermill injected.
+    """Reads a notebook's parameters from its ``globals()``.
 
-    The injected cell is the last one under papermill's heading. The parameters cell holds only known parameters with their
-    types. All other cells belong to the user.
+    They are the known names that a cell annotated with a type, as the parameters cell does, or that the last cell under
+    papermill's heading assigned. All other variables belong to the user.
 
     Raises:
-      EffnetlibError: the injected cell assigns an unknown name, or a value does not have the type in the parameters cell.
+      EffnetlibError: papermill assigned an unknown name, or a value does not have the type of its annotation.
     """
-    known, injected, hints = list(known), {}, {}
-    cells = namespace.get("In", [])[:-1]
-    for source in cells:
-        assigned = _assigned(source)
-        if source.startswith(INJECTED):
-            injected = assigned
-        if assigned and all(name in known and hint for name, hint in assigned.items()):
-            hints = {name: eval(hint, dict(namespace)) for name, hint in assigned.items()} | hints
-    check_parameters(injected, known)
-    given = {*hints, *injected} if cells else known
-    found = {name: namespace[name] for name in known if name in namespace and name in given}
-    return found | {name: typed(name, found[name], hint) for name, hint in hints.items()}
-
-
-def _assigned(source: str) -> dict[str, str | None]:
-    """The names that a cell assigns, with their annotations. Empty if the cell does anything else."""
-    try:
-        statements = ast.parse(source).body
-    except (SyntaxError, ValueError):  # a magic, or not Python
-        return {}
-    names = {}
-    for statement in statements:
-        if isinstance(statement, ast.Assign):
-            names |= {target.id: None for target in statement.targets if isinstance(target, ast.Name)}
-        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            names[statement.target.id] = ast.unparse(statement.annotation)
-        elif not isinstance(statement, ast.Import | ast.ImportFrom):
-            return {}
-    return names
+    known, hints = list(known), namespace.get("__annotations__", {})
+    injected = next((cell for cell in reversed(namespace.get("In", ())) if cell.startswith(INJECTED)), "")
+    names = [node for node in ast.walk(ast.parse(injected)) if isinstance(node, ast.Name)]
+    assigned = [node.id for node in names if isinstance(node.ctx, ast.Store)]
+    check_parameters(assigned, known)
+    found = {name: namespace[name] for name in known if name in namespace and name in {*hints, *assigned}}
+    return {name: typed(name, value, hints[name]) if name in hints else value for name, value in found.items()}
 
 
 def train_recipe(parameters: Mapping) -> Recipe:
