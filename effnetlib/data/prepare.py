@@ -212,16 +212,14 @@ def _describe(listing: Split, shards: list[_Shard], done: dict[str, dict]) -> di
 
 def _map_shards(work, shards: list, sizes: list[int]) -> Iterator:
     """Yields `work(shard)` per shard, from threads. Shows the progress; `sizes` are photographs per shard."""
-    progress, done = Progress(sum(sizes), 0, 1, unit="photograph"), 0
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        try:
-            for size, result in zip(sizes, pool.map(work, shards), strict=True):
-                yield result
-                done += size
-                progress.update(done)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    progress, done, pool = Progress(sum(sizes), 0, 1, unit="photograph"), 0, ThreadPoolExecutor(usable_cores())
+    try:
+        for size, result in zip(sizes, pool.map(work, shards), strict=True):
+            yield result
+            done += size
+            progress.update(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_shard(dest: Path, shard: _Shard, *, convert: bool, skip_unreadable: bool) -> tuple[dict | None, list]:
