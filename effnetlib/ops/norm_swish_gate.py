@@ -71,14 +71,11 @@ def _backward(residuals, dy):
         dscale = factor * spatial(jnp.sum, dy * slope * (x - mean)) + dsqueezed * slope_x_mean
         return (dz * scale).astype(x.dtype), -scale * dshift, dscale, dshift
 
-    def chain_rule(dz, x, mean, scale):
-        return norm_gradients(dz, x, mean, scale)
-
-    def chain_rule_from_written(dz, x, mean, scale):
+    def from_written(dz, x, mean, scale):
         # Two sums and dx need dz. Writing it once in x's dtype costs less than computing its tanh three times.
         return norm_gradients(jax.lax.optimization_barrier(dz.astype(x.dtype)).astype(dz.dtype), x, mean, scale)
 
-    forms = dict(cpu=chain_rule, cuda=chain_rule_from_written, default=with_saved_sums)
+    forms = dict(cpu=norm_gradients, cuda=from_written, default=with_saved_sums)
     return *jax.lax.platform_dependent(dz, x, mean, scale, **forms), dweights
 
 

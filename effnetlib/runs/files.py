@@ -26,18 +26,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to fill. It becomes `folder` when the block ends. An error leaves nothing behind. `folder` must
-    be missing or empty."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        filled = Path(scratch) / folder.name
-        filled.mkdir()
-        yield filled
-        filled.replace(folder)
-
-
 def make_writable(folder: Path, what: str = "the folder") -> None:
     """Makes a folder if it is missing. Raises EffnetlibError, which names `what`, if it is not writable."""
     try:
