@@ -7,11 +7,15 @@ from pathlib import Path
 from effnetlib.errors import EffnetlibError, require
 from effnetlib.runs.progress import say
 
-# One slash is enough: pathlib turns gs://bucket into gs:/bucket.
-_ADDRESS = re.compile(r"^\s*[\w+.@-]+:(?:/|$)|/\s*[A-Za-z][\w+.-]+:(?:/|$)")
+ADDRESS = "is an address: mount it, or copy what it holds, and give the path on this machine"
+# What is no path on this machine. In an address one slash is enough: pathlib turns gs://bucket into gs:/bucket.
+REFUSED = {
+    r"^\s*$|\0": "is not a path: name a file or folder",
+    r"^\s*[\w+.@-]+:(?:/|$)|/\s*[A-Za-z][\w+.-]+:(?:/|$)": ADDRESS,
+    r"(?:^|/)(?:\$[A-Za-z_]|%\w+%)|\$[({]|`|\{\{": "holds a variable, which no shell has replaced: write out its value",
+    r"(?s)^\s|\s$|^(['\"]).*\1$": "begins and ends with quotes, or has a blank at an end: leave them out",
+}
 _HOST_OR_DRIVE = re.compile(r"[\w+.@-]+:[^/]*")
-_VARIABLE = re.compile(r"(?:^|/)(?:\$[A-Za-z_]|%\w+%)|\$[({]|`|\{\{")
-_WRAPPED = re.compile(r"^\s|\s$|^(['\"]).*\1$", re.DOTALL)
 
 
 def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: bool = False) -> Path:
@@ -25,15 +29,10 @@ def user_path(text: Path | str, what: str, base: Path | None = None, *, folder: 
         a file is where a folder should be.
     """
     given, wrong = os.fspath(text), f"{what} {os.fspath(text)!r}"
-    require(given.strip() and "\0" not in given, f"{wrong} is not a path: name a file or folder")
-    first = _HOST_OR_DRIVE.match(given)
-    address = _ADDRESS.search(given) or (first and not os.path.lexists(Path(base or "", first[0])))
-    require(not address, f"{wrong} is an address: mount it, or copy what it holds, and give the path on this machine")
-    unfilled = f"{wrong} holds a variable, which no shell has replaced: write out its value"
-    require(not _VARIABLE.search(given), unfilled)
-    require(
-        not _WRAPPED.search(given), f"{wrong} begins and ends with quotes, or has a blank at an end: leave them out"
-    )
+    for pattern, reason in REFUSED.items():
+        require(not re.search(pattern, given), f"{wrong} {reason}")
+    host = _HOST_OR_DRIVE.match(given)
+    require(not host or os.path.lexists(Path(base or "", host[0])), f"{wrong} {ADDRESS}")
     try:
         path = Path(os.path.abspath(Path(base or "", Path(given).expanduser())))
     except RuntimeError:
