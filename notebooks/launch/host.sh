@@ -25,11 +25,13 @@
 # It ends with papermill's code; 75 is "run me again", 74 is a copy that failed, 2 is a wrong setting.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-process=${EFFNETLIB_PROCESS:?which host this is, from 0}
 refuse() {
     echo "host.sh: $*" >&2
     exit 2
 }
+process=${EFFNETLIB_PROCESS:-}
+[[ $process =~ ^[0-9]+$ ]] || refuse "EFFNETLIB_PROCESS says which host this is, from 0"
+[[ -z ${COPY_BACK:-} || -n ${COPY_TO:-} ]] || refuse "COPY_BACK needs COPY_TO, which each host begins with a copy of"
 [[ ${EFFNETLIB_OUTPUTS:-} != *:/* ]] ||
     refuse "EFFNETLIB_OUTPUTS $EFFNETLIB_OUTPUTS is an address: give it as COPY_TO, or mount it and give the folder"
 [[ ${EFFNETLIB_DATA:-} != *:/* ]] ||
@@ -75,7 +77,6 @@ begin_with() {
 }
 
 if [[ -n ${COPY_BACK:-} ]]; then
-    : "${COPY_TO:?what to begin with a copy of}"
     mkdir -p "$EFFNETLIB_OUTPUTS"
     EFFNETLIB_OUTPUTS=$EFFNETLIB_OUTPUTS/.host$process
     exec 9>"$EFFNETLIB_OUTPUTS.lock"

@@ -5,8 +5,8 @@
 #   COPY_TO=gs://BUCKET/RUN HOSTS="ADDRESS …" ssh.sh NAME [-p NAME VALUE …]
 #
 # TPU is a Cloud TPU VM of any size. gcloud brings your key to it and tells its hosts' addresses; project and zone are gcloud's
-# own settings (gcloud config set, or CLOUDSDK_COMPUTE_ZONE). Run `ssh-add ~/.ssh/google_compute_engine` first. HOSTS names
-# any other machines, the one of process 0 first. They reach it under that address, without USER@, or else under
+# own settings (gcloud config set, or CLOUDSDK_COMPUTE_ZONE). The key is gcloud's, ~/.ssh/google_compute_engine. HOSTS names any
+# other machines, the one of process 0 first. They reach it under that address, without USER@, or else under
 # EFFNETLIB_COORDINATOR. All else that ssh must know belongs into ~/.ssh/config.
 #
 # COPY_TO is where the results go and where a run is resumed from (see COPY_BACK in host.sh); hosts that all mount one folder
@@ -18,12 +18,13 @@
 # command that installs what was copied to a host; empty, nothing is copied either.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-slice=${1:?the name of a TPU VM, or with HOSTS any name}
-shift
 refuse() { # before anything is installed
     echo "ssh.sh: $*" >&2
     exit 2
 }
+slice=${1:-}
+[[ $slice =~ ^[A-Za-z0-9] ]] || refuse "the first argument is the name of a TPU VM, or with HOSTS any name"
+shift
 [[ -n ${COPY_TO:-}${EFFNETLIB_OUTPUTS:-} ]] ||
     refuse "the hosts share no folder: give COPY_TO=gs://BUCKET/RUN, or as EFFNETLIB_OUTPUTS a folder that all mount"
 [[ ${EFFNETLIB_OUTPUTS:-} != *:/* ]] ||
@@ -49,6 +50,8 @@ stop() {
 # shellcheck source=/dev/null
 source "$here/gang.sh"
 
+ssh=(ssh -oBatchMode=yes -oStrictHostKeyChecking=accept-new -oServerAliveInterval=30 -oConnectTimeout=10 -oConnectionAttempts=3)
+
 # Where ssh finds each host, and where the hosts find process 0.
 read -ra addresses <<<"${HOSTS:-}"
 coordinator=${addresses[0]:-}
@@ -56,14 +59,13 @@ coordinator=${EFFNETLIB_COORDINATOR:-${coordinator#*@}}
 if ((!${#addresses[@]})); then
     tpu_vm() { gcloud --quiet compute tpus tpu-vm "$@"; }
     tpu_vm ssh "$slice" --command=true </dev/null # for the key
+    ssh+=("-oIdentityFile=~/.ssh/google_compute_engine")
     fields='networkEndpoints[].ipAddress,networkEndpoints[].accessConfig.externalIp'
     IFS=$'\t' read -r internal external <<<"$(tpu_vm describe "$slice" --format="value($fields)")" # in the workers' order
     [[ $external == *[^\;]* ]] || external=$internal # no host has one: this runs inside their network
     IFS=';' read -ra addresses <<<"$external"
     coordinator=${EFFNETLIB_COORDINATOR:-${internal%%;*}}
 fi
-ssh=(ssh -oBatchMode=yes -oStrictHostKeyChecking=accept-new -oServerAliveInterval=30 -oConnectTimeout=10 -oConnectionAttempts=3)
-
 set -m # a terminal's Ctrl-C reaches this script only, which stops the hosts and waits for what they save
 
 # A host that has just begun does not answer yet, or does not know the key: ssh says 255.

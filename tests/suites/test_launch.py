@@ -192,6 +192,14 @@ def test_an_address_is_no_folder_of_a_host(places, tmp_path, variable, instead):
     assert not (tmp_path / "machines/calls").exists()
 
 
+@pytest.mark.parametrize("command", [["local.sh"], ["local.sh", "-p"], ["ssh.sh", "-p"], ["host.sh"]])
+def test_wrong_usage_is_code_2_and_a_sentence(places, command):
+    code, said = finish(start([LAUNCH / command[0], *command[1:]], places, COPY_TO="gs://bucket/run"))
+    assert code == 2 and said.count("\n") == 1 and said.startswith(f"{command[0]}: ")
+    code, said = finish(start([LAUNCH / "host.sh"], places, EFFNETLIB_PROCESS=0, COPY_BACK=1))
+    assert code == 2 and said.startswith("host.sh: COPY_BACK needs COPY_TO")
+
+
 @pytest.mark.parametrize("given", ["mine", "./mine", "~/mine"])
 def test_a_relative_folder_of_a_host_begins_where_it_is_started(places, tmp_path, given):
     settings = {"EFFNETLIB_PROCESS": 0, "EFFNETLIB_OUTPUTS": given, "GANG": 1, "HOME": tmp_path}
