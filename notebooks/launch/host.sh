@@ -3,47 +3,80 @@
 #
 #   host.sh [-p NAME VALUE …]        the parameters of notebooks/train.ipynb
 #
-# A relative path among them, or in EFFNETLIB_OUTPUTS or EFFNETLIB_DATA, begins where host.sh is started. None may be an address
-# such as gs://BUCKET: mount the bucket.
+# A relative path among them, or in a variable below, begins where host.sh is started.
 #
 # Which host it is, and where the first one is, comes from EFFNETLIB_COORDINATOR, EFFNETLIB_PROCESSES and EFFNETLIB_PROCESS
 # (see effnetlib/runs/hosts.py). What runs write goes to EFFNETLIB_OUTPUTS, a folder that all hosts see. Each host leaves its
-# notebook and its log in hosts/ there. With COPY_TO, the first host runs `$COPY FOLDER $COPY_TO` every COPY_SECONDS and at
-# the end; COPY is "gcloud storage rsync --recursive", or "cp -rT" where COPY_TO is a folder, such as a mounted bucket, unless
-# you say otherwise. SIGTERM is passed on, and waits for the save.
+# notebook and its log in hosts/ there. SIGTERM is passed on, and waits for the save.
+#
+# DATA is a folder that `effnetlib data prepare` wrote, or its address, such as gs://BUCKET/imagenet. Each host first copies it to
+# memory or disk: to EFFNETLIB_DATA if that is given, else to /dev/shm/effnetlib if it fits, else to ~/.cache/effnetlib. Its last
+# part is the name of the data set there. Without DATA, EFFNETLIB_DATA is where the data sets are.
+#
+# COPY_TO is an address or a folder. The first host copies EFFNETLIB_OUTPUTS there every COPY_SECONDS (600) and at the end.
+# copies.py has the tools that copy, which COPY, COPY_DELETE and COPY_FILE replace.
 #
 # COPY_BACK=1 is for hosts that share no folder: each begins with a copy of COPY_TO, which must be there, in a folder of its
-# own under EFFNETLIB_OUTPUTS, and so all resume from the same state. The one that writes copies all to COPY_TO, the others
-# their notebook and log. COPY_TO is then the only truth: what was not copied there is not resumed from.
+# own under EFFNETLIB_OUTPUTS, and so all resume from the same state. The one that writes copies its runs to COPY_TO, the others
+# their notebook and log. COPY_TO is then the only truth: what was not copied there is not resumed from. It holds the
+# checkpoints that the run keeps: the last two and the best.
 #
 # FOLLOW=1 shows papermill's log too. UNTIL_EOF=1 takes the end of the standard input for a SIGTERM: so it ends with its ssh.
+# It ends with papermill's code; 75 is "run me again", 74 is a copy that failed, 2 is a wrong setting.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-process=${EFFNETLIB_PROCESS:?which host this is, from 0}
-for name in EFFNETLIB_OUTPUTS EFFNETLIB_DATA; do
-    [[ ${!name:-} != *:/* ]] || {
-        echo "host.sh: $name ${!name} is an address: mount it on every host, and give the folder" >&2
-        exit 2
-    }
-done
+refuse() {
+    echo "host.sh: $*" >&2
+    exit 2
+}
+process=${EFFNETLIB_PROCESS:-}
+[[ $process =~ ^[0-9]+$ ]] || refuse "EFFNETLIB_PROCESS says which host this is, from 0"
+[[ -z ${COPY_BACK:-} || -n ${COPY_TO:-} ]] || refuse "COPY_BACK needs COPY_TO, which each host begins with a copy of"
+[[ ${EFFNETLIB_OUTPUTS:-} != *:/* ]] ||
+    refuse "EFFNETLIB_OUTPUTS $EFFNETLIB_OUTPUTS is an address: give it as COPY_TO, or mount it and give the folder"
+[[ ${EFFNETLIB_DATA:-} != *:/* ]] ||
+    refuse "EFFNETLIB_DATA $EFFNETLIB_DATA is an address: give that of one data set as DATA, and each host copies it"
 export EFFNETLIB_OUTPUTS=${EFFNETLIB_OUTPUTS:-$here/../../outputs}
 EFFNETLIB_OUTPUTS=${EFFNETLIB_OUTPUTS/#\~\//$HOME/}
 [[ $EFFNETLIB_OUTPUTS == /* ]] || EFFNETLIB_OUTPUTS=$PWD/$EFFNETLIB_OUTPUTS
-to=${COPY_TO:-}
-if [[ $to == *://* ]]; then copy=${COPY:-gcloud storage rsync --recursive}; else copy=${COPY:-cp -rT}; fi
+copies=(python "$here/copies.py")
 
-papermill=
+papermill='' begins=''
 asked=0 signalled=0
 helpers=()
-trap 'asked=1 signalled=1; [[ -z $papermill ]] || kill -TERM $papermill 2>/dev/null || true' TERM INT HUP USR1
-trap 'kill "${helpers[@]}" 2>/dev/null || true' EXIT
+on_signal() {
+    asked=1 signalled=1
+    [[ -z $begins ]] || kill -KILL -- "-$begins" 2>/dev/null || true
+    [[ -z $papermill ]] || kill -TERM "$papermill" 2>/dev/null || true
+}
+trap on_signal TERM INT HUP USR1
+place=$(mktemp)
+trap 'rm -f "$place"; kill "${helpers[@]}" 2>/dev/null || true' EXIT
 if [[ -n ${UNTIL_EOF:-} ]]; then
     { while read -r; do :; done; kill -TERM $$; } <&0 >/dev/null 2>&1 &
     helpers+=($!)
 fi
 
+# Runs a copy before papermill. There is nothing to save: a signal ends it at once, with all that it has started, and this
+# script with 75.
+begin_with() {
+    local code
+    set -m # its processes are a group
+    "$@" </dev/null &
+    begins=$!
+    set +m
+    ((!asked)) || on_signal
+    while :; do
+        signalled=0 code=0
+        wait "$begins" 2>/dev/null || code=$? # a signal ends it early, with a code of its own
+        ((signalled)) || break
+    done
+    begins=''
+    ((!asked)) || exit 75
+    return "$code"
+}
+
 if [[ -n ${COPY_BACK:-} ]]; then
-    : "${to:?what to begin with a copy of}"
     mkdir -p "$EFFNETLIB_OUTPUTS"
     EFFNETLIB_OUTPUTS=$EFFNETLIB_OUTPUTS/.host$process
     exec 9>"$EFFNETLIB_OUTPUTS.lock"
@@ -51,44 +84,21 @@ if [[ -n ${COPY_BACK:-} ]]; then
         ((!asked)) || exit 75
         sleep 1
     done
-    # Not their parents: those are there if the bucket is mounted. `cp` fails when another host makes hosts/ at the same moment.
-    [[ $to == *://* ]] || mkdir "$to" "$to/hosts" 2>/dev/null || true
     rm -rf "$EFFNETLIB_OUTPUTS"
     mkdir "$EFFNETLIB_OUTPUTS"
-    if ! $copy "$to" "$EFFNETLIB_OUTPUTS"; then
-        echo "host.sh: host $process could not copy from $to" >&2
-        exit 74
-    fi
-    rm -rf "$EFFNETLIB_OUTPUTS/hosts" # those of an earlier time
-    touch "$EFFNETLIB_OUTPUTS/.begun"
-    ((!asked)) || exit 75
+    begin_with "${copies[@]}" back || exit 74
 fi
+if [[ -n ${DATA:-} ]]; then
+    begin_with "${copies[@]}" data >"$place" || exit 74
+    EFFNETLIB_DATA=$(<"$place")
+    export EFFNETLIB_DATA
+fi
+((!asked)) || exit 75
 hosts=$EFFNETLIB_OUTPUTS/hosts
 log=$hosts/host$process.log
 mkdir -p "$hosts"
 
-# Whether this host holds what is to be copied. The one that writes is JAX's process 0, which on a TPU the slice numbers: it
-# need not be ours.
-holds_all() {
-    if [[ -n ${COPY_BACK:-} ]]; then
-        [[ -n $(find "$EFFNETLIB_OUTPUTS" -name checkpoints -prune -o -name run.json -newer "$EFFNETLIB_OUTPUTS/.begun" -print) ]]
-    else
-        [[ $process == 0 ]]
-    fi
-}
-
-copy_to() {
-    if [[ -z $to ]]; then
-        return
-    elif holds_all; then
-        $copy "$EFFNETLIB_OUTPUTS" "$to"
-    elif [[ -n ${COPY_BACK:-} ]]; then
-        $copy "$hosts" "$to/hosts"
-    fi || {
-        echo "host.sh: host $process could not copy to $to" >&2
-        return 1
-    }
-}
+copy_out() { [[ -z ${COPY_TO:-} ]] || "${copies[@]}" out; }
 
 : >"$log"
 EFFNETLIB_PARENT=$$ papermill --engine effnetlib --kernel python3 --no-progress-bar \
@@ -103,7 +113,7 @@ copy_now_and_then() {
     while kill -0 $$ 2>/dev/null; do
         sleep "${COPY_SECONDS:-600}" &
         wait $!
-        copy_to || true
+        copy_out || true
     done
 }
 copy_now_and_then &
@@ -124,7 +134,9 @@ while kill $copier 2>/dev/null; do sleep 0.1; done # until it is gone: a copy th
 if ((asked && code == 143)); then
     code=75 # it was not yet there to pass it on
 fi
-if ! copy_to && [[ -n ${COPY_BACK:-} ]] && holds_all; then
+copied=0
+copy_out || copied=$?
+if ((copied == 74)); then
     code=74 # not "run me again", which would begin without what is only here
 fi
 if ((code)); then

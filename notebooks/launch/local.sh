@@ -6,7 +6,11 @@
 # The gang fails as one: when a host fails the others are stopped, and its exit code is the result. PORT is 8476 unless given.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-hosts=${1:?how many hosts}
+hosts=${1:-}
+[[ $hosts =~ ^[1-9][0-9]*$ ]] || {
+    echo "local.sh: the first argument is how many hosts" >&2
+    exit 2
+}
 shift
 export EFFNETLIB_COORDINATOR=localhost:${PORT:-8476} EFFNETLIB_PROCESSES=$hosts
 running=()
