@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from effnetlib.reports.paper import table2
+from effnetlib.reports.tables import SEARCH
 from effnetlib.runs.record import Record
 
 SUPPORTED = "supported"
@@ -35,7 +36,8 @@ class Verdict:
     """The verdict of our runs on a claim. As a notebook output it also stores its fields, for `html.verdicts`.
 
     Attributes:
-      claim: one sentence. protocol: rates "tuned" at each batch or "scaled" from the smallest; "timed" for times.
+      claim: one sentence. protocol: rates "tuned" at each batch, "scaled" from the smallest, or those of the "preset"s;
+        "timed" for times.
       paper: the paper's figures. ours: our figures, with n and spread.
       verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why no test is made.
       measured: the decisive difference, in words. It is empty, and `effect` is None, if the claim cannot be tested.
@@ -119,23 +121,27 @@ def interval(differences: Sequence[float], first: int = FIRST_SEEDS, most: int =
 
 
 def by_seed(records: Sequence[Record]) -> pd.DataFrame:
-    """Final top-1 in percent: one row per seed, one column per point."""
+    """Final top-1 in percent: one row per seed, one column per point. `attrs` has their protocol: "preset" without a search."""
     rows = [(record.recipe.seed, record.point, 100 * record.result["final_top1"]) for record in records]
-    return pd.DataFrame(rows, columns=["seed", "point", "top1"]).pivot(index="seed", columns="point", values="top1")
+    table = pd.DataFrame(rows, columns=["seed", "point", "top1"]).pivot(index="seed", columns="point", values="top1")
+    searched = any(True for record in records for _ in record.directory.parent.glob(f"{SEARCH}*"))
+    table.attrs["protocol"] = "tuned" if searched else "preset"
+    return table
 
 
 def judge(
-    claim: str, paper: str, parts: Mapping[str, Mapping[str, int]], values: pd.DataFrame, *, protocol: str = "tuned", least: float = 0,
+    claim: str, paper: str, parts: Mapping[str, Mapping[str, int]], values: pd.DataFrame, *, protocol: str = "", least: float = 0,
     unit: str = "points",
 ) -> Verdict:  # fmt: skip
     """The verdict on "every part lies above `least`". It is contradicted if one lies below. Shows the weakest part.
 
     Args:
-      claim, paper, protocol, least, unit: as in `Verdict`.
+      claim, paper, least, unit: as in `Verdict`. protocol: as there; the default is that of `values`.
       parts: for each difference, its name and the weight of each point in it.
       values: one row per seed and one column per point, in `unit`. Top-1 is judged in two stages. It is undecided while
         half the interval is above one point. Time is judged in one stage.
     """
+    protocol = protocol or values.attrs.get("protocol", "tuned")
     rule = f"the 95 % interval of {', and of '.join(parts)} lies above {least:g}{f' {unit}' if least else ''}"
     points = list(dict.fromkeys(point for weights in parts.values() for point in weights))
     if missing := [point for point in points if point not in values]:
@@ -164,7 +170,7 @@ def judge(
 
 def protocols(top1: pd.DataFrame) -> list[str]:
     """The protocols for large batches that a suite has runs of. Here and below `top1` is from `by_seed`."""
-    return ["tuned", *(["scaled"] if top1.columns.str.endswith("-scaled").any() else [])]
+    return [top1.attrs.get("protocol", "tuned"), *(["scaled"] if top1.columns.str.endswith("-scaled").any() else [])]
 
 
 def point_names(top1: pd.DataFrame, protocol: str) -> pd.DataFrame:
@@ -172,7 +178,7 @@ def point_names(top1: pd.DataFrame, protocol: str) -> pd.DataFrame:
 
     At the smallest batch the scaled LARS and momentum are the tuned ones. Scaled RMSProp has another schedule there."""
     batches = sorted({int(name[1]) for name in map(re.compile(r"[a-z]+-(\d+)(-scaled)?$").match, top1.columns) if name})
-    suffix = {"tuned": "", "scaled": "-scaled"}[protocol]
+    suffix = "-scaled" * (protocol == "scaled")
     names = {name: [f"{name}-{batch}{suffix}" for batch in batches] for name in ("lars", "rmsprop", "momentum")}
     for name in ("lars", "momentum"):
         names[name][0] = names[name][0].removesuffix(suffix)

@@ -212,6 +212,9 @@ def test_top1_by_seed_is_in_percent(tmp_path):
         records.append(record)
     table = by_seed(records)
     assert dict(table["a"]) == {0: 50, 1: 60} and table["b"].isna()[0] and table["b"][1] == pytest.approx(70)
+    assert protocols(table) == ["preset"] and warmup(table, "a", "b", "LARS").protocol == "preset"
+    (tmp_path / "search-a-1").mkdir()
+    assert protocols(by_seed(records)) == ["tuned"]
 
 
 def test_a_verdict_leaves_itself_in_the_notebook():
