@@ -153,7 +153,8 @@ if int(processes) > 1:
 import os
 from effnetlib import data, make_mesh
 from effnetlib.mesh import batch_sharding
-listed, os.scandir = os.scandir, (None if int(process) else os.scandir)  # one process lists for all
+if int(process):
+    os.scandir = None  # process 0 lists for all
 stream = data.train_batches(data.load(folder, "train"), seed=1, batch=8, size=24, augmentation="autoaugment",
                             sharding=batch_sharding(make_mesh(2)), start=0, stop=5)
 parts = {}

@@ -524,6 +524,17 @@ def test_the_status_of_photographs_is_asked_for_in_threads(tmp_path, monkeypatch
     assert len(most) == 203 and max(most) > 3  # 200 files are 7 tasks
 
 
+def test_a_sample_tells_photographs_of_equal_names_and_sizes_apart(tmp_path):
+    splits = []
+    for content in (b"x", b"x", b"y"):
+        name = photos(tmp_path / f"in{len(splits)}", "train/ant/0.jpg", "train/bee/1.jpg")
+        (tmp_path / f"in{len(splits)}/train/bee/1.jpg").write_bytes(content)
+        splits.append(load(name, "train"))
+    assert len({split.fingerprint for split in splits}) == 1
+    one, same, other = (split.sample() for split in splits)
+    assert one == same != other
+
+
 MOUNTS = r"""overlay / overlay rw 0 0
 bucket /data fuse.gcsfuse ro 0 0
 server:/disk /net\040disk nfs4 rw 0 0

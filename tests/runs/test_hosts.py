@@ -6,9 +6,9 @@ import sys
 import pytest
 from test_invariance import free_port
 
-from effnetlib import EffnetlibError
+from effnetlib import EffnetlibError, data
 from effnetlib.errors import FailedError
-from effnetlib.runs import hosts
+from effnetlib.runs import hosts, run
 
 
 def test_a_process_on_its_own_joins_nothing(monkeypatch):
@@ -149,3 +149,15 @@ def test_what_one_process_on_its_own_makes_or_refuses_is_its_own():
     assert hosts.gather("here", 3) == [3] and hosts.from_first("here", lambda: 4) == 4
     with pytest.raises(EffnetlibError, match="no"):
         hosts.from_first("here", refuse)
+
+
+def test_hosts_that_read_other_data_than_process_0_are_refused(monkeypatch):
+    splits = {"train": data.load("digits", "train")}
+    monkeypatch.setattr(run.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(run, "gather", lambda place, mine: [mine] * 3)
+    run._require_same_data(splits)
+    monkeypatch.setattr(run, "gather", lambda place, mine: [mine, mine, ["another"]])
+    with pytest.raises(
+        EffnetlibError, match="process 2 reads other data than process 0: the data set must be the same"
+    ):
+        run._require_same_data(splits)
