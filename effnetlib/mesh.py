@@ -95,16 +95,16 @@ def make_mesh(num_groups: int, devices: Sequence[jax.Device] | None = None) -> M
 
 
 def _torus(devices):
-    """Chips in each direction that has more than one, and cores per chip; a line where devices fill no torus."""
-    *chips, cores = (len(set(places)) for places in zip(*map(_place, devices), strict=True))
-    if hasattr(devices[0], "coords") and math.prod(chips) * cores == len(devices):
+    """Chips in each direction that has more than one, and cores per chip; a line where devices fill no torus, or several."""
+    slices, *chips, cores = (len(set(places)) for places in zip(*map(_place, devices), strict=True))
+    if hasattr(devices[0], "coords") and slices == 1 and math.prod(chips) * cores == len(devices):
         return *(side for side in chips if side > 1), cores
     return len(devices), 1
 
 
 def _place(device: jax.Device) -> tuple:
     if hasattr(device, "coords"):
-        return (*device.coords, getattr(device, "core_on_chip", 0))
+        return (getattr(device, "slice_index", 0), *device.coords, getattr(device, "core_on_chip", 0))
     return (device.process_index, device.id)
 
 

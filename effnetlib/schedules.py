@@ -1,4 +1,5 @@
-"""Learning-rate schedules of the reference, as `step -> learning rate` functions that run under jit.
+"""Learning-rate schedules of the reference, as `step -> learning rate` functions. Numpy computes in float64, so that the
+rates are the same on every platform. A jax array gives a jax array, also under jit.
 
 Both warm up linearly from **zero**: ``peak_lr * t / warmup_steps`` while ``t < warmup_steps``.
 Source: section 3.2 of the paper; tensorflow/tpu, models/official/efficientnet/utils.py, build_learning_rate.
@@ -8,8 +9,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Schedule = Callable[[jax.typing.ArrayLike], np.ndarray | jax.Array]
 
 
 def scaled_lr(lr_per_256: float, global_batch_size: int) -> float:
@@ -17,11 +19,12 @@ def scaled_lr(lr_per_256: float, global_batch_size: int) -> float:
     return lr_per_256 * global_batch_size / 256
 
 
-def _after_warmup(peak_lr: float, warmup_steps: int, decayed: Schedule) -> Schedule:
+def _after_warmup(peak_lr: float, warmup_steps: int, decayed: Callable) -> Schedule:
     def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
+        xp = jnp if isinstance(step, jax.Array) else np
+        step = xp.asarray(step, jnp.float32 if xp is jnp else np.float64)
         # The divisor of a schedule without warm-up is never used; 1 only keeps 0 / 0 out of the unselected branch.
-        return jnp.where(step < warmup_steps, peak_lr * step / max(warmup_steps, 1), decayed(step))
+        return xp.where(step < warmup_steps, peak_lr * step / max(warmup_steps, 1), decayed(xp, step))
 
     return schedule
 
@@ -44,8 +47,8 @@ def warmup_polynomial_decay(
     """
     decay_steps = total_steps - warmup_steps + 1
 
-    def decayed(step):
-        since = jnp.clip(step - warmup_steps, 1, decay_steps)
+    def decayed(xp, step):
+        since = xp.clip(step - warmup_steps, 1, decay_steps)
         return (peak_lr - end_lr) * (1 - since / decay_steps) ** power + end_lr
 
     return _after_warmup(peak_lr, warmup_steps, decayed)
@@ -60,4 +63,4 @@ def warmup_exponential_decay(peak_lr: float, warmup_steps: int, decay_rate: floa
     >>> [float(schedule(t)) for t in range(5)]
     [0.0, 4.0, 4.0, 2.0, 2.0]
     """
-    return _after_warmup(peak_lr, warmup_steps, lambda step: peak_lr * decay_rate ** jnp.floor(step / decay_steps))
+    return _after_warmup(peak_lr, warmup_steps, lambda xp, step: peak_lr * decay_rate ** xp.floor(step / decay_steps))

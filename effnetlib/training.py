@@ -16,7 +16,6 @@ from effnetlib import data
 from effnetlib.evaluation import Evaluator
 from effnetlib.mesh import batch_sharding, make_mesh, on_every_device, replicated
 from effnetlib.recipe import Recipe
-from effnetlib.runs.hosts import wait_for_all
 from effnetlib.runs.record import Record
 from effnetlib.runs.run import Run, open_run
 from effnetlib.step import TrainState, lower_train_step
@@ -40,7 +39,7 @@ def train(
       directory: the run's folder; made if need be.
       eval_devices: evaluate on the first so many devices only, to measure what all of them save. Changes
         no result beyond rounding.
-      max_minutes: stop after so many minutes, for sessions that end without warning; None is never.
+      max_minutes: stop so many minutes after this process began, for sessions that end without warning; None is never.
 
     Returns:
       The record, `completed`.
@@ -49,7 +48,7 @@ def train(
       EffnetlibError: the recipe does not fit the devices, the data is missing, the folder cannot be
         written or holds another recipe's run, or another process is training in it. Nothing has been
         compiled or written then.
-      PreemptedError: asked to stop. All is saved, and the same call goes on.
+      PreemptedError: asked to stop. All is saved, and the same call goes on. A compilation ends first.
       FailedError: the input failed, and all is saved; or the file system; or no checkpoint can be read.
       DivergedError: the loss became infinite, nan or huge.
     """
@@ -66,8 +65,7 @@ def train(
         init_key, run_key = split_key()
         state, train_step, evaluator = _compile(recipe, mesh, init_key, run)
         inputs.callback(evaluator.close)
-        learning_rates = np.asarray(jax.jit(recipe.schedule)(np.arange(total)))
-        wait_for_all("compiled")
+        learning_rates = np.float32(recipe.schedule(np.arange(total)))
         compile_seconds = time.perf_counter() - compiling
 
         ### Restore, or begin ###

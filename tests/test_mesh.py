@@ -1,5 +1,6 @@
 import importlib.util
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import jax
@@ -95,6 +96,37 @@ def test_devices_without_places_or_with_gaps_between_them_are_a_line():
     full = [device(x, y, core) for x in range(2) for y in range(3) for core in range(2)]
     assert _torus(full) == (2, 3, 2) and _torus(full[:4]) == (2, 2) and _torus(full[:-2]) == (10, 1)
     assert _torus(jax.devices()) == (8, 1)
+
+
+@dataclass(frozen=True)
+class Core:
+    """What a mesh asks of a TPU's device."""
+
+    coords: tuple[int, int, int]
+    core_on_chip: int
+    slice_index: int = 0
+
+
+@pytest.mark.parametrize("chips", [(16, 32), (32, 16)])
+def test_tiles_follow_the_coordinates_in_either_orientation_of_a_slice(chips):
+    devices = [
+        Core((x, y, 0), core)
+        for y in range(chips[1]) for x in range(chips[0]) for core in range(2)
+    ]  # fmt: skip
+    for size, box in ((32, (4, 4)), (64, (4, 8))):
+        places = np.array([d.coords for d in make_mesh(1024 // size, devices).devices.flat]).reshape(-1, size, 3)
+        sides = np.ptp(places, axis=1)[:, :2] + 1
+        assert set(map(tuple, np.sort(sides))) == {box}
+
+
+def test_of_several_slices_no_group_spans_two():
+    devices = [
+        Core((x, y, 0), 0, part)
+        for x in range(8) for y in range(8) for part in range(2)
+    ]  # fmt: skip
+    for size in (16, 32, 64):
+        groups = make_mesh(128 // size, devices).devices
+        assert all(len({device.slice_index for device in group}) == 1 for group in groups)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the compiler for TPUs")

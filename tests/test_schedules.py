@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from effnetlib import Recipe
 from effnetlib.schedules import scaled_lr, warmup_exponential_decay, warmup_polynomial_decay
 
 W, T = 50, 200
@@ -31,3 +32,14 @@ def test_without_warmup_the_first_step_is_finite():
 def test_linear_scaling_rule():
     assert scaled_lr(0.016, 4096) == pytest.approx(0.256)
     assert scaled_lr(0.081, 65536) == pytest.approx(20.736)
+
+
+@pytest.mark.parametrize("preset", ["b2-4096-rmsprop", "b2-32768-lars", "digits-64-lars"])
+def test_rates_are_float64_of_numpy_and_those_of_jax_to_float32(preset):
+    recipe = Recipe.preset(preset)
+    steps = np.arange(0, recipe.total_steps, 7)
+    rates = recipe.schedule(steps)
+    assert rates.dtype == np.float64
+    # The last digits of a power in float32; at a step of a staircase, either side of it.
+    close = np.isclose(jax.jit(recipe.schedule)(steps), rates, rtol=1e-4)
+    assert close.mean() > 0.999

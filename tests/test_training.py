@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from effnetlib import EffnetlibError, Recipe, Record, train
 from effnetlib.errors import FailedError
 from effnetlib.runs import checkpoints
 from effnetlib.runs.meter import DivergedError
+from effnetlib.runs.run import Run
 from effnetlib.runs.stopping import PreemptedError, Stop
 from effnetlib.step import make_train_step, smoothed_cross_entropy
 
@@ -377,6 +379,31 @@ def test_divergence_stops_and_is_recorded(tiny, tmp_path):
         train(recipe, tmp_path / "run")
     record = Record.load(tmp_path / "run")
     assert record.status == "failed" and record.error.startswith("DivergedError: the loss is")
+
+
+def test_a_checkpoint_starts_to_copy_every_array_before_it_waits_for_one(monkeypatch):
+    calls = []
+
+    class OnDevice:
+        def addressable_data(self, number):
+            return self
+
+        def copy_to_host_async(self):
+            calls.append("start")
+
+        def __array__(self, *_, **__):
+            calls.append("wait")
+            return np.zeros(1)
+
+        def __int__(self):
+            return 1
+
+    meter = SimpleNamespace(now=lambda: 0.0, saved_step=0, saved=lambda step: None)
+    record = SimpleNamespace(timing={}, save=lambda: None)
+    run = Run(record, {}, [], Stop(None), meter=meter)
+    monkeypatch.setattr("effnetlib.runs.run.save", lambda *_: None)
+    run.checkpoint(SimpleNamespace(step=OnDevice(), params={"a": OnDevice(), "b": OnDevice()}))
+    assert calls == ["start"] * 3 + ["wait"] * 3
 
 
 def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path):

@@ -19,12 +19,14 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from effnetlib.data.split import Split, shown
 from effnetlib.data.workers import Packed
 from effnetlib.errors import EffnetlibError, first_line
+from effnetlib.runs.progress import at_work, say
 
 # The format of each suffix.
 FORMATS = dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG") | dict.fromkeys((".tif", ".tiff"), "TIFF")
@@ -52,6 +54,11 @@ WANTED = {
     "eval": "val/CLASS/*.jpg with the classes of train, or the setting subset=minival, which holds out a part of train",
     "test": "test/CLASS/*.jpg with the classes of train",
 }
+
+
+LISTING_THREADS = 32
+LOOSE_FILES = 50_000  # beyond it, reading one by one over a network is warned of
+NETWORK = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "lustre")
 
 
 class MissingSplit(EffnetlibError):
@@ -147,21 +154,39 @@ def list_photographs(root: Path, split: str) -> Split | None:
     with contextlib.suppress(OSError):
         if listing and all(os.stat(place).st_mtime_ns == mtime for place, mtime in mtimes.items()):
             return listing
-    walk = _Walk(root, split)
     try:
-        listing = walk.find()
+        with ThreadPoolExecutor(LISTING_THREADS) as threads, at_work(f"listing {root}"):
+            walk = _Walk(root, split, threads)
+            listing = walk.find()
     except UnicodeError as error:
         raise EffnetlibError(f"a file in {root} has a name or a text that is not UTF-8: {error}") from None
     except tarfile.TarError as error:
         raise EffnetlibError(f"an archive in {root} is damaged, or not whole: {error}") from None
     except OSError as error:
         raise EffnetlibError(f"{error.filename or root} cannot be read: {error.strerror}") from None
+    if listing and len(listing) > LOOSE_FILES and (kind := mounted_by(root)):
+        say(
+            f"{root} holds {len(listing):,} loose photographs on a mounted {kind}, which reads them one by one over the network: "
+            "`effnetlib data prepare` writes them into shards, and a copy of those on a local disk is read many times as fast"
+        )
     # File times have steps of up to 10 ms: a second change within a step is invisible. So fresh folders are not cached.
     if listing and time.time_ns() - max(walk.mtimes.values()) > 100_000_000:
         _LISTINGS[root, split] = walk.mtimes, listing
         for oldest in list(_LISTINGS)[:-3]:
             del _LISTINGS[oldest]
     return listing
+
+
+def mounted_by(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
+    """The kind of the file system at `folder` if it lies behind a network or FUSE, such as "fuse.gcsfuse"; else empty."""
+    kinds = {}
+    with contextlib.suppress(OSError):  # no such table outside Linux
+        for line in mounts.read_text().splitlines():
+            _, place, kind, *_ = line.split()
+            kinds[Path(place.replace("\\040", " "))] = kind
+    folder = folder.resolve()
+    kind = next((kinds[place] for place in (folder, *folder.parents) if place in kinds), "")
+    return kind if kind.startswith(NETWORK) and kind != "fuseblk" else ""  # that is a local disk
 
 
 def seen(folder: Path) -> str:
@@ -200,8 +225,8 @@ class _Place(NamedTuple):
 class _Walk:
     """Makes one listing. Collects modification times, counts of unused files, and the photographs that `skip.txt` names."""
 
-    def __init__(self, root: Path, split: str):
-        self.root, self.split = root, split
+    def __init__(self, root: Path, split: str, threads: ThreadPoolExecutor):
+        self.root, self.split, self.threads = root, split, threads
         self.mtimes: dict[Path, int] = {}
         self.unused: Counter = Counter()
         self.skip: set[str] = set()
@@ -282,7 +307,10 @@ class _Walk:
         self.mtimes[place.path] = os.stat(place.path).st_mtime_ns
         folders, photos, others = {}, [], []
         with os.scandir(place.path) as entries:
-            for entry in sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name):
+            entries = sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name)
+            # An entry keeps its status. A mounted bucket needs a request for each.
+            list(self.threads.map(_find_status, (entries[i::LISTING_THREADS] for i in range(LISTING_THREADS))))
+            for entry in entries:
                 lost = entry.is_symlink() and not os.path.exists(entry.path)
                 if entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or lost):  # no pipe or socket
                     if self._keep(entry.path):
@@ -358,8 +386,14 @@ class _Walk:
         fingerprint, names = (
             hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()[:16] for lines in (sizes, names)
         )
-        about = {"origin": where, "unused": dict(self.unused), "names": names, "photos": photos}
+        about = {"origin": where, "unused": dict(self.unused), "names": names}
         return Split.of_photographs(len(photos), class_names, fingerprint, _Files(photos), **about)
+
+
+def _find_status(entries: list[os.DirEntry]) -> None:
+    for entry in entries:
+        with contextlib.suppress(OSError):  # a link to nothing
+            entry.stat()
 
 
 def _numbered(names: Iterable[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from effnetlib.data.photographs import check_classes, in_words, list_photographs, seen
-from effnetlib.data.shards import open_shards, shard_order
+from effnetlib.data.shards import MANIFEST, open_shards, read_manifest, shard_order
 from effnetlib.data.split import Split
 from effnetlib.errors import EffnetlibError, did_you_mean
 from effnetlib.runs.paths import name_or_path, user_path
@@ -124,22 +124,38 @@ def _cifar10(split: str) -> Split:
 
 IN_MEMORY = {"digits": _digits, "cifar10": _cifar10}
 
-_COMPETITION = "imagenet-object-localization-challenge"
-# Kaggle mounts it at the first path today; the second is the older place.
-KAGGLE_IMAGENET = (Path("/kaggle/input/competitions", _COMPETITION), Path("/kaggle/input", _COMPETITION))
+KAGGLE_INPUT = Path("/kaggle/input")
+# Kaggle mounts the competition at the first place today; the second is the older one.
+COMPETITION = [f"{folder}imagenet-object-localization-challenge" for folder in ("competitions/", "")]
 
 
 def data_folder(name: str) -> Path:
     """The folder of a set of photographs: the path itself, or a folder of the cache.
 
-    If the cache has no "imagenet", Kaggle's competition folder is used where it is attached.
+    If the cache has no "imagenet", what is attached on Kaggle is used: shards of it, or the competition's folder.
     """
     folder = user_path(name_or_path(name, "dataset"), "dataset", cache_folder(), folder=True)
-    attached = KAGGLE_IMAGENET if name == "imagenet" and not folder.is_dir() else ()
-    return next((place for place in attached if place.is_dir()), folder)
+    if name != "imagenet" or folder.is_dir():
+        return folder
+    # At most four levels deep: a deeper search would list every photograph of a data set.
+    manifests = (path for levels in range(1, 5) for path in sorted(KAGGLE_INPUT.glob("*/" * levels + MANIFEST)))
+    places = (path.parent for path in manifests if _is_imagenet(path.parent))
+    return next(places, next(filter(Path.is_dir, map(KAGGLE_INPUT.joinpath, COMPETITION)), folder))
+
+
+def _is_imagenet(shards: Path) -> bool:
+    with contextlib.suppress(EffnetlibError):  # another program's manifest.json
+        return read_manifest(shards)["splits"]["train"]["examples"] == KNOWN["imagenet"].train_examples
+    return False
 
 
 def _photographs(name: str, split: str) -> Split:
+    from effnetlib.runs import hosts  # imports jax, which worker processes do not need
+
+    return hosts.from_first(f"listing of {split} in {name}", lambda: _open(name, split))
+
+
+def _open(name: str, split: str) -> Split:
     root = data_folder(name)
     if root.is_dir():
         if found := open_shards(root, split):
@@ -152,7 +168,7 @@ def _photographs(name: str, split: str) -> Split:
     if os.sep not in name:
         wanted += " (EFFNETLIB_DATA sets another cache folder)"
     if name == "imagenet":
-        places = ", ".join(map(str, KAGGLE_IMAGENET))
+        places = ", ".join(f"{KAGGLE_INPUT}/{place}" for place in COMPETITION)
         raise EffnetlibError(f"imagenet is not in {root} (nor, as on Kaggle, in {places}): {wanted}")
     if name in KNOWN:
         raise EffnetlibError(f"{root} is missing: get it with `effnetlib data fetch {name}`")

@@ -25,7 +25,6 @@ class Split:
       origin: the folder or archive of the photographs.
       unused: counts of the files and folders that are not used, by kind.
       names: a hash like `fingerprint`, but over file names without sizes; only for loose files.
-      photos: the loose files (see `effnetlib.data.photographs.Photo`); empty for other sets.
     """
 
     size: int
@@ -36,10 +35,21 @@ class Split:
     origin: str = ""
     unused: dict[str, int] = field(default_factory=dict, repr=False)
     names: str = ""
-    photos: Sequence = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return self.size
+
+    def sample(self) -> str:
+        """A hash of the fingerprint and of the bytes of 16 to 31 photographs. Hosts compare it."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for index in range(0, len(self), max(1, len(self) // 16)) if self.encoded else ():
+            digest.update(self.encoded(index)[0])
+        return digest.hexdigest()
+
+    @property
+    def photos(self) -> Sequence:
+        """The loose files (see `effnetlib.data.photographs.Photo`); empty for other sets."""
+        return getattr(self.encoded, "photos", ())
 
     @classmethod
     def of_photographs(
@@ -66,7 +76,6 @@ class Split:
             fingerprint=hashlib.sha256(self.fingerprint.encode() + indices.tobytes()).hexdigest()[:16],
             example=functools.partial(_read_at, self.example, indices),
             encoded=self.encoded and functools.partial(_read_at, self.encoded, indices),
-            photos=(),
         )
 
 

@@ -9,10 +9,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 
 from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.runs.hosts import is_main_process, raise_together
+from effnetlib.runs.hosts import gather, is_main_process, raise_together
 from effnetlib.runs.progress import say
 
 Weights = tuple[dict, dict]  # (params, batch_stats): nested dicts of float32 arrays, as in a train state
@@ -108,11 +107,10 @@ def restore(checkpoints: ocp.CheckpointManager, template: dict) -> tuple[dict, d
                 say(f"the checkpoint of step {candidate} cannot be read, falling back to {step}: {error}")
                 (folder / str(candidate)).rename(folder / f"damaged-{candidate}-{time.time_ns()}")
             checkpoints.reload()
-    if jax.process_count() > 1:
-        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if not is_main_process():
-            checkpoints.reload()
-            found = read(step) if step >= 0 else None
+    step = max(gather("checkpoint", step))
+    if not is_main_process():
+        checkpoints.reload()
+        found = read(step) if step >= 0 else None
     return found
 
 

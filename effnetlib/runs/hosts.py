@@ -2,26 +2,30 @@
 
 import contextlib
 import ipaddress
-import itertools
 import os
+import pickle
 import re
 import socket
 import time
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # the store of keys and values has no public name
+from jax.extend.backend import clear_backends
 
-from effnetlib.errors import EffnetlibError, FailedError, require
-from effnetlib.runs.progress import at_work
+from effnetlib.errors import EffnetlibError, FailedError, first_line, require
+from effnetlib.runs.progress import at_work, say
 
 PORT = 8476  # the usual firewalls of TPU slices block JAX's own default since 0.8.1
 PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
 RESOLVE_SECONDS = 60.0  # a pod that is starting may have no name yet
 ADDRESS = re.compile(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", re.ASCII)
-_barriers = itertools.count()  # each barrier needs its own name
+BUSY_SECONDS = 90.0  # chips stay claimed for half a minute after their last process was killed
+BUSY = re.compile("resource busy|already in use|/dev/vfio", re.IGNORECASE)
+_uses = Counter()  # of each name: a key of the store can be set once
 
 
 def start(
@@ -110,12 +114,81 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(place: str) -> None:
-    """Waits up to half an hour until every process reaches this place. A collective would give up after 30 seconds on CPU,
-    but some processes compile much longer than others."""
-    from orbax.checkpoint import multihost  # slow to import
+def wait_for_devices() -> list[jax.Device]:
+    """`jax.devices()`. Waits up to a minute and a half for chips that are busy. Raises FailedError if they still are."""
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return jax.devices()
+        except RuntimeError as error:
+            if not BUSY.search(str(error)):
+                raise
+            busy, left = f"the chips are busy ({first_line(error)})", end - time.monotonic()
+            if left < 0:
+                raise FailedError(f"{busy}: end the process that holds them, such as another notebook") from None
+        say(f"{busy}: asking for up to {left:.0f} s more")
+        clear_backends()  # else jax would go on without the chips
+        time.sleep(BUSY_SECONDS / 18)
 
-    multihost.get_barrier_sync_fn()(key=f"{place} {next(_barriers)}", timeout_ms=1000 * TIMEOUT_SECONDS)
+
+def begin_run() -> None:
+    """Counts keys anew. Processes that a stop ended at different places have used different keys in the run before."""
+    runs = _uses["run"] + 1
+    _uses.clear()
+    _uses["run"] = runs
+
+
+def new_key(name: str) -> str:
+    """A key of the store that all processes share. The n-th call in a run returns the same key in every process."""
+    _uses[name] += 1
+    return f"effnetlib/{_uses['run']}/{name}/{_uses[name]}"
+
+
+def post(key: str, value: object) -> None:
+    """Sets the value of a key, for all processes."""
+    content = zlib.compress(pickle.dumps(value), 1)
+    distributed.global_state.client.key_value_set_bytes(key, content, allow_overwrite=True)
+
+
+def posted(key: str, seconds: float = TIMEOUT_SECONDS) -> object:
+    """Waits for the value of a key, at most a second at a time, so that signals are heard. Raises FailedError after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            content = distributed.global_state.client.blocking_key_value_get_bytes(key, int(1000 * min(1.0, seconds)))
+            return pickle.loads(zlib.decompress(content))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        if time.monotonic() > end:
+            raise FailedError(f"another process did not come to {key} within {seconds:.0f} s")
+
+
+def gather(place: str, value: object = None) -> list:
+    """Waits until every process reaches this place. Returns the values of all. A collective would give up after 30 seconds
+    on CPU, but some processes compile much longer than others."""
+    joined = distributed.global_state
+    if joined.client is None:
+        return [value]
+    key = new_key(place)
+    with at_work(f"process {joined.process_id} waits for the others ({place})"):
+        if joined.process_id == 0:
+            post(key, [value, *(posted(f"{key}/{process}") for process in range(1, joined.num_processes))])
+        else:
+            post(f"{key}/{joined.process_id}", value)
+        return posted(key)
+
+
+def from_first(place: str, make: Callable[[], object]):
+    """What `make` returns, or the EffnetlibError that it raises, in process 0. The others do not call it."""
+    try:
+        made = make() if distributed.global_state.process_id == 0 else None
+    except EffnetlibError as error:
+        made = error
+    made = gather(place, made)[0]
+    if isinstance(made, EffnetlibError):
+        raise made
+    return made
 
 
 @contextlib.contextmanager
@@ -127,11 +200,9 @@ def raise_together() -> Iterator[None]:
         yield
     except EffnetlibError as error:
         refusal = error
-    if jax.process_count() > 1:
-        wait_for_all("raise_together")
-        refused = multihost_utils.process_allgather(np.bool_(refusal is not None))
-        if refusal is None and refused.any():
-            refusal = EffnetlibError(f"process {refused.argmax()} of {len(refused)} refused: its log says why")
+    for process, reason in enumerate(gather("raise_together", refusal and first_line(refusal))):
+        if reason and refusal is None:
+            refusal = EffnetlibError(f"process {process} of {jax.process_count()} refused: {reason}")
     if refusal is not None:
         raise refusal
 

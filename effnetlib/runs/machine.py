@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
+from effnetlib.errors import EffnetlibError
+from effnetlib.runs.files import make_writable
+from effnetlib.runs.paths import outputs_folder
+from effnetlib.runs.progress import say
+
+COMPILED = ".compiled"
 # The values in a run of all settings that can change numbers or raise errors. Names unknown to the installed version
 # are skipped.
 PINNED = {
@@ -48,6 +55,21 @@ def pinned() -> Iterator[dict[str, str]]:
                 block.callback(config.update, name, before)
                 config.update(name, value)
         yield found
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the outputs folder, unless the user has set another. A run that starts again then reads its
+    programs. Of several processes only process 0 writes."""
+    folder = outputs_folder() / COMPILED
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        make_writable(folder)
+    except EffnetlibError as error:
+        say(f"{error}: a run that starts again compiles its programs again")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()  # jax has looked for the setting at its first program
 
 
 def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

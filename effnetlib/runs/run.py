@@ -14,8 +14,8 @@ from effnetlib.errors import EffnetlibError, FailedError, first_line, require
 from effnetlib.recipe import Recipe
 from effnetlib.runs.checkpoints import finish, open_checkpoints, restore, save
 from effnetlib.runs.files import exclusive_lock, make_writable
-from effnetlib.runs.hosts import is_main_process, raise_together
-from effnetlib.runs.machine import pinned
+from effnetlib.runs.hosts import gather, is_main_process, raise_together, wait_for_devices
+from effnetlib.runs.machine import keep_compiled, pinned
 from effnetlib.runs.meter import CLOCKS, Meter
 from effnetlib.runs.paths import user_path
 from effnetlib.runs.progress import say
@@ -31,22 +31,26 @@ def open_run(
 ) -> Iterator["Run"]:
     """Opens a run's folder in all processes. For arguments and errors see `train`. Everything is checked before anything
     is written. When the block ends, the record holds the status. Nothing is written if the run was completed before."""
-    devices, stop = jax.devices(), Stop(max_minutes)  # its clock counts the listing of photographs too
     with contextlib.ExitStack() as block:
-        settings = block.enter_context(pinned())
+        settings, devices = block.enter_context(pinned()), wait_for_devices()
+        stop = block.enter_context(Stop(max_minutes))
+        stop.before_training()
         with raise_together():
             directory = user_path(directory, "directory", folder=True)
-            recipe.validate(len(devices))
             count, batch = len(devices) if eval_devices is None else eval_devices, recipe.global_batch_size
             require(0 < count <= len(devices), f"eval_devices must be from 1 to {len(devices)}, and is {count}")
             require(batch % count == 0, f"global_batch_size {batch} does not divide over {count} eval_devices")
             alone = count == len(devices) or jax.process_count() == 1
             require(alone, "eval_devices needs a single process: of several, all must take part in the evaluation")
+        with raise_together():  # here nothing may raise in one process alone before all have the data
+            recipe.validate(len(devices))
             splits = {name: data.load(recipe.dataset, name, recipe.subset) for name in ("train", "eval")}
             make_writable(directory, "the run's folder")
             if is_main_process():
                 block.enter_context(exclusive_lock(directory, "training in"))
             record = _open_record(recipe, directory, splits)
+        _require_same_data(splits)
+        keep_compiled()
         if is_main_process() and (remark := data.remark(splits)):
             say(remark)
         run = Run(record, splits, devices[:count], stop)
@@ -54,7 +58,6 @@ def open_run(
             yield run
             return
 
-        block.enter_context(run.stop)
         _note_environment(record, environment() | {"settings": settings, "eval_devices": len(run.eval_devices)})
         record.status, record.error = "running", None
         try:
@@ -90,6 +93,8 @@ class Run:
 
     def begin(self, template: dict, learning_rates: np.ndarray, compile_seconds: float) -> dict | None:
         """Starts the clock at the latest checkpoint. Returns its state, or None if there is no checkpoint (see `restore`)."""
+        gather("compiled")
+        self.stop.can_save.set()
         state, timing = restore(self.checkpoints, template) or (None, dict.fromkeys(CLOCKS, 0.0) | {"images": 0})
         step = int(state["step"]) if state else 0
         self.record.timing = timing | {"compile_seconds": timing["compile_seconds"] + compile_seconds}
@@ -104,7 +109,8 @@ class Run:
         step = int(state.step)
         self.record.timing["total_seconds"] = self.meter.now()
         if (is_main_process() or by_any) and self.meter.saved_step != step:
-            host_state = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), vars(state))
+            # `device_get` starts to copy all arrays before it waits for the first.
+            host_state = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), vars(state)))
             save(self.checkpoints, step, host_state, self.record.timing, top1)
         self.meter.saved(step)
         self.record.save()
@@ -133,6 +139,17 @@ class Run:
         self.checkpoint(state, by_any=by_any)
         finish(self.checkpoints)
         return f"step {int(state.step)} of {self.meter.total}"
+
+
+def _require_same_data(splits: dict) -> None:
+    """Process 0 lists photographs for all processes. Do all of them read the same ones? Some of each split are compared."""
+    if jax.process_count() > 1:
+        with raise_together():
+            sample = [split.sample() for split in splits.values()]
+        first, *others = gather("sample", sample)
+        for process, other in enumerate(others, 1):
+            wrong = f"process {process} reads other data than process 0"
+            require(other == first, f"{wrong}: the data set must be the same on every host")
 
 
 def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:

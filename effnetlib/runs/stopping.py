@@ -1,11 +1,15 @@
 """Stops a run on a signal, or when its time is up. The run is saved, and the same command resumes it."""
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
+from effnetlib.errors import FailedError
 from effnetlib.runs.progress import say
 
 TRY_AGAIN = 75  # EX_TEMPFAIL: the exit code of a run that was stopped and can be resumed
@@ -14,6 +18,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 REASONS = ("", *(s.name for s in SIGNALS), "max_minutes")
 AGREE_SECONDS = 2.5  # a quarter of the 10 seconds allowed, because steps may become slower
 FOLLOW_SECONDS = 2.0  # between two looks at the parent
+LISTEN_SECONDS = 1.0  # between two looks at whether another process was asked to stop
+
+
+def _age() -> float:
+    """Seconds since this process began. 0 on systems without Linux's /proc."""
+    with contextlib.suppress(OSError):
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+BEGAN = time.monotonic() - _age()
 
 
 class PreemptedError(RuntimeError):
@@ -38,19 +54,51 @@ class _Handler:
 
 class Stop(_Handler):
     """Notes the first signal of `SIGNALS` while the block runs. A second SIGINT interrupts at once.
-    Also stops the run `max_minutes` from now; None sets no limit."""
+    Also stops the run `max_minutes` after this process began; None sets no limit.
+
+    After `before_training`, and until `can_save` is set, a signal raises PreemptedError, in every process. Only a compilation
+    cannot be interrupted. It ends first."""
 
     def __init__(self, max_minutes: float | None):
-        self.deadline = float("inf") if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.deadline = float("inf") if max_minutes is None else BEGAN + 60 * max_minutes
         self.signal = self.during = ""
         self.calls, self.interval, self.last = 0, 1, time.monotonic()
+        self.can_save, self.tell, self.listener = threading.Event(), lambda reason: None, None
+        self.can_save.set()
+
+    def __exit__(self, *error) -> None:
+        self.can_save.set()
+        if self.listener:
+            self.listener.join()
+        super().__exit__(*error)
+
+    def before_training(self) -> None:
+        from effnetlib.runs import hosts
+
+        def listen():
+            while not self.can_save.wait(LISTEN_SECONDS):
+                with contextlib.suppress(FailedError):
+                    hosts.posted(key, 0.01)
+                    return None if self.signal else os.kill(os.getpid(), signal.SIGTERM)
+
+        self.can_save.clear()
+        hosts.begin_run()
+        if hosts.distributed.global_state.client:
+            key = hosts.new_key("stop")
+            self.tell, self.listener = functools.partial(hosts.post, key), threading.Thread(target=listen, daemon=True)
+            self.listener.start()
 
     def _handle(self, number, frame) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal = signal.Signals(number).name
+        if self.signal:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal = signal.Signals(number).name
+        if self.can_save.is_set():
             say(f"{self.signal}: stopping after this step")
+            return
+        self.tell(self.signal)
+        raise PreemptedError(f"stopped before training ({self.signal}): run the same command or cell again to go on")
 
     def requested(self) -> str:
         """Why this process must stop: one of `REASONS`. Empty means go on."""

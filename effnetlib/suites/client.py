@@ -19,6 +19,9 @@ from effnetlib.errors import FailedError
 from effnetlib.runs.progress import LINE_SECONDS, say
 from effnetlib.runs.stopping import TRY_AGAIN, Children
 
+# A kernel of several waits in jax's barrier at its end, up to 300 seconds, until all have come. If one were killed before,
+# jax would end the others. Jupyter sends SIGTERM after half of this time.
+TOGETHER_SECONDS = 2 * 330.0
 LAST_LINES = 200  # of a kernel's output: enough for stack traces of C++ and Python, and the reason before them
 # Prefixes of stack-trace lines. The reason is printed before them.
 TRACE = ("@", "***", "File ", "Thread 0x", "Current thread ", "Extension modules: ", "Fatal Python error: ", "<", "...")
@@ -70,6 +73,8 @@ class _Client(PapermillNotebookClient):
     def start_new_kernel(self, **kwargs):
         read, write = os.pipe()
         super().start_new_kernel(stdout=write, stderr=write, **kwargs)
+        if os.environ.get("EFFNETLIB_PROCESSES", "1") != "1":
+            self.km.shutdown_wait_time = TOGETHER_SECONDS
         os.close(write)
         self.children.add(self.km.provisioner.process)
         self.last_lines = collections.deque(maxlen=LAST_LINES)
@@ -100,6 +105,8 @@ class _Client(PapermillNotebookClient):
             return super().execute_cell(cell, cell_index, **kwargs)
         except CellExecutionError as error:
             self.preempted = error.ename == "PreemptedError"
+            if not self.preempted:
+                self.km.shutdown_wait_time = 5.0  # the others may wait for this one in vain
             raise
         except (DeadKernelError, CellTimeoutError) as error:
             name, reason, process = type(error).__name__, str(error), self.km.provisioner.process

@@ -188,13 +188,11 @@ def _run_papermill(suite: Suite, entry: Entry, executed: Path, children: Childre
 
 
 def _environment(entry: Entry) -> dict:
-    # Kernels run in another folder, so our folders are absolute. Runs share compiled programs. EFFNETLIB_PARENT makes
-    # papermill's engine end with us.
-    outputs = str(outputs_folder().absolute())
-    ours = {"EFFNETLIB_OUTPUTS": outputs, "EFFNETLIB_DATA": str(cache_folder().absolute())}
+    # Kernels run in another folder, so our folders are absolute. EFFNETLIB_PARENT makes papermill's engine end with us.
+    ours = {"EFFNETLIB_OUTPUTS": str(outputs_folder().absolute()), "EFFNETLIB_DATA": str(cache_folder().absolute())}
     ours |= {"EFFNETLIB_PARENT": str(os.getpid()), "PYTHONUTF8": "1"}
     ours |= {"JAX_PLATFORMS": "cpu"} if entry.cores else {}  # an accelerator belongs to one process
-    return {"JAX_COMPILATION_CACHE_DIR": f"{outputs}/.compiled"} | os.environ | ours
+    return os.environ | ours
 
 
 def _describe(outcome: Outcome, entry: Entry) -> str:

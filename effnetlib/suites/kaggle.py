@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from effnetlib.runs.machine import COMPILED
 from effnetlib.runs.progress import say
 from effnetlib.runs.record import Record
 from effnetlib.runs.stopping import PreemptedError
@@ -28,6 +29,8 @@ def session(directory: Path) -> Iterator[None]:
     if found and not (directory / "run.json").exists():
         furthest = max(found, key=lambda folder: len(Record.load(folder).metrics))
         shutil.copytree(furthest, directory, dirs_exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the programs, in the outputs folder
+            shutil.copytree(furthest.parents[1] / COMPILED, directory.parents[1] / COMPILED, dirs_exist_ok=True)
         say(f"goes on with {furthest}")
     try:
         yield

@@ -1,11 +1,15 @@
+import contextlib
 import hashlib
 import importlib
 import io
+import json
 import os
 import struct
 import tarfile
+import time
 import unicodedata
 import zlib
+from pathlib import Path
 
 import cv2
 import jax
@@ -15,7 +19,7 @@ from PIL import Image
 
 import effnetlib
 from effnetlib import EffnetlibError, Recipe, data, make_mesh
-from effnetlib.data import describe, eval_batches, fetch, images, load, sources, train_batches
+from effnetlib.data import describe, eval_batches, fetch, images, load, photographs, sources, train_batches
 from effnetlib.data.images import (
     AUGMENTATIONS,
     BACKGROUND,
@@ -489,6 +493,78 @@ def test_a_folder_is_listed_once_until_it_changes(tmp_path, monkeypatch):
     assert len(load(name, "train")) == 160
 
 
+def test_the_status_of_photographs_is_asked_for_in_threads(tmp_path, monkeypatch):
+    """On a mounted bucket each of a million takes a millisecond or more."""
+    name, asking, most, original = photos(tmp_path / "in", "train/ant/*200", "train/bee/*3"), [], [], os.scandir
+
+    class Slow:
+        def __init__(self, entry):
+            self.entry, self.status = entry, None
+
+        def __getattr__(self, attribute):
+            return getattr(self.entry, attribute)
+
+        def stat(self):
+            if self.status is None:
+                asking.append(self)
+                most.append(len(asking))
+                time.sleep(0.002)
+                asking.remove(self)
+                self.status = self.entry.stat()
+            return self.status
+
+    def scandir(place):
+        with original(place) as entries:
+            return contextlib.nullcontext([Slow(entry) for entry in entries])
+
+    wanted = load(name, "train")
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(photographs, "_LISTINGS", {})
+    assert load(name, "train").fingerprint == wanted.fingerprint
+    assert len(most) == 203 and max(most) > 3  # 200 files are 7 tasks
+
+
+def test_a_sample_tells_photographs_of_equal_names_and_sizes_apart(tmp_path):
+    splits = []
+    for content in (b"x", b"x", b"y"):
+        name = photos(tmp_path / f"in{len(splits)}", "train/ant/0.jpg", "train/bee/1.jpg")
+        (tmp_path / f"in{len(splits)}/train/bee/1.jpg").write_bytes(content)
+        splits.append(load(name, "train"))
+    assert len({split.fingerprint for split in splits}) == 1
+    one, same, other = (split.sample() for split in splits)
+    assert one == same != other
+
+
+MOUNTS = r"""overlay / overlay rw 0 0
+bucket /data fuse.gcsfuse ro 0 0
+server:/disk /net\040disk nfs4 rw 0 0
+/dev/sdb /data/local ext4 rw 0 0
+/dev/sdc /stick fuseblk rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("/data/imagenet", "fuse.gcsfuse"), ("/data", "fuse.gcsfuse"), ("/data/local/imagenet", ""), ("/database", ""),
+     ("/net disk/imagenet", "nfs4"), ("/stick", "")],
+)  # fmt: skip
+def test_which_folders_lie_behind_a_network(folder, kind, tmp_path):
+    (tmp_path / "mounts").write_text(MOUNTS)
+    assert photographs.mounted_by(Path(folder), tmp_path / "mounts") == kind
+    assert photographs.mounted_by(Path(folder), tmp_path / "none") == ""
+
+
+def test_many_loose_photographs_behind_a_network_are_warned_of(tmp_path, monkeypatch, capsys):
+    name = photos(tmp_path / "in", "train/ant/*3")
+    monkeypatch.setattr(photographs, "LOOSE_FILES", 2)
+    load(name, "train")
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(photographs, "mounted_by", lambda folder: "fuse.gcsfuse")
+    load(name, "train")
+    said = capsys.readouterr().out
+    assert "3 loose photographs on a mounted fuse.gcsfuse" in said and "`effnetlib data prepare`" in said
+
+
 def sha256(content):
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -730,8 +806,7 @@ def test_imagenette_from_its_archive(name, tmp_path, monkeypatch):
     "place", ["competitions/imagenet-object-localization-challenge", "imagenet-object-localization-challenge"]
 )
 def test_imagenet_is_the_competitions_where_kaggle_attaches_it(place, tmp_path, monkeypatch):
-    here = [tmp_path / "input" / folder.relative_to("/kaggle/input") for folder in sources.KAGGLE_IMAGENET]
-    monkeypatch.setattr(sources, "KAGGLE_IMAGENET", here)
+    monkeypatch.setattr(sources, "KAGGLE_INPUT", tmp_path / "input")
     with pytest.raises(EffnetlibError) as caught:
         load("imagenet", "train")
     assert "there is no data set" not in str(caught.value) and "did you mean" not in str(caught.value)
@@ -743,6 +818,21 @@ def test_imagenet_is_the_competitions_where_kaggle_attaches_it(place, tmp_path, 
     assert sources.data_folder("photos") == sources.cache_folder() / "photos"
     (sources.cache_folder() / "imagenet").mkdir(parents=True)
     assert sources.data_folder("imagenet") == sources.cache_folder() / "imagenet"
+
+
+@pytest.mark.parametrize("place", ["shards", "datasets/owner/slug", "notebooks/owner/slug/imagenet"])
+def test_shards_that_an_earlier_session_on_kaggle_prepared_are_taken_first(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "KAGGLE_INPUT", tmp_path / "input")
+    competition = tmp_path / "input" / sources.COMPETITION[0]
+    competition.mkdir(parents=True)
+    for folder, examples in (("apps/other", None), ("a_part", 100), (place, 1_281_167)):
+        (tmp_path / "input" / folder).mkdir(parents=True)
+        splits = {"train": {"examples": examples, "shards": [{"examples": examples}]}}
+        manifest = {"schema": 1, "splits": splits} if examples else {"name": "a web application"}
+        (tmp_path / "input" / folder / "manifest.json").write_text(json.dumps(manifest))
+    assert sources.data_folder("imagenet") == tmp_path / "input" / place
+    (tmp_path / "input" / place / "manifest.json").unlink()
+    assert sources.data_folder("imagenet") == competition
 
 
 CIFAR10_NAMES = sum(sources.CIFAR10_FILES.values(), [])

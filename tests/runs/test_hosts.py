@@ -6,9 +6,9 @@ import sys
 import pytest
 from test_invariance import free_port
 
-from effnetlib import EffnetlibError
+from effnetlib import EffnetlibError, data
 from effnetlib.errors import FailedError
-from effnetlib.runs import hosts
+from effnetlib.runs import hosts, run
 
 
 def test_a_process_on_its_own_joins_nothing(monkeypatch):
@@ -97,3 +97,67 @@ def test_missing_hosts_are_named_while_one_waits_and_given_up_in_a_sentence():
     done = subprocess.run([sys.executable, "-c", code, str(free_port())], capture_output=True, text=True, timeout=90)
     assert "process 1 of 2 still waits for the others" in done.stderr
     assert done.returncode == 3 and "process 0 does not answer at localhost" in done.stdout, done.stderr[-500:]
+
+
+def busy_chips(monkeypatch, *errors):
+    """`jax.devices` raises these one after another, and then succeeds. Returns the times that were waited."""
+    answers, now, waited = list(errors), [0.0], []
+
+    def devices():
+        if answers:
+            raise RuntimeError(answers.pop(0))
+        return ["chip"]
+
+    def sleep(seconds):
+        now[0] += seconds
+        waited.append(seconds)
+
+    monkeypatch.setattr(hosts.jax, "devices", devices)
+    monkeypatch.setattr(hosts, "clear_backends", lambda: None)
+    monkeypatch.setattr(hosts.time, "sleep", sleep)
+    monkeypatch.setattr(hosts.time, "monotonic", lambda: now[0])
+    return waited
+
+
+BUSY = (
+    "Unable to initialize backend 'tpu': UNKNOWN: TPU initialization failed: open(/dev/vfio/0): Device or resource busy",
+    "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 1234.",
+)
+
+
+def test_chips_that_the_last_run_still_holds_are_waited_for(monkeypatch, capsys):
+    waited = busy_chips(monkeypatch, BUSY[0], BUSY[1], BUSY[0])
+    assert hosts.wait_for_devices() == ["chip"] and waited == [5.0] * 3
+    assert "Device or resource busy): asking for up to 90 s more" in capsys.readouterr().out
+
+
+def test_chips_that_stay_busy_are_given_up_in_a_sentence_and_other_errors_at_once(monkeypatch):
+    waited = busy_chips(monkeypatch, *BUSY * 50)
+    with pytest.raises(FailedError, match="the chips are busy .*pid 1234.*: end the process that holds them"):
+        hosts.wait_for_devices()
+    assert 90 <= sum(waited) < 100
+    waited = busy_chips(monkeypatch, "Unable to initialize backend 'tpu': no such flag")
+    with pytest.raises(RuntimeError, match="no such flag"):
+        hosts.wait_for_devices()
+    assert waited == []
+
+
+def test_what_one_process_on_its_own_makes_or_refuses_is_its_own():
+    def refuse():
+        raise EffnetlibError("no")
+
+    assert hosts.gather("here", 3) == [3] and hosts.from_first("here", lambda: 4) == 4
+    with pytest.raises(EffnetlibError, match="no"):
+        hosts.from_first("here", refuse)
+
+
+def test_hosts_that_read_other_data_than_process_0_are_refused(monkeypatch):
+    splits = {"train": data.load("digits", "train")}
+    monkeypatch.setattr(run.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(run, "gather", lambda place, mine: [mine] * 3)
+    run._require_same_data(splits)
+    monkeypatch.setattr(run, "gather", lambda place, mine: [mine, mine, ["another"]])
+    with pytest.raises(
+        EffnetlibError, match="process 2 reads other data than process 0: the data set must be the same"
+    ):
+        run._require_same_data(splits)

@@ -4,8 +4,10 @@ import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from effnetlib.runs.machine import PINNED, pinned, usable_cores
+from effnetlib.runs.machine import PINNED, keep_compiled, pinned, usable_cores
+from effnetlib.runs.paths import outputs_folder
 
 
 def test_settings_are_pinned_while_a_block_runs_and_named_and_then_as_they_were(monkeypatch):
@@ -54,3 +56,41 @@ def test_cores_are_those_of_the_control_group(own, files, cores, tmp_path, monke
         (tmp_path / name).write_text(content)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
     assert usable_cores(tmp_path, tmp_path / "own") == cores
+
+
+@pytest.fixture
+def no_cache():
+    """jax without a folder for compiled programs, until the test ends."""
+    before = {name: jax.config.values[name] for name in CACHE}
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+def test_a_restart_finds_the_programs_that_were_compiled_before(no_cache):
+    hits, jump = [], jax.jit(lambda x: 3.0 * x + 41.0)
+    jax.monitoring.register_event_listener(lambda event, **_: "cache_hits" in event and hits.append(event))
+    jump(1.0)  # before, as a notebook may
+    keep_compiled()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for wanted in (0, 1):
+        jax.clear_caches()
+        assert float(jump(1.0)) == 44.0 and len(hits) == wanted
+    assert jax.config.jax_compilation_cache_dir == str(outputs_folder() / ".compiled")
+
+
+def test_the_users_folder_for_programs_stays_and_one_that_cannot_be_written_is_said(no_cache, monkeypatch, capsys):
+    outputs_folder().mkdir()
+    (outputs_folder() / ".compiled").write_text("a file")
+    keep_compiled()
+    assert "a run that starts again compiles its programs again" in capsys.readouterr().out
+    assert jax.config.jax_compilation_cache_dir is None
+    jax.config.update("jax_compilation_cache_dir", "/mine")
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == "/mine"

@@ -1,6 +1,9 @@
 """Several hosts ask one another whether to stop: seldom enough to cost nothing, often enough to be heard in time."""
 
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -55,3 +58,30 @@ def test_what_a_terminal_or_a_batch_system_sends_asks_for_a_stop(name):
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before or signal.SIG_DFL)
+
+
+def test_before_training_a_signal_ends_the_run_at_once_and_is_noted_from_then_on():
+    with stopping.Stop(None) as stop:
+        stop.before_training()
+        with pytest.raises(stopping.PreemptedError, match="stopped before training .SIGTERM.: run the same"):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)  # not once more, while the first one ends the run
+        assert stop.requested() == "SIGTERM"
+    with stopping.Stop(None) as stop:
+        stop.before_training()
+        stop.can_save.set()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested() == "SIGTERM"
+
+
+def test_the_clock_starts_with_the_process():
+    code = """
+import time
+time.sleep(0.5)
+from effnetlib.runs.stopping import BEGAN, Stop
+print(time.monotonic() - BEGAN, Stop(1.0).deadline - BEGAN)
+"""
+    before = time.monotonic()
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    age, allowed = map(float, said)
+    assert 0.5 <= age <= time.monotonic() - before + 0.01 and allowed == pytest.approx(60)  # /proc counts in 0.01 s

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from test_invariance import free_port
 
 import effnetlib
 
@@ -229,3 +230,36 @@ def test_nobody_reads_what_papermill_says(tmp_path):
     done = subprocess.run([*command, "--engine", "effnetlib"], stdout=write, stderr=write, timeout=60)
     os.close(write)
     assert done.returncode == 0 and statuses(tmp_path / "out.ipynb") == ["completed"]
+
+
+TRAINED = """
+import os, time
+from effnetlib.runs import hosts
+hosts.start()
+hosts.gather("trained")
+"""
+DRAWS = "time.sleep(float(os.environ['SECONDS'])); assert os.environ['SECONDS'] != '0.5'; print('drawn')"
+
+
+def two_hosts(tmp_path, *seconds):
+    """A notebook on two hosts. After the training each takes its own time to draw; in half a second it fails."""
+    source, port = notebook(tmp_path / "in.ipynb", TRAINED, DRAWS), free_port()
+    ours = {"EFFNETLIB_COORDINATOR": f"localhost:{port}", "EFFNETLIB_PROCESSES": "2"}
+    for i, each in enumerate(map(str, seconds)):
+        environment = os.environ | ours | {"EFFNETLIB_PROCESS": str(i), "SECONDS": each}
+        yield start(source, tmp_path / f"out{i}.ipynb", "--engine", "effnetlib", env=environment)
+
+
+# Jupyter would kill a kernel that waits for the other one 2.5 seconds after its last cell.
+@pytest.mark.parametrize("seconds", [(0, 5), (5, 0)], ids=["host 0 first", "host 1 first"])
+def test_a_host_whose_notebook_ends_first_does_not_end_the_other(seconds, tmp_path):
+    both = list(two_hosts(tmp_path, *seconds))
+    said = [process.communicate(timeout=90)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all("drawn" in str(nbformat.read(tmp_path / f"out{i}.ipynb", 4).cells[-1].outputs) for i in (0, 1))
+
+
+def test_a_host_whose_notebook_fails_says_so_at_once(tmp_path):
+    other, failing = two_hosts(tmp_path, 300, 0.5)
+    assert failing.wait(timeout=90) == 1 and other.poll() is None
+    other.kill()

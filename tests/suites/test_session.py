@@ -126,9 +126,12 @@ def test_on_kaggle_a_run_goes_on_with_what_is_attached_and_stops_without_an_erro
     mine.rename(tmp_path / "mine")
     attached.mkdir(parents=True)
     (tmp_path / "mine").rename(attached / "mine")
+    (attached.parent / ".compiled").mkdir()
+    (attached.parent / ".compiled/program").touch()
     directory = tmp_path / "working/outputs/runs/mine"
     with pytest.raises(SystemExit) as stopped, kaggle.session(directory):
         assert (directory / "run.json").exists() and (directory / "metrics.jsonl").exists()
+        assert (tmp_path / "working/outputs/.compiled/program").exists()
         raise PreemptedError("stopped at step 1")
     assert stopped.value.code is None and "attach the output of this version" in capsys.readouterr().out
     with kaggle.session(other):  # has a record, and none is attached
