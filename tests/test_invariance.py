@@ -364,9 +364,9 @@ def waiting(place, make):
     return from_first(place, make)
 hosts.from_first, from_first = waiting, hosts.from_first
 photographs._Walk.find = lambda walk: time.sleep(100)
-stopped(recipe.replace(dataset=folder))  # process 0 lists, process 1 waits for it and is asked to stop
+stopped(recipe.replace(dataset=os.path.dirname(folder)))  # process 0 lists, process 1 waits for it and is asked to stop
 hosts.from_first, photographs._Walk.find = from_first, slowly
-stopped(recipe.replace(dataset=folder))
+stopped(recipe.replace(dataset=os.path.dirname(folder)))
 
 def compiles(*_):
     global begun

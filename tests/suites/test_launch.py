@@ -117,12 +117,12 @@ def start(command, environment, **changes):
 
 def finish(process):
     """Its code, and what it said."""
-    said = process.communicate(timeout=60)
+    said = process.communicate(timeout=120)
     return process.returncode, "".join(said)
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -689,7 +689,7 @@ def test_hosts_do_not_outlive_their_ssh(places, tmp_path):
     process = ssh(places, tmp_path, PLAN="wait wait wait")
     wait_for(lambda: all_started(places))
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     logs = [tmp_path / f"gs/bucket/run/hosts/host{host}.log" for host in range(3)]
     wait_for(lambda: all(log.exists() for log in logs))
 
