@@ -191,11 +191,11 @@ def test_index_lists_runs_reports_and_status():
     for name, error in (("01_report", ""), ("02_broken", "KeyError: <made up>")):
         render_html(outcome(name, run=False, error=error), name)
     html = render_index(outputs_folder() / "suite", "suite").read_text()
-    assert "1 of 3 runs completed" in html and "50.00 %" in html
-    assert '<a href="02_broken.html">Title of 02_broken</a> <strong class="failed">failed' in html
-    assert 'class="failed" title="no data">failed' in html
+    assert "1 of 3 runs completed" in html and "<td>50.00</td>" in html
+    assert re.search('<a href="02_broken.html">Title of 02_broken</a></h3>\\s*<p><strong class="failed">failed', html)
+    assert "<strong>never-began</strong>: no data" in html and '<td class="failed">failed</td>' in html
     assert '<a href="01_report.html">Title of 01_report</a>' in html and '<a href="good.html">good</a>' in html
-    assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
+    assert "<strong>bad</strong>: Failed at epoch 2 of 10 (ValueError: &lt;made up&gt;)" in html
 
 
 def test_a_seed_that_is_missing_costs_a_point_nothing_and_a_point_without_seeds_is_a_gap():
