@@ -31,7 +31,7 @@ from effnetlib.reports.against_paper import (
     table1,
     table2,
 )
-from effnetlib.reports.comparison import difference, labels, load, outcomes, points, settings
+from effnetlib.reports.comparison import difference, labels, load, outcomes, points, settings, what_differs
 from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.step import lower_train_step, make_train_step
 from effnetlib.suites.parameters import train_recipe
@@ -190,6 +190,23 @@ def test_the_comparison_of_points_with_seeds():
     said = "Final top-1 of lars minus rmsprop: +10.00 (+7.52 to +12.48) points (95 % interval, 3 seeds)."
     assert difference(records) == said
     assert "may be chance" in difference([records[0], records[3]])
+    third = made_up("plain-seed0", "b2-16384-lars", optimizer="momentum")
+    assert (
+        difference([*records, third])
+        == f"{said} Final top-1 of lars minus plain: +0.00 points; with fewer than 3 seeds in both that may be chance."
+    )
+    third.result = {}
+    assert difference([records[0], third]) == "Fewer than two points have a result, so there is no difference to tell."
+    assert what_differs(records) == (
+        "Settings that differ: batch_norm_batch_size (128 against 2048), optimizer (lars against rmsprop), "
+        "lr_per_256 (0.236 against 0.016), decay (polynomial against exponential), warmup_epochs (50.0 against 5.0).",
+        "Circumstances that differ: none.",
+    )
+    third.environment["host"] = "another"
+    assert what_differs([records[0], third]) == (
+        "Settings that differ: optimizer (lars against momentum).",
+        "Circumstances that differ: host.",
+    )
     made_up("lars-seed0", "b2-4096-rmsprop", folder="other")
     same = load([runs / "lars-seed0", outputs_folder() / "other/runs/lars-seed0"])
     assert labels(same) == ["paper/lars-seed0", "other/lars-seed0"] and points(same) == ["paper/lars", "other/lars"]
