@@ -14,7 +14,7 @@ from effnetlib.runs.record import Record
 
 CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
                  "xla_flags", "settings")  # fmt: skip
-OUTCOMES = ("peak_top1", "peak_epoch", "final_top1", "raw_final_top1", "seconds_to_peak", "images_per_second")
+OUTCOMES = ("final_top1", "peak_top1", "peak_epoch", "seconds_to_peak", "images_per_second", "raw_final_top1")
 
 
 def load(paths: Sequence[Path]) -> list[Record]:
@@ -63,23 +63,11 @@ def settings(records: Sequence[Record]) -> pd.DataFrame:
     return by_point[by_point.nunique(axis=1) > 1].rename_axis("setting").reset_index()
 
 
-def what_differs(records: Sequence[Record]) -> tuple[str, str]:
-    """Two sentences: the settings that differ between points, with their values, and the circumstances that differ."""
-    table = settings(records).set_index("setting")
-    around = table.index.isin(CIRCUMSTANCES)
-    values = [f"{name} ({' against '.join(row)})" for name, *row in table[~around].itertuples()]
-    circumstances = ", ".join(table.index[around])
-    return (
-        f"Settings that differ: {', '.join(values) or 'none'}.",
-        f"Circumstances that differ: {circumstances or 'none'}.",
-    )
-
-
 def outcomes(records: Sequence[Record]) -> pd.DataFrame:
     """One row per run: its point, status and outcomes (missing while it is running)."""
-    table = results(records).reindex(columns=["seed", *OUTCOMES, "eval_examples"]).reset_index(drop=True)
-    names = {"run": labels(records), "point": points(records), "status": [record.status for record in records]}
-    return pd.DataFrame(names).join(table)
+    table = results(records).reindex(columns=[*OUTCOMES, "eval_examples", "seed"]).reset_index(drop=True)
+    names = pd.DataFrame({"run": labels(records), "point": points(records)})
+    return names.join(table).assign(status=[record.status for record in records])
 
 
 def difference(records: Sequence[Record]) -> str:

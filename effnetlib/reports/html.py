@@ -1,7 +1,6 @@
 """Renders executed notebooks to HTML: one self-contained page per notebook, and an index page per suite."""
 
 import base64
-import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import jinja2
 import markupsafe
 import nbformat
-import PIL.Image
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
@@ -20,7 +18,7 @@ from effnetlib.runs.record import load_records
 from effnetlib.suites.outcome import Outcome
 
 TEMPLATES = Path(__file__).parent / "templates"
-THUMBNAIL = 480  # pixels, the longer side of a photograph
+FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
@@ -75,24 +73,14 @@ def _card(notebook: nbformat.NotebookNode) -> dict:
     """What the card of a report shows: verdicts, or else the first sentence of the answer; and the first figure with its text."""
     card = {"verdicts": verdicts(notebook)}
     for cell in notebook.cells:
-        for data, about in ((output.get("data", {}), output.get("metadata", {})) for output in cell.get("outputs", ())):
-            if "answer" in cell.metadata.get("tags", ()) and "text/markdown" in data:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/markdown" in data and "answer" in cell.metadata.get("tags", ()):
                 card.setdefault("said", re.sub("[*`]", "", data["text/markdown"]))
-            for kind in data.keys() & {"image/svg+xml", "image/png", "image/jpeg"}:
-                if "figure" not in card:
-                    card |= {"figure": _thumbnail(kind, data[kind]), "alt": about.get(kind, {}).get("alt", "")}
+            for kind in FIGURES & data.keys():
+                drawn = base64.b64encode(data[kind].encode()).decode() if kind == "image/svg+xml" else data[kind]
+                card.setdefault("figure", (f"data:{kind};base64,{drawn}", output.metadata.get(kind, {}).get("alt", "")))
     return card
-
-
-def _thumbnail(kind: str, data: str) -> str:
-    """The address of a figure inside the page. Photographs are made smaller; drawings are small."""
-    drawn = data.encode() if kind == "image/svg+xml" else base64.b64decode(data)
-    if kind == "image/jpeg":
-        photograph = PIL.Image.open(io.BytesIO(drawn))
-        photograph.thumbnail((THUMBNAIL, THUMBNAIL))
-        photograph.save(small := io.BytesIO(), "jpeg")
-        drawn = small.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(drawn).decode()}"
 
 
 def render_index(directory: Path, name: str) -> Path:
@@ -107,15 +95,11 @@ def render_index(directory: Path, name: str) -> Path:
             status = record.status if record else "not started"
             row["status"] = "failed" if row["error"] and status != "preempted" else status
             row["said"] = what_happened(record) if record and record.status != "completed" else row["error"]
-            row["evaluations"] = [each for each in record.metrics if each["kind"] == "eval"] if record else []
         elif (source := directory / "executed" / f"{entry}.ipynb").exists():
             notebook = read_notebook(source)
             row |= {"title": title(notebook, source), **_card(notebook)}
         shown["runs" if outcome.is_run else "reports"].append(row)
-    shown["hosts"] = sorted({record.environment["host"] for record in records.values() if record.environment})
     shown["missing"] = seeds_to_run([verdict for row in shown["reports"] for verdict in row.get("verdicts", ())])
-    shown["unfinished"] = [row for row in shown["runs"] if row["status"] != "completed"]
-    shown["top1"] = [each["ema_top1"] for row in shown["runs"] for each in row["evaluations"]]
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())
     write_atomically(directory / "index.html", template.render(shown))
     return directory / "index.html"

@@ -170,7 +170,7 @@ def what_happened(record: Record) -> str:
         said += " It has no evaluation."
     else:
         peak, last = rows.loc[rows["ema_top1"].idxmax()], rows.iloc[-1]
-        said += f" Top-1 reached {100 * peak['ema_top1']:.1f} % at epoch {peak['epoch']:.3g}, after {_time(peak['seconds'])}. "
+        said += f" Top-1 reached {100 * peak['ema_top1']:.1f} % at epoch {peak['epoch']:.3g}, after {peak['seconds']:,.0f} s. "
         said += f"The last is {100 * last['ema_top1']:.1f} %, counted on {last['nseen']:,.0f} images."
     clock = dict.fromkeys(CLOCKS, 0.0) | record.timing
     total, wait = clock["compile_seconds"] + clock["total_seconds"], clock["input_wait_seconds"]
@@ -180,12 +180,8 @@ def what_happened(record: Record) -> str:
              "evaluation": clock["eval_seconds"], "all else": clock["total_seconds"] - clock["train_seconds"] - clock["eval_seconds"]}  # fmt: skip
     shares = 100 * pd.Series(parts).sort_values(ascending=False) / total
     others = ", ".join(f"{name} ({share:.0f} %)" for name, share in shares[1:].items())
-    said += f" It was limited by {shares.index[0]}, which took {shares.iloc[0]:.0f} % of {_time(total)}"
+    said += f" It was limited by {shares.index[0]}, which took {shares.iloc[0]:.0f} % of {total:,.0f} s"
     return f"{said}; then came {others}."
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} minutes"
 
 
 def input_advice(records: Sequence[Record]) -> str:

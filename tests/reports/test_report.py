@@ -122,7 +122,7 @@ def test_what_happened_names_the_end_the_peak_and_what_took_the_time():
         record.status = status
         assert what_happened(record) == f"{said} {reached} {limited}"
     record.timing |= {"input_wait_seconds": 45.0, "total_seconds": 1070.0}
-    assert "limited by all else, which took 91 % of 18 minutes; then came the wait for images (4 %), " in what_happened(
+    assert "limited by all else, which took 91 % of 1,100 s; then came the wait for images (4 %), " in what_happened(
         record
     )
 

@@ -1,12 +1,10 @@
 """The index page of a suite: a card per report, and a table of runs that a reader sorts and filters."""
 
 import base64
-import io
 import re
 import shutil
 
 import nbformat
-import PIL.Image
 import pytest
 from playwright.sync_api import sync_playwright
 from test_publish import verdict
@@ -32,17 +30,12 @@ def report(name, *outputs, tags=()):
     return folder
 
 
-def photograph(width):
-    PIL.Image.effect_noise((width, width // 2), 90).save(drawn := io.BytesIO(), "jpeg", quality=95)
-    return base64.b64encode(drawn.getvalue()).decode()
-
-
 def test_a_card_has_the_first_figure_and_the_verdicts_or_else_the_answer():
     claim = nbformat.v4.new_output("display_data", verdict()._repr_mimebundle_())
     report("02_claim", claim, shown(svg="<svg/>"), shown(png=PIXEL), shown(markdown="Scale: 3 runs"), tags=["answer"])
     answer, scale = shown(markdown="**The best is `a`.**"), shown(markdown="Scale: 3 runs")
     report("07_speed", answer, scale, shown(png=PIXEL), tags=["answer"])
-    folder = report("11_photographs", shown(jpeg=photograph(1600)))
+    folder = report("11_photographs", shown(jpeg="AAAA"))
     page = render_index(folder, "suite").read_text()
     cards = re.findall(r"<li>.*?</li>", page, re.S)
     assert (
@@ -52,11 +45,7 @@ def test_a_card_has_the_first_figure_and_the_verdicts_or_else_the_answer():
     drawn = base64.b64encode(b"<svg/>").decode()
     assert f'src="data:image/svg+xml;base64,{drawn}" alt="a image/svg+xml"' in cards[0] and "Scale" not in cards[0]
     assert "<p>The best is a.</p>" in cards[1] and f"base64,{PIXEL}" in cards[1] and "Scale" not in cards[1]
-    small = re.search('image/jpeg;base64,([^"]+)', cards[2])[1]
-    assert PIL.Image.open(io.BytesIO(base64.b64decode(small))).size == (
-        480,
-        240,
-    )  # half of what a photograph was, or less
+    assert 'src="data:image/jpeg;base64,AAAA" alt="a image/jpeg"' in cards[2] and "<p>" not in cards[2]
 
 
 def test_a_run_has_a_curve_of_its_top_1_on_the_scale_of_all_and_one_that_stopped_says_what_happened():
