@@ -340,4 +340,9 @@ def test_a_figure_has_one_colour_per_optimizer_and_names_beside_its_lines():
     assert list(places) == ["mine", "LARS", "RMSProp"] and axes.get_legend() is None
     assert places["RMSProp"] - places["LARS"] >= 0.07  # apart, although the lines end at almost the same place
     assert axes.yaxis.get_major_formatter()(0.425, 0) == "42.5 %"
+    axes.set_ylim(0, 0.501)  # both end at the top: no name leaves the panel
+    for old in list(axes.texts):
+        old.remove()
+    label_lines(axes)
+    assert [round(text.xy[1], 3) for text in axes.texts] == [0.2, 0.925, 1.0]
     plt.close(figure)
