@@ -43,7 +43,7 @@ def test_one_record_of_a_pod_stands_beside_its_rows_and_in_the_figure(monkeypatc
     made_up("mine", "b2-32768-lars", devices=1024)  # 80 % after 2 minutes, 50 images per ms
     shown = draw("13_paper_against_ours", SUITE, monkeypatch)
     points, second, first, _, deviating = tables(shown)
-    assert "1 of 11 rows of Table 2 have a run of ours. Its peak top-1 minus the paper's: +0.3 points." in text(shown)
+    assert "Rows of Table 2 with a run of ours: 1 of 11. Our peak top-1 minus the paper's: +0.3 points." in text(shown)
     assert "The paper: B2 in 18 minutes, B5 in 64 minutes; ours: B2 in 2 minutes" in text(shown)
     assert ["mine", "b2", "2", "80.00", "1,024", "32,768"] in points
     (ours,) = [row for row in second if row[0] == "b2-32768-lars"]
