@@ -29,7 +29,7 @@ STRIKES = (
     "SIGINT",
 )
 DAMAGES = ("", "", "truncated checkpoint file", "missing checkpoint file", "half a line of metrics")
-CLOCK = ("seconds", "images_per_second")
+CLOCK = ("seconds", "images_per_second", "input_wait_share")
 AGAIN = 75  # the exit code of a run that was stopped and may be started again
 
 

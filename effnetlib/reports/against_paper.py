@@ -1,7 +1,7 @@
 """The paper's tables and figures beside ours, and the deviations of each run.
 
 Table 2 and Figure 1 take runs whose recipe is the preset of a row. The seed and the place of ImageNet may differ.
-Table 1 takes runs with the same model, batch, resolution and precision as a row. DAWNBench takes every run on ImageNet.
+Table 1 takes runs with the same model, batch, resolution and precision as a row.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,6 @@ from effnetlib.reports import paper
 from effnetlib.reports.tables import results
 from effnetlib.runs.record import Record
 
-DAWNBENCH_TOP5 = 0.93
-TWO_CORES_PER_CHIP = ("TPU v2", "TPU v3")
 IMAGENET = describe("imagenet", "all")
 
 
@@ -54,7 +52,7 @@ def deviations(record: Record) -> list[str]:
         found.append(f"evaluated on {evaluated:,} images, not {IMAGENET.eval_examples:,}")
     cores = paper.table2().set_index("preset")["cores"][row_of(record)]
     if (record.environment["devices"], record.environment["device_kind"]) != (cores, "TPU v3"):
-        found.append(f"{_devices(record)}, not {cores:,} TPU-v3 cores")
+        found.append(f"{devices(record)}, not {cores:,} TPU-v3 cores")
     return found
 
 
@@ -67,7 +65,7 @@ def _ours(records: Sequence[Record]) -> pd.DataFrame:
     table["preset"] = [row_of(r) if row_of(r) and not changed_fields(r) else None for r in records]
     table["resolution"] = [r.recipe.resolution for r in records]
     table["cores"] = [r.environment["devices"] for r in records]
-    return table.assign(on=[_devices(r) for r in records])
+    return table.assign(on=[devices(r) for r in records])
 
 
 def table2(records: Sequence[Record]) -> pd.DataFrame:
@@ -96,50 +94,5 @@ def figure1(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(stated.to_dict("records") + ours[stated.columns].to_dict("records"))
 
 
-def dawnbench(records: Sequence[Record], chip_hour: float) -> pd.DataFrame:
-    """Seconds and dollars to 93 % top-5, by DAWNBench's rules: the history of fast ImageNet training, then our runs.
-
-    Our runs count up to the first evaluation that reaches it. A run that never reaches it shows its best evaluation.
-
-    Args:
-      chip_hour: dollars per chip and hour.
-    """
-    stated = paper.history()
-    stated["hardware"] += " (" + stated["year"].astype(str) + ")"
-    stated["seconds"] = 60 * stated["minutes"]
-    columns = ["what", "hardware", "seconds", "dollars", "top1", "top5", "checked"]
-    ours = [_to_93(record, chip_hour) for record in records if saw_imagenet(record)]
-    return pd.DataFrame(stated[columns].to_dict("records") + ours, columns=columns)
-
-
-def _to_93(record: Record, chip_hour: float) -> dict:
-    evaluations = record.frame("eval")
-    reached = evaluations[evaluations["ema_top5"] >= DAWNBENCH_TOP5]
-    row = evaluations.loc[evaluations["ema_top5"].idxmax()] if reached.empty else reached.iloc[0]
-    checked = "ours" if row["nseen"] == IMAGENET.eval_examples else f"ours, on {row['nseen']:,} images"
-    found = {"what": record.name, "hardware": _devices(record), "top1": row["ema_top1"], "top5": row["ema_top5"]}
-    if reached.empty:
-        return found | {"checked": f"{checked}: 93 % not reached"}
-    # Nobody rents CPUs by the chip and hour.
-    dollars = None if record.environment.get("platform") == "cpu" else chip_hour * chips(record) * row["seconds"] / 3600
-    return found | {"seconds": row["seconds"], "dollars": dollars, "checked": checked}
-
-
-def chips(record: Record) -> int:
-    """The chips of the run's devices. On TPU v2 and v3 two devices share a chip."""
-    return record.environment["devices"] // (2 if record.environment["device_kind"] in TWO_CORES_PER_CHIP else 1)
-
-
-def stated_deviations(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per run with a row in Table 2: its peak, its evaluations, and every deviation."""
-    records = [record for record in records if row_of(record)]
-    columns = ["peak_top1", "peak_epoch", "evaluated_weights", "eval_examples", "evaluations"]
-    table = results(records).reset_index().reindex(columns=["run", "beside", "recipe", *columns])
-    table["beside"] = [row_of(record) for record in records]
-    table["recipe"] = ["another" if changed_fields(record) else "the same" for record in records]
-    table["evaluations"] = [len(record.frame("eval")) for record in records]
-    return table.assign(deviations=["; ".join(deviations(record)) or "none known" for record in records])
-
-
-def _devices(record: Record) -> str:
+def devices(record: Record) -> str:
     return f"{record.environment['devices']:,} x {record.environment['device_kind']}"

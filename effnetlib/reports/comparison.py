@@ -14,7 +14,7 @@ from effnetlib.runs.record import Record
 
 CIRCUMSTANCES = ("host", "device_kind", "devices", "processes", "eval_devices", "python", "jax", "flax", "git_commit",
                  "xla_flags", "settings")  # fmt: skip
-OUTCOMES = ("peak_top1", "peak_epoch", "final_top1", "raw_final_top1", "seconds_to_peak", "images_per_second")
+OUTCOMES = ("final_top1", "peak_top1", "peak_epoch", "seconds_to_peak", "images_per_second", "raw_final_top1")
 
 
 def load(paths: Sequence[Path]) -> list[Record]:
@@ -65,20 +65,21 @@ def settings(records: Sequence[Record]) -> pd.DataFrame:
 
 def outcomes(records: Sequence[Record]) -> pd.DataFrame:
     """One row per run: its point, status and outcomes (missing while it is running)."""
-    table = results(records).reindex(columns=["seed", *OUTCOMES, "eval_examples"]).reset_index(drop=True)
-    names = {"run": labels(records), "point": points(records), "status": [record.status for record in records]}
-    return pd.DataFrame(names).join(table)
+    table = results(records).reindex(columns=[*OUTCOMES, "eval_examples", "seed"]).reset_index(drop=True)
+    names = pd.DataFrame({"run": labels(records), "point": points(records)})
+    return names.join(table).assign(status=[record.status for record in records])
 
 
 def difference(records: Sequence[Record]) -> str:
-    """One sentence on the difference in final top-1 of two points, seed by seed, or on why there is none."""
+    """The difference in final top-1 of the first point and of each other one, seed by seed: a sentence each."""
     table = outcomes(records).dropna(subset=["final_top1"])
     top1 = 100 * table.pivot_table("final_top1", "seed", "point", sort=False)
-    if len(top1.columns) != 2:
-        return f"{len(top1.columns)} points have a result, and a difference with its interval needs two."
-    first, second = top1
-    subject, differences = f"Final top-1 of {first} minus {second}", (top1[first] - top1[second]).dropna().sort_index()
-    if (n := len(differences)) < MIN_SEEDS:
-        gap = top1[first].mean() - top1[second].mean()
-        return f"{subject}: {gap:+.2f} points; with fewer than {MIN_SEEDS} seeds in both that may be chance."
-    return f"{subject}: {interval(differences, n, n)} points (95 % interval, {n} seeds)."
+    said = []
+    for other in top1.columns[1:]:
+        first = top1.columns[0]
+        differences = (top1[first] - top1[other]).dropna().sort_index()
+        n, gap = len(differences), top1[first].mean() - top1[other].mean()
+        few = f"{gap:+.2f} points; with fewer than {MIN_SEEDS} seeds in both that may be chance"
+        known = f"{interval(differences, n, n)} points (95 % interval, {n} seeds)" if n >= MIN_SEEDS else few
+        said.append(f"Final top-1 of {first} minus {other}: {known}.")
+    return " ".join(said) or "Fewer than two points have a result, so there is no difference to tell."

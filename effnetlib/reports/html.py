@@ -1,5 +1,6 @@
 """Renders executed notebooks to HTML: one self-contained page per notebook, and an index page per suite."""
 
+import base64
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,12 +11,14 @@ import nbformat
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
-from effnetlib.reports.claims import MIME, Verdict, seeds_to_run
+from effnetlib.reports.claims import MIME, SYMBOLS, Verdict, seeds_to_run
+from effnetlib.reports.tables import what_happened
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.record import load_records
 from effnetlib.suites.outcome import Outcome
 
 TEMPLATES = Path(__file__).parent / "templates"
+FIGURES = {"image/svg+xml", "image/png", "image/jpeg"}
 
 
 def read_notebook(path: Path) -> nbformat.NotebookNode:
@@ -66,24 +69,37 @@ def verdicts(notebook: nbformat.NotebookNode) -> list[Verdict]:
     return [Verdict(**output.data[MIME]) for output in outputs if MIME in output.get("data", {})]
 
 
+def _card(notebook: nbformat.NotebookNode) -> dict:
+    """What the card of a report shows: verdicts, or else the first sentence of the answer; and the first figure with its text."""
+    card = {"verdicts": verdicts(notebook)}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/markdown" in data and "answer" in cell.metadata.get("tags", ()):
+                card.setdefault("said", re.sub("[*`]", "", data["text/markdown"]))
+            for kind in FIGURES & data.keys():
+                drawn = base64.b64encode(data[kind].encode()).decode() if kind == "image/svg+xml" else data[kind]
+                card.setdefault("figure", (f"data:{kind};base64,{drawn}", output.metadata.get(kind, {}).get("alt", "")))
+    return card
+
+
 def render_index(directory: Path, name: str) -> Path:
-    """Writes the index page of a suite's folder: verdicts, status, key figures and links. Returns its path."""
+    """Writes the index page of a suite's folder: a card per report, and a table of the runs. Returns its path."""
     records = {record.name: record for record in load_records(directory / "runs")}
-    shown = {"runs": [], "reports": [], "claims": [], "name": name, "css": markupsafe.Markup(css())}
+    shown = {"runs": [], "reports": [], "name": name, "css": markupsafe.Markup(css()), "symbols": SYMBOLS}
     for entry in sorted({*records, *(path.stem for path in directory.glob("executed/*.json"))}):
         record, outcome = records.get(entry), Outcome.read(directory, entry)
         link = f"{entry}.html" if (directory / f"{entry}.html").exists() else None
         row = {"name": entry, "link": link, "error": outcome.error, "title": entry, "record": record}
         if outcome.is_run:
-            row["error"] = row["error"] or (record.error if record else "")
-            row["status"] = "failed" if row["error"] else record.status if record else "not started"
+            status = record.status if record else "not started"
+            row["status"] = "failed" if row["error"] and status != "preempted" else status
+            row["said"] = what_happened(record) if record and record.status != "completed" else row["error"]
         elif (source := directory / "executed" / f"{entry}.ipynb").exists():
             notebook = read_notebook(source)
-            row["title"] = title(notebook, source)
-            shown["claims"] += [(row, verdict) for verdict in verdicts(notebook)]
+            row |= {"title": title(notebook, source), **_card(notebook)}
         shown["runs" if outcome.is_run else "reports"].append(row)
-    shown["hosts"] = sorted({record.environment["host"] for record in records.values() if record.environment})
-    shown["missing"] = seeds_to_run([verdict for _, verdict in shown["claims"]])
+    shown["missing"] = seeds_to_run([verdict for row in shown["reports"] for verdict in row.get("verdicts", ())])
     template = jinja2.Environment(autoescape=True).from_string((TEMPLATES / "suite.html.j2").read_text())
     write_atomically(directory / "index.html", template.render(shown))
     return directory / "index.html"

@@ -69,6 +69,6 @@ def label_lines(axes) -> None:
         longest = max((points[np.isfinite(points).all(axis=1)] for points in same), key=len)
         if len(longest):
             ends.append((to_fraction.transform(longest[-1])[1], NAMES.get(name, name), handle.get_color()))
-    for end, name, colour in sorted(ends):
-        height = max(end, height + 0.075)
+    for above, (end, name, colour) in enumerate(sorted(ends), 1 - len(ends)):  # minus the number of names above
+        height = max(min(end, 1 + 0.075 * above), height + 0.075)
         axes.annotate(name, (1.02, height), color=colour, xycoords="axes fraction", va="center", fontsize=10)

@@ -17,6 +17,7 @@ from effnetlib.errors import EffnetlibError
 from effnetlib.reports.style import NAMES
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.hosts import is_main_process
+from effnetlib.runs.meter import CLOCKS
 from effnetlib.runs.paths import outputs_folder, runs_folder, user_path
 from effnetlib.runs.progress import say
 from effnetlib.runs.record import Record, load_records
@@ -31,6 +32,7 @@ HEADINGS = {
     "eval_devices": "devices that evaluate", "eval_examples": "images evaluated", "raw_final_top1": "final top-1 of the raw weights",
 }  # fmt: skip
 SHARES = ("top1", "top5", "_share")
+ENDS = {"completed": "Completed", "preempted": "Stopped on request", "running": "Running, or killed,"}
 
 
 def finished_records(suite: str) -> list[Record]:
@@ -154,6 +156,32 @@ def answer(records: Sequence[Record], *findings) -> None:
     display(*(Markdown(f"**{finding}**") if isinstance(finding, str) else finding for finding in findings))
     if records:
         display(Markdown(f"Scale: {conditions(records)}"))
+
+
+def what_happened(record: Record) -> str:
+    """One paragraph on a run of any status: where it stands, what it reached, and what its time went to, most of it first.
+
+    The time is that of the record's clocks at its latest checkpoint, with compilation. Training steps are training without
+    the wait for images. Nothing is said of the time of a failed run, as its clocks stop at different steps."""
+    epoch, rows = max([0, *(row["epoch"] for row in record.metrics)]), record.frame("eval")
+    said = f"{ENDS.get(record.status, record.status.capitalize())} at epoch {epoch:.3g} of {record.recipe.epochs:g}"
+    said += f" ({record.error})." if record.error else "."
+    if rows.empty:
+        said += " It has no evaluation."
+    else:
+        peak, last = rows.loc[rows["ema_top1"].idxmax()], rows.iloc[-1]
+        said += f" Top-1 reached {100 * peak['ema_top1']:.1f} % at epoch {peak['epoch']:.3g}, after {peak['seconds']:,.0f} s. "
+        said += f"The last is {100 * last['ema_top1']:.1f} %, counted on {last['nseen']:,.0f} images."
+    clock = dict.fromkeys(CLOCKS, 0.0) | record.timing
+    total, wait = clock["compile_seconds"] + clock["total_seconds"], clock["input_wait_seconds"]
+    if record.error or not total:
+        return said
+    parts = {"training steps": clock["train_seconds"] - wait, "the wait for images": wait, "compilation": clock["compile_seconds"],
+             "evaluation": clock["eval_seconds"], "all else": clock["total_seconds"] - clock["train_seconds"] - clock["eval_seconds"]}  # fmt: skip
+    shares = 100 * pd.Series(parts).sort_values(ascending=False) / total
+    others = ", ".join(f"{name} ({share:.0f} %)" for name, share in shares[1:].items())
+    said += f" It was limited by {shares.index[0]}, which took {shares.iloc[0]:.0f} % of {total:,.0f} s"
+    return f"{said}; then came {others}."
 
 
 def input_advice(records: Sequence[Record]) -> str:

@@ -83,9 +83,9 @@ class Meter:
         seconds = self.now()
         self.progress.update(step, loss=row["loss"])
         if step % self.log_every == 0 or step == self.total:
-            trained = self.timing["train_seconds"] + time.perf_counter() - self.training_since
-            rate = self.timing["images"] / max(trained, 1e-9)
-            self._log("train", step, row | {"lr": lr, "images_per_second": rate, "seconds": seconds})
+            trained = max(self.timing["train_seconds"] + time.perf_counter() - self.training_since, 1e-9)
+            waited = {"input_wait_share": self.timing["input_wait_seconds"] / trained, "seconds": seconds}
+            self._log("train", step, row | {"lr": lr, "images_per_second": self.timing["images"] / trained} | waited)
 
     def add_evaluation(self, step: int, raw, ema) -> None:
         """Logs and shows the `EvalResult`s of the raw weights and of their moving average."""

@@ -35,8 +35,9 @@ class Record:
     `status` is "running", "completed", "failed" or "preempted". Every process keeps the record, but only process 0 writes it.
 
     Each row of the metrics has ``kind``, ``step``, ``epoch`` and ``seconds``. The seconds are the paper's clock, which starts
-    after compilation. A "train" row also has loss, top1, grad_norm, param_norm, lr and images_per_second. An "eval" row also
-    has nseen; top1, top5 and loss of the raw weights; ema_top1, ema_top5 and ema_loss of their moving average.
+    after compilation. A "train" row also has loss, top1, grad_norm, param_norm and lr; and of the training time so far,
+    images_per_second and input_wait_share. An "eval" row also has nseen; top1, top5 and loss of the raw weights; ema_top1,
+    ema_top5 and ema_loss of their moving average.
     """
 
     directory: Path

@@ -23,6 +23,7 @@ from effnetlib.reports.tables import (
     steps_to,
     styled,
     suite_records,
+    what_happened,
 )
 from effnetlib.runs.paths import outputs_folder, published_folder
 
@@ -95,6 +96,57 @@ def test_a_run_that_diverged_counts_as_chance():
     records = suite_records("suite", "lars-64")
     assert [record.result["final_top1"] for record in records] == [0.5, 0.1]
     assert len(curves(records, "eval")) == 2 and "(lars-64-seed0)" in input_advice(records)
+
+
+def test_what_happened_names_the_end_the_peak_and_what_took_the_time():
+    record = made_up("a")
+    record.timing = {
+        "compile_seconds": 30.0,
+        "train_seconds": 50.0,
+        "input_wait_seconds": 10.0,
+        "eval_seconds": 15.0,
+        "total_seconds": 70.0,
+    }
+    record.log(kind="eval", step=3, epoch=9.98, nseen=1360, ema_top1=0.475, seconds=660.0)
+    reached = "Top-1 reached 50.0 % at epoch 2, after 2 s. The last is 47.5 %, counted on 1,360 images."
+    # 30 + 70 seconds: training steps took 50 - 10, and all else 70 - 50 - 15.
+    limited = (
+        "It was limited by training steps, which took 40 % of 100 s; then came compilation (30 %), evaluation (15 %), "
+    )
+    limited += "the wait for images (10 %), all else (5 %)."
+    assert what_happened(record) == f"Completed at epoch 9.98 of 10. {reached} {limited}"
+    for status, said in (
+        ("preempted", "Stopped on request at epoch 9.98 of 10."),
+        ("running", "Running, or killed, at epoch 9.98 of 10."),
+    ):
+        record.status = status
+        assert what_happened(record) == f"{said} {reached} {limited}"
+    record.timing |= {"input_wait_seconds": 45.0, "total_seconds": 1070.0}
+    assert "limited by all else, which took 91 % of 1,100 s; then came the wait for images (4 %), " in what_happened(
+        record
+    )
+
+
+def test_what_happened_to_a_run_that_failed_says_why_and_nothing_of_its_clocks():
+    record = made_up("a", status="failed")
+    record.timing = {
+        "compile_seconds": 3.0,
+        "train_seconds": 0.0,
+        "input_wait_seconds": 2.0,
+        "eval_seconds": 0.0,
+        "total_seconds": 0.0,
+    }
+    record.error = "DivergedError: the loss is nan at step 9 of 122"
+    assert what_happened(record) == (
+        "Failed at epoch 2 of 10 (DivergedError: the loss is nan at step 9 of 122). "
+        "Top-1 reached 50.0 % at epoch 2, after 2 s. The last is 50.0 %, counted on 360 images."
+    )
+    record.rewind(0)
+    record.status = "diverged"  # as reports read it
+    assert what_happened(record).startswith("Diverged at epoch 0 of 10 (DivergedError: ")
+    assert what_happened(record).endswith(" It has no evaluation.")
+    record.status, record.error, record.timing = "running", None, {}  # it has only begun
+    assert what_happened(record) == "Running, or killed, at epoch 0 of 10. It has no evaluation."
 
 
 def test_steps_to_a_top1_are_read_from_a_straight_line():
@@ -191,11 +243,11 @@ def test_index_lists_runs_reports_and_status():
     for name, error in (("01_report", ""), ("02_broken", "KeyError: <made up>")):
         render_html(outcome(name, run=False, error=error), name)
     html = render_index(outputs_folder() / "suite", "suite").read_text()
-    assert "1 of 3 runs completed" in html and "50.00 %" in html
-    assert '<a href="02_broken.html">Title of 02_broken</a> <strong class="failed">failed' in html
-    assert 'class="failed" title="no data">failed' in html
+    assert "1 of 3 runs completed" in html and "<td>50.00</td>" in html
+    assert re.search('<a href="02_broken.html">Title of 02_broken</a></h3>\\s*<p><strong class="failed">failed', html)
+    assert "<strong>never-began</strong>: no data" in html and '<td class="failed">failed</td>' in html
     assert '<a href="01_report.html">Title of 01_report</a>' in html and '<a href="good.html">good</a>' in html
-    assert 'class="failed" title="ValueError: &lt;made up&gt;"' in html
+    assert "<strong>bad</strong>: Failed at epoch 2 of 10 (ValueError: &lt;made up&gt;)" in html
 
 
 def test_a_seed_that_is_missing_costs_a_point_nothing_and_a_point_without_seeds_is_a_gap():
@@ -288,4 +340,9 @@ def test_a_figure_has_one_colour_per_optimizer_and_names_beside_its_lines():
     assert list(places) == ["mine", "LARS", "RMSProp"] and axes.get_legend() is None
     assert places["RMSProp"] - places["LARS"] >= 0.07  # apart, although the lines end at almost the same place
     assert axes.yaxis.get_major_formatter()(0.425, 0) == "42.5 %"
+    axes.set_ylim(0, 0.501)  # both end at the top: no name leaves the panel
+    for old in list(axes.texts):
+        old.remove()
+    label_lines(axes)
+    assert [round(text.xy[1], 3) for text in axes.texts] == [0.2, 0.925, 1.0]
     plt.close(figure)

@@ -31,11 +31,13 @@ def test_a_step_is_read_when_the_next_one_has_begun(tmp_path, now):
     run.resume()
     run.add(1, GOOD)
     assert run.record.metrics == []
-    now[0] += 2.0
+    with run.measure("input_wait_seconds"):
+        now[0] += 0.5
+    now[0] += 1.5
     run.add(2, GOOD)
     (row,) = run.record.metrics
     assert row == {"kind": "train", "step": 1, "epoch": row["epoch"], **GOOD, "lr": 0.0,
-                   "images_per_second": BATCH / 2.0, "seconds": 2.0}  # fmt: skip
+                   "images_per_second": BATCH / 2.0, "input_wait_share": 0.25, "seconds": 2.0}  # fmt: skip
     run.pause()
     assert [row["step"] for row in run.record.metrics] == [1, 2] and run.timing["images"] == 2 * BATCH
 
