@@ -27,9 +27,9 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def render_html(directory: Path, name: str) -> Path:
+def render_html(directory: Path, name: str, home: str = "index.html") -> Path:
     """Renders ``executed/NAME.ipynb`` of a suite's folder to a self-contained ``NAME.html``. Returns its path.
-    The page of a failed notebook has a banner with the error."""
+    The page links to `home`, if any. The page of a failed notebook has a banner with the error."""
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = read_notebook(executed)
     first, *cells = (cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
@@ -38,11 +38,19 @@ def render_html(directory: Path, name: str) -> Path:
     cells.sort(key=lambda cell: "answer" not in cell.metadata.get("tags", ()))  # answers go below the title
     notebook.cells = _code_at_the_end([first, *cells])
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
-    page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
+    page = {"title": title(notebook, executed), "css": css(), "source": executed.name, "home": home}
     page["error"] = Outcome.read(directory, name).error
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
-    write_atomically(directory / f"{name}.html", body)
+    write_atomically(directory / f"{name}.html", _with_contents(body))
     return directory / f"{name}.html"
+
+
+def _with_contents(page: str) -> str:
+    """Adds a table of contents to a page of more than two sections."""
+    sections = re.findall(r'<h2 id="([^"]*)">(.*?)<a class="anchor-link"', page)
+    links = "".join(f'<li><a href="#{place}">{name}</a></li>' for place, name in sections)
+    contents = f'<nav class="contents" aria-label="Contents"><details><summary>Contents</summary><ul>{links}</ul></details></nav>'
+    return page.replace("<main", f"{contents}\n<main", 1) if len(sections) > 2 else page
 
 
 def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -98,4 +106,6 @@ def title(notebook, path: Path) -> str:
 def css() -> str:
     """The style of every page."""
     light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
-    return f"{(TEMPLATES / 'style.css').read_text()}{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"
+    return (
+        f"{(TEMPLATES / 'style.css').read_text()}{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}\n"
+    )
