@@ -56,13 +56,13 @@ def _with_contents(page: str) -> str:
 def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """Moves the code of each section into one cell at its end, so that nothing stands between the results."""
     moved, code = [], []
-    end = nbformat.v4.new_markdown_cell("# end")
+    end = nbformat.v4.new_markdown_cell("# end", id="end")
     for cell in [*cells, end]:
         if cell.cell_type == "code":
             code.append(cell.source)
             cell.source = ""
         elif code and re.search(r"(?m)^#+ ", cell.source):
-            moved.append(nbformat.v4.new_code_cell("\n\n".join(filter(None, code))))
+            moved.append(nbformat.v4.new_code_cell("\n\n".join(filter(None, code)), id=f"code-{cell.id}"))
             code = []
         moved.append(cell)
     return moved[:-1]

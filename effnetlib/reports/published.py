@@ -22,9 +22,7 @@ def verdicts(folder: Path) -> list[tuple[Path, Verdict]]:
 
     If several suites have tested a claim, the one with the most seeds counts. A claim without a test is left out if the
     same report has tested something in another suite."""
-    overview = "00_overview"  # it repeats what the others say
-    read = {path: notebook for path, notebook in reports(folder).items() if path.stem != overview}
-    found = [(path, verdict) for path, notebook in read.items() for verdict in html.verdicts(notebook)]
+    found = [(path, verdict) for path, notebook in reports(folder).items() for verdict in html.verdicts(notebook)]
     tested = {path.stem: path for path, verdict in found if verdict.n}
     best = {}
     for path, verdict in sorted(found, key=lambda each: each[1].n):
