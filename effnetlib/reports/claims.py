@@ -28,6 +28,16 @@ MIN_SEEDS = 3
 FIRST_SEEDS, MOST_SEEDS = 5, 8  # in the first stage, and in both
 WIDEST = 1.0  # the largest half of an interval, in points of top-1
 MARGIN = 1.0  # in points of top-1, for "costs no accuracy" and "is no worse"
+# What a verdict does not say, by the first words of its claim.
+LIMITS = {
+    "RMSProp loses": "It does not say at which batch RMSProp fails on ImageNet, where a run has many more steps.",
+    "a plain optimizer": "It does not say that LARS is needless: of both, the peak learning rate alone was tuned.",
+    "polynomial decay": "It does not rank the two in long runs, where both can end near zero.",
+    "warm-up": "It does not say how long a warm-up should be, nor that the paper's recipes could do without.",
+    "accuracy depends": "It does not say which batch-norm batch suits another network, batch or data set.",
+    "bfloat16": "It does not say that bfloat16 is faster: no time is compared.",
+    "evaluation on all": "It does not say what a pod saves, where many more devices would wait for one.",
+}
 MIME = "application/vnd.effnetlib.verdict.2+json"
 
 
@@ -68,6 +78,22 @@ class Verdict:
             return self.rule
         interval = f"95 % interval {self.low:+.2f} to {self.high:+.2f}, n = {self.n}"
         return f"{self.measured} is {self.effect:+.2f} {self.unit} ({interval})"
+
+    @property
+    def meaning(self) -> str:
+        """What the verdict says, in one sentence."""
+        said = {SUPPORTED: "At this size the claim holds", CONTRADICTED: "At this size the opposite holds",
+                UNDECIDED: "Our runs leave it open", NOT_TESTABLE: "Our runs cannot test it"}  # fmt: skip
+        why = ""
+        if self.verdict == UNDECIDED:
+            both = self.low <= self.least <= self.high
+            why = ", which holds both answers" if both else ", which is too wide for the rule"
+        return f"{said[self.verdict]}: {self.finding}{why}."
+
+    @property
+    def limit(self) -> str:
+        """What the verdict does not say, in one sentence."""
+        return next(text for start, text in LIMITS.items() if self.claim.startswith(start))
 
     def _repr_mimebundle_(self, **_):
         shown = {name: getattr(self, name) for name in ("claim", "protocol", "paper", "ours", "verdict", "rule")}

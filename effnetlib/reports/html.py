@@ -30,9 +30,9 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def render_html(directory: Path, name: str) -> Path:
+def render_html(directory: Path, name: str, home: str = "index.html") -> Path:
     """Renders ``executed/NAME.ipynb`` of a suite's folder to a self-contained ``NAME.html``. Returns its path.
-    The page of a failed notebook has a banner with the error."""
+    The page links to `home`, if any. The page of a failed notebook has a banner with the error."""
     executed = directory / "executed" / f"{name}.ipynb"
     notebook = read_notebook(executed)
     first, *cells = (cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
@@ -41,23 +41,31 @@ def render_html(directory: Path, name: str) -> Path:
     cells.sort(key=lambda cell: "answer" not in cell.metadata.get("tags", ()))  # answers go below the title
     notebook.cells = _code_at_the_end([first, *cells])
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(TEMPLATES)])
-    page = {"title": title(notebook, executed), "css": css(), "source": executed.name}
+    page = {"title": title(notebook, executed), "css": css(), "source": executed.name, "home": home}
     page["error"] = Outcome.read(directory, name).error
     body, _ = exporter.from_notebook_node(notebook, resources={"report": page})
-    write_atomically(directory / f"{name}.html", body)
+    write_atomically(directory / f"{name}.html", _with_contents(body))
     return directory / f"{name}.html"
+
+
+def _with_contents(page: str) -> str:
+    """Adds a table of contents to a page of more than two sections."""
+    sections = re.findall(r'<h2 id="([^"]*)">(.*?)<a class="anchor-link"', page)
+    links = "".join(f'<li><a href="#{place}">{name}</a></li>' for place, name in sections)
+    contents = f'<nav class="contents" aria-label="Contents"><details><summary>Contents</summary><ul>{links}</ul></details></nav>'
+    return page.replace("<main", f"{contents}\n<main", 1) if len(sections) > 2 else page
 
 
 def _code_at_the_end(cells: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """Moves the code of each section into one cell at its end, so that nothing stands between the results."""
     moved, code = [], []
-    end = nbformat.v4.new_markdown_cell("# end")
+    end = nbformat.v4.new_markdown_cell("# end", id="end")
     for cell in [*cells, end]:
         if cell.cell_type == "code":
             code.append(cell.source)
             cell.source = ""
         elif code and re.search(r"(?m)^#+ ", cell.source):
-            moved.append(nbformat.v4.new_code_cell("\n\n".join(filter(None, code))))
+            moved.append(nbformat.v4.new_code_cell("\n\n".join(filter(None, code)), id=f"code-{cell.id}"))
             code = []
         moved.append(cell)
     return moved[:-1]
@@ -114,4 +122,6 @@ def title(notebook, path: Path) -> str:
 def css() -> str:
     """The style of every page."""
     light, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "github-dark"))
-    return f"{(TEMPLATES / 'style.css').read_text()}{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n"
+    return (
+        f"{(TEMPLATES / 'style.css').read_text()}{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}\n"
+    )

@@ -35,6 +35,7 @@ from effnetlib.suites.suite import Entry, Suite
 from effnetlib.suites.tuning import tuned
 
 START_SECONDS = 60
+OVERVIEW = "00_overview"  # says what the reports above it say
 # `python -m papermill`, without a grammar that Jupyter's schemas would build: it takes a second and is never used.
 PAPERMILL = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.__main__ import papermill; papermill()"
 
@@ -77,8 +78,9 @@ def execute(suite: Suite, only: str | None = None, start_timeout: int = START_SE
             return outcome
 
         settled = []
-        # A report needs all runs, and a tuned run needs its whole search. So neither starts while these are running.
-        for (_, cores, _), group in itertools.groupby(entries, key=lambda e: (e.is_run, e.cores, bool(e.tuned))):
+        # A report needs all runs, a tuned run its whole search, and the overview the reports. None starts while these run.
+        kinds = itertools.groupby(entries, key=lambda e: (e.is_run, e.cores, bool(e.tuned), e.notebook == OVERVIEW))
+        for (_, cores, *_), group in kinds:
             group = list(group)
             with _pool(cores, len(group)) as pool:
                 settled += pool.map(settle, group)
@@ -142,6 +144,8 @@ def _key(suite: Suite, entry: Entry) -> str:
         files += sorted(Path(__file__).parents[1].rglob("*.py"))
         files += sorted({*runs.glob("*/run.json"), *(path for path in named if path.is_file())})
         files += sorted((published_folder() / "plans").glob("*.json"))
+    if entry.notebook == OVERVIEW:
+        files += sorted(path for path in suite.directory.glob("executed/*.ipynb") if path.stem != OVERVIEW)
     digest = hashlib.sha256(json.dumps(dict(entry.parameters), sort_keys=True).encode())
     for file in files:
         digest.update(file.read_bytes())

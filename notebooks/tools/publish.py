@@ -1,41 +1,35 @@
-"""What git keeps of runs: a suite's records and reports, the page that sets them beside the paper, and the READMEs' tables.
+"""What git keeps of runs: a suite's records and reports, the companion page (00_overview), and the READMEs' tables.
 
     python notebooks/tools/publish.py [SUITE]
 
-`make publish` runs it. SUITE is a folder's name under outputs/; without it, only the page and the tables are written again.
+`make publish` runs it. SUITE is a folder's name under outputs/; without it, only pages and tables are written again.
 """
 
-import base64
-import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import jinja2
-import markupsafe
-import matplotlib.pyplot as plt
 import nbformat
 
 from effnetlib.errors import EffnetlibError, FailedError
 from effnetlib.planning.plan import find_plan, load_plans
 from effnetlib.planning.topology import GIB
 from effnetlib.recipe import Recipe
-from effnetlib.reports import html
-from effnetlib.reports.claims import CONTRADICTED, SUPPORTED, SYMBOLS, UNDECIDED
-from effnetlib.reports.html import css, read_notebook, render_index, title
-from effnetlib.reports.style import SETTINGS
+from effnetlib.reports.claims import SYMBOLS, Verdict
+from effnetlib.reports.html import read_notebook, render_html, render_index
+from effnetlib.reports.published import speed, verdicts
 from effnetlib.runs.files import write_atomically
 from effnetlib.runs.paths import outputs_folder, published_folder
 from effnetlib.runs.record import Record, load_records
 from effnetlib.suites.outcome import Outcome
 
 LARGE_SUITE = 100  # runs; of more than these, one training step of ten is published, and every evaluation
-TEMPLATE = Path(__file__).parent / "companion.html.j2"
+COMPANION = Path(__file__).parents[1] / "00_overview.ipynb"
 
 
 def publish(suite: Path) -> Path:
@@ -98,98 +92,50 @@ def _mend(published: Path) -> None:
 
 
 def refresh() -> Path:
-    """Writes the companion page, which it returns, the claims as JSON and as a figure, and the READMEs' tables, from all that is
-    published."""
+    """Renders all that is published again: each report, each suite's index, the READMEs' tables, the claims as JSON and as a
+    figure, and the companion page, which it returns."""
     published = published_folder()
     _mend(published)
+    for place in sorted(path.parent for path in published.glob("*/executed")):
+        for executed in sorted(place.glob("executed/*.ipynb")):
+            render_html(place, executed.stem)
+        render_index(place, place.name)
     for name, tables in readme_tables(published).items():
         readme = published.parent.parent / name
         write_atomically(readme, with_tables(readme.read_text(), tables))
-    write_atomically(published / "claims.json", claims_json(published))
-    write_atomically(published / "claims.svg", draw_claims(verdicts(published)))
-    write_atomically(published / "index.html", companion(published))
+    write_atomically(published / "claims.json", claims_json(verdicts(published)))
+    page, claims = companion(published)
+    write_atomically(published / "claims.svg", claims)
+    write_atomically(published / "index.html", page)
     return published / "index.html"
 
 
-def verdicts(published: Path) -> list[dict]:
-    """What the published reports say of each claim under each protocol: the fields of `effnetlib.reports.claims.Verdict`, and
-    `suite` and `report`. Where several suites have tested a claim, that with the most seeds. What a suite's report cannot test is
-    left out where the same report could test anything in another suite."""
-    found = []
-    for path in sorted(published.glob("*/executed/*.ipynb")):
-        where = {"suite": path.parent.parent.name, "report": path.stem}
-        found += [asdict(each) | where for each in html.verdicts(read_notebook(path))]
-    tested = {each["report"]: each["suite"] for each in found if each["n"]}
-    best = {}
-    for each in sorted(found, key=lambda row: row["n"]):
-        if each["n"] or tested.get(each["report"], each["suite"]) == each["suite"]:
-            best[each["claim"], each["protocol"]] = each
-    return sorted(best.values(), key=lambda row: (row["report"], found.index(row)))
+def companion(published: Path) -> tuple[str, str]:
+    """Executes 00_overview for all that is published, in the folder `overview` beside it. Returns its page and the figure of
+    the claims.
+
+    Raises:
+      FailedError: the notebook failed.
+    """
+    place = published.parent / "overview"
+    executed = place / "executed" / COMPANION.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "papermill", "--engine", "effnetlib", "--kernel", "python3", "--no-progress-bar"]
+    # Links on the page begin in the working directory.
+    command += ["--cwd", str(published), str(COMPANION), str(executed)]
+    environment = os.environ | {"EFFNETLIB_OUTPUTS": str(published.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise FailedError(f"the companion page failed, see {executed}: {done.stderr.strip().splitlines()[-1]}")
+    page = render_html(place, COMPANION.stem, home="")
+    return page.read_text(), (place / "figures/claims.svg").read_text()
 
 
-def claims_json(published: Path) -> str:
+def claims_json(found: list[tuple[Path, Verdict]]) -> str:
     """A row per claim and protocol: its suite, the effect with its 95 % interval, n, the verdict and its rule."""
     names = ("claim", "protocol", "suite", "measured", "effect", "low", "high", "unit", "least", "n", "verdict", "rule")
-    return json.dumps([{name: each[name] for name in names} for each in verdicts(published)], indent=2) + "\n"
-
-
-WIDEST_AXIS = 10
-COLOURS = {SUPPORTED: "#1a7f37", CONTRADICTED: "#b3261e", UNDECIDED: "#6b6b6b"}
-
-
-def draw_claims(found: list[dict]) -> str:
-    """A forest plot, as SVG: a row per claim and protocol that was tested, its effect with the 95 % interval, and the verdict
-    beside it. The claim holds where the interval lies in the shaded part of its row."""
-    rows = [each for each in found if each["effect"] is not None]
-    # An interval that leaves the axis ends in an arrow.
-    points = [abs(each[end]) for each in rows for end in ("low", "high") if each["unit"] == "points"]
-    reach = min(WIDEST_AXIS, 1.1 * max(points, default=WIDEST_AXIS))
-    with plt.style.context(["default", SETTINGS | {"font.size": 9}]):
-        figure, axes = plt.subplots(figsize=(10, 0.9 + 0.52 * len(rows)), layout="constrained")
-        for place, each in enumerate(rows):
-            colour = COLOURS[each["verdict"]]
-            side = (each["least"] + reach) / (2 * reach)
-            axes.axhspan(place - 0.36, place + 0.36, side, 1, color="#eaf3ec", zorder=0)
-            axes.plot([each["low"], each["high"]], [place, place], color=colour, linewidth=2.5, solid_capstyle="butt")
-            axes.plot(each["effect"], place, "o", color=colour, markersize=7)
-            for end, beyond, arrow in ((-reach, each["low"] < -reach, "<"), (reach, each["high"] > reach, ">")):
-                if beyond:
-                    axes.plot(end, place, arrow, color=colour, markersize=8, clip_on=False)
-            text = f"{SYMBOLS[each['verdict']]} {each['verdict']}  (n = {each['n']})"
-            axes.annotate(text, (1.03, place), xycoords=("axes fraction", "data"), va="center", color=colour)
-        names = [textwrap.fill(f"{each['claim']} ({each['protocol']})", 70) for each in rows]
-        labels = [f"{name}\n{each['measured']}, {each['unit']}" for name, each in zip(names, rows, strict=True)]
-        axes.set_yticks(range(len(rows)), labels, fontsize=8)
-        axes.axvline(0, color="#888888", linewidth=0.8, linestyle="--")
-        axes.set(
-            xlim=(-reach, reach),
-            ylim=(len(rows) - 0.5, -0.5),
-            xlabel="effect with its 95 % interval, in points of top-1 or percent of the time; the claim holds in the shaded part",
-        )
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0, pad=12)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None})
-    plt.close(figure)
-    return drawn.getvalue()
-
-
-def companion(published: Path) -> str:
-    """The page of the published folder: each claim, the paper's figure, ours, the verdict, and where to look."""
-    suites = [
-        {
-            "name": path.parent.name,
-            "reports": [(name.stem, _title(name)) for name in sorted(path.parent.glob("executed/*.ipynb"))],
-            "records": load_records(path.parent / "runs"),
-        }
-        for path in sorted(published.glob("*/index.html"))
-    ]
-    plans = sorted(load_plans(published / "plans"), key=lambda plan: (plan.variant, plan.global_batch_size))
-    figure = base64.b64encode(draw_claims(verdicts(published)).encode()).decode()
-    template = jinja2.Environment(autoescape=True).from_string(TEMPLATE.read_text())
-    return template.render(
-        verdicts=verdicts(published), suites=suites, plans=plans, gib=GIB, css=markupsafe.Markup(css()), figure=figure
-    )
+    rows = [vars(verdict) | {"suite": path.parents[1].name} for path, verdict in found]
+    return json.dumps([{name: row[name] for name in names} for row in rows], indent=2) + "\n"
 
 
 def readme_tables(published: Path) -> dict[str, dict[str, str]]:
@@ -241,21 +187,20 @@ def _laptop(records: list[Record]) -> Iterator[str]:
         )
 
 
-def _claims(found: list[dict]) -> Iterator[str]:
+def _claims(found: list[tuple[Path, Verdict]]) -> Iterator[str]:
     if not found:
         yield "No claim is judged yet: that takes the whole of the CIFAR-10 suite, whose runs are not all done."
         return
     yield "| claim | protocol | measured here (95 % interval) | seeds | verdict |"
     yield "|---|---|---|---|---|"
-    for each in found:
-        link = (
-            f"[{SYMBOLS[each['verdict']]} {each['verdict']}](outputs/published/{each['suite']}/{each['report']}.html)"
-        )
+    for path, each in found:
+        page = f"outputs/published/{path.parents[1].name}/{path.stem}.html"
         measured = "-"
-        if each["effect"] is not None:
-            effect, low, high = (f"{each[name]:+.1f}" for name in ("effect", "low", "high"))
-            measured = f"{each['measured']}: {effect} {each['unit']} ({low} to {high})"
-        yield f"| {each['claim']} | {each['protocol']} | {measured} | {each['n'] or '-'} | {link} |"
+        if each.effect is not None:
+            interval = f"{each.low:+.1f} to {each.high:+.1f}"
+            measured = f"{each.measured}: {each.effect:+.1f} {each.unit} ({interval})"
+        shown = f"[{SYMBOLS[each.verdict]} {each.verdict}]({page})"
+        yield f"| {each.claim} | {each.protocol} | {measured} | {each.n or '-'} | {shown} |"
 
 
 def _plans(published: Path) -> Iterator[str]:
@@ -271,18 +216,9 @@ def _plans(published: Path) -> Iterator[str]:
 
 
 def _speed(published: Path) -> Iterator[str]:
-    """The ratios of `make bench`, with those that a machine with a GPU measured, all else that has an aim, and what has not run."""
     yield "| side by side | median | least to greatest | aim |"
     yield "|---|---|---|---|"
-    here, on_gpu = (
-        {each["name"]: each for each in json.loads((published / record).read_text())["measurements"]}
-        for record in ("bench.json", "bench-gpu.json")
-    )
-    for name, each in here.items():
-        if each["unit"] != "times" and each["met"] is None:
-            continue
-        if not each["values"]:
-            each = on_gpu.get(name, each)
+    for each in speed(published):
         aims = (("at least", each["at_least"]), ("at most", each["at_most"]))
         aim = ", ".join(f"{word} {value:g}" for word, value in aims if value is not None)
         met = {True: ": met", False: ": **missed**", None: ""}[each["met"]]
@@ -291,10 +227,6 @@ def _speed(published: Path) -> Iterator[str]:
         )
         unit = "" if each["unit"] == "times" else f", {each['unit']}"
         yield f"| {each['name']}{unit} | {figures} | {aim}{met} |"
-
-
-def _title(path: Path) -> str:
-    return title(read_notebook(path), path)
 
 
 def _copy_notebook(source: Path, to: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every HTML page, opened in headless Chromium: at desktop and phone width, light and dark."""
+"""Every HTML page, opened in headless Chromium: at desktop and phone width, light, dark and on paper."""
 
 import shutil
 from pathlib import Path
@@ -7,8 +7,8 @@ from urllib.parse import unquote, urlsplit
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
-from publish import companion
 from test_publish import verdict
 from test_report import made_up, notebook, outcome
 
@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here 
 
 PUBLISHED = Path(__file__).parents[2] / "outputs/published"
 PAGES = sorted(PUBLISHED.rglob("*.html"))
-WIDTHS = {"desktop": 1280, "phone": 390}
+WIDTHS = {"desktop": 1280, "phone": 360}
+READ = {"the companion page": "index.html", "a suite": "laptop/index.html", "a report": "cifar10/02_large_batch.html",
+        "a run": "photos/photos.html"}  # fmt: skip
 LARGEST = 2_000_000  # bytes of a page
 
 
@@ -69,6 +71,60 @@ def complaints(browser, path: Path) -> list[str]:
     return found
 
 
+def barriers(browser, path: Path, scheme: str) -> list[str]:
+    """What axe finds: contrast, order of headings, landmarks, names, what the keyboard cannot reach. Tables unfold, and
+    code does not."""
+    page = browser.new_page(viewport={"width": WIDTHS["phone"], "height": 900}, color_scheme=scheme)
+    page.goto(path.as_uri())
+    page.locator("details:not(.code)").evaluate_all("all => all.forEach(each => each.open = true)")
+    found = Axe().run(page).response["violations"]
+    page.close()
+    return [f"{each['id']}: {each['nodes'][0]['html'][:120]}" for each in found]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", READ.values(), ids=READ)
+def test_a_page_can_be_read_by_everybody(browser, name, scheme):
+    assert barriers(browser, PUBLISHED / name, scheme) == []
+
+
+def test_the_contents_follow_on_a_wide_screen_and_lead_to_every_section(browser):
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto((PUBLISHED / "index.html").as_uri())
+    links = page.locator(".contents a")
+    assert links.count() == page.locator("h2").count() > 2
+    links.last.click()
+    place = page.locator("h2").last.bounding_box()
+    assert 0 <= place["y"] < 900 and 0 <= links.first.bounding_box()["y"] < 900  # both are on the screen
+    page.set_viewport_size({"width": WIDTHS["phone"], "height": 900})
+    assert not links.first.is_visible() and page.get_by_text("Contents", exact=True).is_visible()
+    page.close()
+
+
+def test_the_keyboard_comes_first_to_a_link_that_skips_to_the_text(browser):
+    page = browser.new_page()
+    page.goto((PUBLISHED / "cifar10/02_large_batch.html").as_uri())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.locator(".skip").bounding_box()["x"] >= 0
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    page.close()
+
+
+def test_on_paper_tables_are_unfolded_and_there_are_no_contents_and_no_code(browser):
+    page = browser.new_page(viewport={"width": 700, "height": 900}, color_scheme="dark")
+    page.goto((PUBLISHED / "index.html").as_uri())
+    tables = page.locator("details table")
+    assert tables.count() >= 2 and not any(table.is_visible() for table in tables.all())
+    page.emulate_media(media="print")
+    assert all(table.is_visible() for table in tables.all())
+    assert not page.locator(".contents").is_visible() and not page.locator("details.code").first.is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    page.close()
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(PUBLISHED)))
 def test_a_published_page_is_whole_and_stays_on_the_page(browser, path):
     assert complaints(browser, path) == []
@@ -92,15 +148,8 @@ def test_pages_rendered_now_are_whole_and_stay_on_the_page(browser):
     folder = outcome("03_schedules", run=False)
     notebook("03_schedules", *cells)
     pages = [render_html(folder, "03_schedules"), render_index(folder, "suite")]
-    suites = folder.parent.parent / "notebooks/suites"
-    suites.mkdir(parents=True)
-    (suites / "suite.yaml").touch()
-    (suites.parent / "12_learning_rates.ipynb").touch()
-    published = folder.parent / "published"
-    shutil.copytree(folder, published / "suite")
-    (published / "index.html").write_text(companion(published))
-    pages += [published / "index.html"]
     assert [complaint for path in pages for complaint in complaints(browser, path)] == []
+    assert [barrier for path in pages for barrier in barriers(browser, path, "dark")] == []
 
 
 def test_what_is_wrong_with_a_page_is_found(browser, tmp_path):
@@ -115,3 +164,7 @@ def test_what_is_wrong_with_a_page_is_found(browser, tmp_path):
                   "phone, dark: 7", "a link to nothing", "a traceback", "2.0 MB large"):  # fmt: skip
         assert wrong in found
     assert "desktop, light" not in found
+    page.write_text("<title>Grey</title><main><h1>Title</h1><h3 style='color: #aaa'>a level is left out</h3></main>")
+    found = "\n".join(barriers(browser, page, "light"))
+    for wrong in ("color-contrast: <h3", "heading-order: <h3", "html-has-lang"):
+        assert wrong in found

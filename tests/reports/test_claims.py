@@ -119,6 +119,19 @@ def test_what_is_missing_cannot_be_tested():
     assert (few.verdict, few.finding) == (NOT_TESTABLE, "fewer than 3 seeds have runs of a, b")
 
 
+def test_a_verdict_says_what_it_means_and_what_it_does_not():
+    interval = "a minus b is {0:+.2f} points (95 % interval {0:+.2f} to {0:+.2f}, n = 5)"
+    assert warmup(of(a=80, b=78), "a", "b", "LARS").meaning == f"At this size the claim holds: {interval.format(2)}."
+    lost = warmup(of(a=78, b=80), "a", "b", "LARS")
+    assert lost.meaning == f"At this size the opposite holds: {interval.format(-2)}."
+    equal, wide = of(a=80, b=80), of(a=80, b=30)
+    wide["a"] += 30 * SPREAD
+    assert warmup(equal, "a", "b", "LARS").meaning.endswith("+0.00, n = 5), which holds both answers.")
+    assert warmup(wide, "a", "b", "LARS").meaning.endswith("n = 5), which is too wide for the rule.")
+    assert warmup(equal, "a", "c", "LARS").meaning == "Our runs cannot test it: there are no runs of c."
+    assert lost.limit.startswith("It does not say how long a warm-up should be")
+
+
 def test_the_seeds_to_run_are_named_once():
     verdicts = [
         judge("x", "-", {"a minus b": {"a": 1, "b": -1}}, pd.DataFrame({"a": 9 * SPREAD, "b": 0 * SPREAD})),
@@ -165,6 +178,7 @@ def test_a_plain_optimizer_may_be_a_point_behind(gap, verdict):
     tuned = of(**{"lars-128": 80, "lars-4096": 70, "momentum-128": 80, "momentum-4096": 70 + gap})
     found = plain_optimizer(tuned, "tuned")
     assert (found.verdict, found.least) == (verdict, -1) and found.effect == pytest.approx(gap)
+    assert "LARS is needless" in found.limit
     scaled = tuned.rename(columns={name: f"{name}-scaled" for name in ("lars-4096", "momentum-4096")})
     assert plain_optimizer(scaled, "scaled").effect == pytest.approx(gap)
 
@@ -177,6 +191,12 @@ def test_schedules_groups_and_precision_take_the_names_of_their_points():
     assert batch_norm_batch(top1, "c", "b", "a").verdict == CONTRADICTED  # an end is better than the middle
     assert bfloat16_convolutions(of(a=79.5, b=80), "a", "b").verdict == SUPPORTED
     assert bfloat16_convolutions(of(a=78.5, b=80), "a", "b").verdict == CONTRADICTED
+    of_all = (
+        polynomial_decay(top1, "a", "b", ""),
+        batch_norm_batch(top1, "b", "a", "c"),
+        bfloat16_convolutions(top1, "a", "b"),
+    )
+    assert len({each.limit for each in of_all}) == 3
 
 
 def timed(tmp_path, seed, seconds, flags=ONE_CORE_A_DEVICE):
@@ -197,7 +217,7 @@ def test_evaluation_is_timed_in_pairs_where_devices_do_not_share_their_cores(tmp
     share = 100 * gap / (drift + gap).mean()
     half = stats.t.ppf(0.975, 2) * share.std(ddof=1) / np.sqrt(3)
     assert (found.effect, found.low) == pytest.approx((share.mean(), share.mean() - half))
-    assert "(102 training images per evaluated one)" in found.claim
+    assert "(102 training images per evaluated one)" in found.claim and "pod" in found.limit
     assert distributed_evaluation(slow, fast).verdict == CONTRADICTED
     assert distributed_evaluation(fast[:2], slow).verdict == NOT_TESTABLE
     sharing = distributed_evaluation(fast, [timed(tmp_path, 0, 12, flags="")])

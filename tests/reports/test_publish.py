@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shutil
 
 import nbformat
 import numpy as np
@@ -12,6 +14,7 @@ from effnetlib import EffnetlibError
 from effnetlib.errors import FailedError
 from effnetlib.reports.claims import warmup
 from effnetlib.reports.html import render_html
+from effnetlib.reports.published import verdicts
 from effnetlib.runs.paths import outputs_folder
 
 
@@ -27,6 +30,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "_laptop", lambda _: [])
     monkeypatch.setattr(publish, "_plans", lambda _: [])
     monkeypatch.setattr(publish, "_speed", lambda _: [])
+    monkeypatch.setattr(publish, "companion", lambda _: ("the page", "the figure"))  # the real one takes a kernel
     return published
 
 
@@ -59,8 +63,7 @@ def test_what_is_published_is_records_reports_and_what_they_say(project):
         "index.html", "claims.json", "claims.svg", "suite/index.html", "suite/03_schedules.html", "suite/executed/03_schedules.ipynb",
         "suite/executed/03_schedules.json", "suite/runs/lars-64-seed0/run.json", "suite/runs/lars-64-seed0/metrics.jsonl",
     }  # fmt: skip
-    assert page == project / "index.html" and "Warm-up is needed at a large batch, by LARS (tuned)" in page.read_text()
-    assert 'class="completed">supported' in page.read_text() and "+30.00 (+30.00 to +30.00) points" in page.read_text()
+    assert page == project / "index.html" and page.read_text() == "the page"
     notebook = nbformat.read(project / "suite/executed/03_schedules.ipynb", as_version=4)
     assert notebook.metadata.papermill == {"input_path": "03_schedules.ipynb", "version": "2"}
     readme = (project.parent.parent / "README.md").read_text()
@@ -83,37 +86,61 @@ def test_of_a_large_suite_one_step_in_ten_is_kept_and_every_evaluation(project, 
     assert [(row["kind"], row["step"]) for row in kept] == [("train", 0), ("train", 10), ("train", 20), ("eval", 25)]
 
 
+def claims(suite, name, *verdicts):
+    """A suite with an executed report that shows verdicts."""
+    (suite / "executed").mkdir(parents=True)
+    outputs = [nbformat.v4.new_output("display_data", data=verdict._repr_mimebundle_()) for verdict in verdicts]
+    cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), nbformat.v4.new_code_cell(outputs=outputs)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), suite / f"executed/{name}.ipynb")
+    (suite / f"executed/{name}.json").write_text(json.dumps({"run": False, "error": "", "key": ""}))
+
+
 def test_of_two_suites_that_tested_a_claim_the_one_with_more_seeds_counts(project):
     for suite, seeds in (("first", 5), ("larger", 6), ("untested", 2)):
-        executed = project / suite / "executed"
-        executed.mkdir(parents=True)
         top1 = pd.DataFrame({"a": 50 + 0.85 * np.array([-1, 1, 0, 1, -1, 2][:seeds]), "b": 50.0})
-        claims = [
-            warmup(top1, "a", "b", "LARS"),
-            *([warmup(top1, "a", "c", "momentum")] if suite == "untested" else []),
-        ]
-        outputs = [nbformat.v4.new_output("display_data", data=claim._repr_mimebundle_()) for claim in claims]
-        cells = [nbformat.v4.new_code_cell(outputs=outputs)]
-        nbformat.write(nbformat.v4.new_notebook(cells=cells), executed / "03_schedules.ipynb")
-    (found,) = publish.verdicts(project)
-    assert (found["suite"], found["n"], found["verdict"]) == ("larger", 6, "undecided")
-    (row,) = json.loads(publish.claims_json(project))
-    assert {"claim", "protocol", "suite", "effect", "low", "high", "unit", "n", "verdict", "rule"} <= set(row)
-    assert row["rule"] == "the 95 % interval of a minus b lies above 0" and row["low"] < row["effect"] < row["high"]
+        more = [warmup(top1, "a", "c", "momentum")] if suite == "untested" else []
+        claims(project / suite, "03_schedules", warmup(top1, "a", "b", "LARS"), *more)
+    ((path, found),) = verdicts(project)
+    assert (path.parents[1].name, found.n, found.verdict) == ("larger", 6, "undecided")
+    (row,) = json.loads(publish.claims_json(verdicts(project)))
+    assert {"claim", "protocol", "effect", "low", "high", "unit", "n", "verdict", "rule"} <= set(row)
+    assert row["suite"] == "larger" and row["low"] < row["effect"] < row["high"]
+    assert row["rule"] == "the 95 % interval of a minus b lies above 0"
 
 
-def test_the_forest_plot_has_a_row_per_claim_and_protocol():
-    rows = [
-        {"claim": "a", "protocol": protocol, "measured": "x minus y", "unit": "points", "least": least, "effect": effect,
-         "low": effect - 0.5, "high": effect + 0.5, "verdict": name, "n": 5}
-        for protocol, name, effect, least in (("tuned", "supported", 2, 0), ("scaled", "contradicted", -2, -1), ("timed", "undecided", 90, 0))
-    ]  # fmt: skip
-    untested = {"claim": "b", "protocol": "tuned", "effect": None, "verdict": "not testable here"}
-    drawn = publish.draw_claims([*rows, untested])
-    assert drawn == publish.draw_claims([*rows, untested])  # the same figure gives the same file
-    for text in ("a (tuned)", "a (scaled)", "✓ supported  (n = 5)", "✗ contradicted  (n = 5)", "? undecided  (n = 5)"):
-        assert f">{text}<" in drawn
-    assert "b (tuned)" not in drawn
+def test_the_companion_page_has_a_section_per_claim_its_verdict_and_its_evidence(tmp_path):
+    made_up("lars-64-seed0")
+    suite = outputs_folder() / "published/suite"
+    (outputs_folder() / "suite").rename(tmp_path / "made")
+    shutil.copytree(tmp_path / "made", suite)
+    (suite / "index.html").touch()
+    readme = "## What was not tried\n\nNobody asked.\n\n## Another part\n\nNot this.\n"
+    (outputs_folder() / "README.md").write_text(readme)
+    top1 = pd.DataFrame({name: base + np.arange(5.0) for name, base in (("a", 50), ("b", 20), ("c", 50), ("wide", 50))})
+    top1["wide"] += [20, -20, 0, 20, -20]
+    pairs = (("a", "b", "LARS"), ("b", "a", "<momentum>"), ("a", "wide", "RMSProp"), ("a", "none", "LAMB"))
+    claims_of = [warmup(top1, *pair) for pair in pairs]
+    shutil.rmtree(suite / "executed", ignore_errors=True)
+    claims(suite, "03_schedules", *claims_of)
+    page, figure = publish.companion(outputs_folder() / "published")
+    text = " ".join(re.sub("(?s)<style.*?</style>|<[^>]*>", " ", page).split())
+    assert "Of 4 tests of the paper's claims: 1 supported, 1 contradicted, 1 undecided, 1 not testable here." in text
+    assert "none on ImageNet, none on a TPU" in text
+    assert (
+        "Warm-up is needed at a large batch, by LARS (tuned) ¶ ✓ supported At this size the claim holds: a minus b is +30.00"
+        in text
+    )
+    assert "✗ contradicted At this size the opposite holds" in text and "? undecided Our runs leave it open" in text
+    assert "– not testable here Our runs cannot test it: there are no runs of none. It does not say how long" in text
+    assert "by &lt;momentum&gt;" in page and "<momentum>" not in page
+    assert "Nobody asked." in text and "Not this." not in text
+    for link in ("suite/03_schedules.html", "suite/executed/03_schedules.ipynb", "suite/index.html"):
+        assert f'href="./{link}"' in page
+    assert page.count("<main") == page.count("</main>") == 1 and "← index" not in page and str(tmp_path) not in page
+    assert page.count('<li><a href="#') == page.count("<h2")
+    for said in (">✓ supported<", ">✗ contradicted<", ">? undecided<", ">a minus b, points (n = 5)<"):
+        assert said in figure
+    assert "not testable" not in figure
 
 
 def test_without_a_suite_the_tables_are_written_from_what_is_published(project):
@@ -161,6 +188,7 @@ def test_whatever_fails_on_the_way_the_old_one_stays(project, monkeypatch, step,
 
         return call
 
+    monkeypatch.setattr(publish, "render_html", lambda *_: None)  # pages are there, and stay
     before, done, mend = content(), [], publish._mend
     with monkeypatch.context() as patched:
         for name in ("_copy", "_copy_notebook", "render_index"):

@@ -157,6 +157,17 @@ def test_a_report_is_drawn_anew_when_a_plan_has_been_published(folder, tmp_path,
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
 
 
+def test_the_overview_is_drawn_anew_after_another_report(folder):
+    shutil.copy(NOTEBOOKS / "00_overview.ipynb", folder)
+    suite = load_suite(write(folder, "reports: [07_throughput, 00_overview]"))
+    executed = outputs_folder() / "small/executed"
+    executed.mkdir(parents=True)
+    before = [_key(suite, entry) for entry in suite.reports]
+    (executed / "07_throughput.ipynb").write_text("{}")
+    after = [_key(suite, entry) for entry in suite.reports]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
+
+
 def test_an_unwritable_outputs_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EFFNETLIB_OUTPUTS", str(tmp_path / "file"))
@@ -322,6 +333,10 @@ def test_tuned_runs_wait_for_the_whole_search_and_reports_for_all_runs(folder, m
     monkeypatch.setattr("effnetlib.suites.execute._execute_entry", execute_entry)
     execute(suite)
     assert beside == [["search-1"], ["best"], ["07_throughput"]]
+    shutil.copy(NOTEBOOKS / "00_overview.ipynb", folder)
+    beside.clear()
+    execute(load_suite(write(folder, "reports: [07_throughput, broken, 00_overview]")))
+    assert beside[-1] == ["00_overview"] and len(beside) == 3  # it says what the other reports say
 
 
 def test_runs_without_cores_have_the_machine_to_themselves_and_the_others_are_on_the_cpu(folder):

@@ -30,6 +30,7 @@ from effnetlib import EfficientNet, EffnetlibError, Recipe, Record
 from effnetlib.data.prepare import prepare
 from effnetlib.data.split import shown
 from effnetlib.reports import paper
+from effnetlib.reports.html import render_html
 from effnetlib.reports.tables import styled
 from effnetlib.runs import checkpoints
 from effnetlib.runs.record import environment
@@ -233,6 +234,23 @@ def test_every_report_draws_the_published_records(name, execute, tmp_path, monke
     notebook = execute(name, suite=suite)
     assert _drawn(notebook)
     assert not [output for output in _outputs(notebook) if output.get("name") == "stderr"]
+
+
+def test_the_companion_page_is_what_make_publish_writes(execute, tmp_path):
+    notebook = execute("00_overview")
+    assert len(_drawn(notebook)) >= 5
+    assert not [output for output in _outputs(notebook) if output.get("name") == "stderr"]
+    executed = tmp_path / "outputs/overview/executed"
+    executed.mkdir(parents=True)
+    nbformat.write(notebook, executed / "00_overview.ipynb")
+    written = (PUBLISHED.parent / "index.html").read_text()
+
+    def text(page):
+        return re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", page).split()
+
+    assert text(render_html(tmp_path / "outputs/overview", "00_overview", home="").read_text()) == text(written), (
+        "make publish"
+    )
 
 
 def test_the_pod_plan_draws_the_published_plans(execute, tmp_path):
