@@ -365,6 +365,8 @@ class _Walk:
                 self.unused[f"{where}{name}/"] = 0
             self.unused.update(_tally(f"{where}**/", nested, (), rest))
         if loose and self.split == "eval" and not any(groups.values()):
+            with contextlib.suppress(OSError):  # there is none
+                self.mtimes[place.path / ANNOTATIONS] = (place.path / ANNOTATIONS).stat().st_mtime_ns
             class_of = _validation_labels(self.root, place.path, [photo.file_name for photo in loose], classes)
             groups = {name: [] for name in classes or class_of.values()}
             for photo in loose:
