@@ -21,6 +21,7 @@ from PIL import Image
 
 import effnetlib
 from effnetlib import EffnetlibError, Recipe, Record, train
+from effnetlib.data import photographs as photographs_module
 from effnetlib.errors import FailedError
 from effnetlib.runs import checkpoints
 from effnetlib.runs.meter import DivergedError
@@ -299,6 +300,7 @@ def test_a_photograph_that_cannot_be_read_loses_nothing_and_may_be_replaced(tiny
     assert Record.load(tmp_path / "run").status == "failed"
     assert not step or (tmp_path / "run/checkpoints" / str(step)).is_dir()
     bad.write_bytes(good + b"and more")
+    photographs_module._LISTINGS.clear()  # as in a new process
     record = train(recipe, tmp_path / "run")
     assert "were replaced by others of the same names" in capsys.readouterr().out
     assert [list(each) for each in record.data["replaced"]] == [["train"]]

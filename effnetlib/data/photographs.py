@@ -154,6 +154,7 @@ def list_photographs(root: Path, split: str) -> Split | None:
     with contextlib.suppress(OSError):
         if listing and all(os.stat(place).st_mtime_ns == mtime for place, mtime in mtimes.items()):
             return listing
+    began = time.time_ns()
     try:
         with ThreadPoolExecutor(LISTING_THREADS) as threads, at_work(f"listing {root}"):
             walk = _Walk(root, split, threads)
@@ -170,7 +171,7 @@ def list_photographs(root: Path, split: str) -> Split | None:
             "`effnetlib data prepare` writes them into shards, and a copy of those on a local disk is read many times as fast"
         )
     # File times have steps of up to 10 ms: a second change within a step is invisible. So fresh folders are not cached.
-    if listing and time.time_ns() - max(walk.mtimes.values()) > 100_000_000:
+    if listing and began - max(walk.mtimes.values()) > 100_000_000:
         _LISTINGS[root, split] = walk.mtimes, listing
         for oldest in list(_LISTINGS)[:-3]:
             del _LISTINGS[oldest]
@@ -309,7 +310,8 @@ class _Walk:
         with os.scandir(place.path) as entries:
             entries = sorted((e for e in entries if not e.name.startswith(JUNK)), key=lambda entry: entry.name)
             # An entry keeps its status. A mounted bucket needs a request for each.
-            list(self.threads.map(_find_status, (entries[i::LISTING_THREADS] for i in range(LISTING_THREADS))))
+            tasks = min(LISTING_THREADS, len(entries))
+            list(self.threads.map(_find_status, (entries[i::tasks] for i in range(tasks))))
             for entry in entries:
                 lost = entry.is_symlink() and not os.path.exists(entry.path)
                 if entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or lost):  # no pipe or socket
@@ -363,6 +365,8 @@ class _Walk:
                 self.unused[f"{where}{name}/"] = 0
             self.unused.update(_tally(f"{where}**/", nested, (), rest))
         if loose and self.split == "eval" and not any(groups.values()):
+            with contextlib.suppress(OSError):  # there is none
+                self.mtimes[place.path / ANNOTATIONS] = (place.path / ANNOTATIONS).stat().st_mtime_ns
             class_of = _validation_labels(self.root, place.path, [photo.file_name for photo in loose], classes)
             groups = {name: [] for name in classes or class_of.values()}
             for photo in loose:

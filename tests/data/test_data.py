@@ -521,7 +521,7 @@ def test_the_status_of_photographs_is_asked_for_in_threads(tmp_path, monkeypatch
     monkeypatch.setattr(os, "scandir", scandir)
     monkeypatch.setattr(photographs, "_LISTINGS", {})
     assert load(name, "train").fingerprint == wanted.fingerprint
-    assert len(most) == 203 and max(most) > 3  # 200 files are 7 tasks
+    assert len(most) >= 203 and max(most) > 3
 
 
 def test_a_sample_tells_photographs_of_equal_names_and_sizes_apart(tmp_path):
