@@ -16,6 +16,7 @@ from effnetlib.reports import paper
 from effnetlib.reports.tables import results
 from effnetlib.runs.record import Record
 
+DAWNBENCH_TOP5 = 0.93
 IMAGENET = describe("imagenet", "all")
 
 

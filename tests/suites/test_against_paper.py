@@ -59,7 +59,7 @@ def test_dawnbench_counts_the_seconds_and_dollars_to_93_percent(monkeypatch):
     made_up("never", "b2-4096-rmsprop", devices=8, kind="TPU v5 lite", top5=0.92, epochs=90)
     *_, race, deviating = tables(draw("13_paper_against_ours", SUITE | {"chip_hour": 3.0}, monkeypatch))
     rows = {row[0]: row[1:] for row in race}
-    assert rows["reached"] == ["120", f"{64 * 3 * 120 / 3600:.2f}", "80.00", "94.00", "128 x TPU v3", "ours"]
+    assert rows["reached"] == ["120", f"{64 * 3 * 120 / 3600:.1f}", "80.00", "94.00", "128 x TPU v3", "ours"]
     assert rows["never"] == ["", "", "80.00", "92.00", "8 x TPU v5 lite", "ours: 93 % not reached"]
     assert rows["ResNet-50, Alibaba Cloud, the fastest"][0] == "158" and len(race) == 1 + 9 + 2
     assert {row[0]: row[3] for row in deviating[1:]} == {"reached": "the same", "never": "another"}
