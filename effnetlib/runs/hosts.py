@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend.backend import clear_backends
 
-from effnetlib.errors import EffnetlibError, FailedError, require
+from effnetlib.errors import EffnetlibError, FailedError, first_line, require
 from effnetlib.runs.progress import at_work
 
 PORT = 8476  # the usual firewalls of TPU slices block JAX's own default since 0.8.1
@@ -21,6 +22,8 @@ PATIENCE_SECONDS = 60.0
 TIMEOUT_SECONDS = 1800
 RESOLVE_SECONDS = 60.0  # a pod that is starting may have no name yet
 ADDRESS = re.compile(r"(?:\[(.+)\]|([\w-]{1,63}(?:\.[\w-]{1,63})*\.?))(?::(\d{1,5}))?", re.ASCII)
+BUSY_SECONDS = 90.0  # chips stay claimed for half a minute after their last process was killed
+BUSY = re.compile("resource busy|already in use|/dev/vfio", re.IGNORECASE)
 _barriers = itertools.count()  # each barrier needs its own name
 
 
@@ -108,6 +111,25 @@ def _wait_for(host: str, port: int, deadline: float, answer: bool) -> None:
 def is_main_process() -> bool:
     """Whether this is process 0. Only process 0 writes."""
     return jax.process_index() == 0
+
+
+def wait_for_devices() -> list[jax.Device]:
+    """`jax.devices()`. Waits up to a minute and a half for chips that are busy. Raises FailedError if they still are, or if
+    jax cannot use them."""
+    end = time.monotonic() + BUSY_SECONDS
+    with at_work("waiting for the chips: another process holds them, or has just ended", seconds=5.0):
+        while True:
+            try:
+                return jax.devices()
+            except RuntimeError as error:
+                said = first_line(error)
+                if not BUSY.search(str(error)):
+                    raise FailedError(f"jax {jax.__version__} finds no devices: {said}") from None
+                if time.monotonic() > end:
+                    busy = f"another process holds the chips, perhaps a notebook's kernel ({said})"
+                    raise FailedError(f"{busy}: restart that kernel or end that process, and try again") from None
+            clear_backends()  # else jax would go on without the chips
+            time.sleep(BUSY_SECONDS / 30)
 
 
 def wait_for_all(place: str) -> None:
