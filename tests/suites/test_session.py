@@ -7,12 +7,14 @@ import sys
 from types import SimpleNamespace
 
 import hosted
+import jax
 import pytest
 from packaging.requirements import Requirement
 from test_report import made_up
 
-from effnetlib import EffnetlibError
+from effnetlib import EffnetlibError, Recipe, train
 from effnetlib.errors import FailedError
+from effnetlib.runs import run
 from effnetlib.runs.stopping import PreemptedError
 from effnetlib.suites import kaggle
 
@@ -121,6 +123,24 @@ def test_an_error_of_jax_is_one_sentence(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "nothing")
     with pytest.raises(FailedError, match=r"^jax .* finds no devices: Unable to initialize backend 'nothing'"):
         hosted._devices()
+
+
+@pytest.mark.parametrize("preset", ["colab", "kaggle"])
+def test_what_is_for_an_accelerator_does_not_start_on_a_cpu_that_nobody_asked_for(preset, monkeypatch, tmp_path):
+    class Unasked:
+        config = SimpleNamespace(jax_platforms=None)
+
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+    recipe = Recipe.preset(preset).replace(seed=1)
+    with pytest.raises(EffnetlibError, match="imagenet is not in|CIFAR-10 in .* is missing"):  # JAX_PLATFORMS is cpu
+        train(recipe, tmp_path / "run")
+    monkeypatch.setattr(run, "jax", Unasked())
+    with pytest.raises(EffnetlibError, match=f"^preset {preset} is for a TPU or a GPU, and jax finds only a CPU: "):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run._require_accelerator(Recipe.preset("b0-64-lars").replace(dataset="digits", image_size=32), jax.devices())
 
 
 def test_device_files_count_on_hosted_notebooks_alone(environment):
