@@ -151,8 +151,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="notebooks, without their suffix")
     options = parser.parse_args()
     python = options.python or IMAGES[options.image][0]
-    if not shutil.which(python) or subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode:
-        sys.exit(f"rehearse: {python} does not run: name one with --python")
+    wanted = IMAGES[options.image][0]
+    show = [python, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])"]
+    found = shutil.which(python) and subprocess.run(show, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if not found or found.stdout.strip() != wanted:
+        sys.exit(f"rehearse: the image has {wanted}, and {python} is not that or does not run: name one with --python")
     notebooks = options.only or sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     with tempfile.TemporaryDirectory() as scratch:
         wrong = rehearse(Image(options.image, python, Path(scratch)), notebooks)
