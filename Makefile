@@ -9,7 +9,7 @@ export JAX_PLATFORMS ?= cpu
 KEEP := glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 export GLIBC_TUNABLES ?= $(KEEP)
 
-.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench bench-gpu bench-input rehearse
+.PHONY: help env reproduce test test-oldest lint lab lock address publish chaos bench bench-gpu bench-input rehearse images
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +66,20 @@ IMAGE ?= colab
 
 rehearse: $(STAMP)  ## run every notebook alone as on Colab (IMAGE=kaggle: on Kaggle), in a fresh environment
 	$(BIN)/python tests/rehearse.py $(IMAGE) $(if $(IMAGE_PYTHON),--python $(IMAGE_PYTHON))
+
+IMAGES := colab kaggle
+
+.venv-colab/.installed: PYTHON_IMAGE := python3.13
+.venv-kaggle/.installed: PYTHON_IMAGE := python3.12
+.venv-%/.installed: tests/images/%.txt pyproject.toml
+	$(PYTHON_IMAGE) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(@D)/bin/python notebooks/hosted.py
+	@touch $@
+
+images: $(STAMP) $(IMAGES:%=.venv-%/.installed)  ## compile with the libtpu of Colab and Kaggle, for hours; writes outputs/published/images.json
+	for image in $(IMAGES); do .venv-$$image/bin/python tests/images/compile.py $$image || exit 1; done
+	$(BIN)/python tests/images/compile.py lock
 
 chaos: $(STAMP)  ## strike real runs at random for at most 15 minutes; writes outputs/published/chaos.json
 	$(BIN)/python tests/chaos.py --faults 60 --minutes 15 --record outputs/published/chaos.json

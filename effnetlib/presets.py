@@ -28,7 +28,7 @@ _SMALL_SETS = {
 
 # One session on a hosted notebook: B0 by the paper's RMSProp rules, with the schedule shortened in proportion. The times are
 # predictions (outputs/published/plans, and input.json for the host's images per second).
-_SESSIONS = {
+SESSIONS = {
     # One chip of v5e: about a minute for 2.0 million images. One core of the host augments more than the chip can take.
     "colab": dict(batch=512, epochs=40.0, dataset="cifar10", image_size=64, augmentation="shift_flip"),
     # Eight chips of v5e: 70 minutes for 128 million images, if the host can read 3.5 GB/s. Nobody has measured what Kaggle's
@@ -46,13 +46,13 @@ def preset_fields(name: str) -> dict:
       EffnetlibError: there is no such preset.
     """
     name = str(name)
-    if name in _SESSIONS:
-        return _session_rules(**_SESSIONS[name])
+    if name in SESSIONS:
+        return _session_rules(**SESSIONS[name])
     text = f"{name}-64-rmsprop" if name in _SMALL_SETS else name
     match = re.fullmatch(r"([a-z0-9_-]+)-([1-9]\d*)-(rmsprop|lars|momentum)", text)
     if not match or match[1] not in (*_PAPER_VARIANTS, *_SMALL_SETS):
         small = [f"{base}-64-{optimizer}" for base in _SMALL_SETS for optimizer in ("lars", "rmsprop", "momentum")]
-        raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *_SESSIONS, *small])}")
+        raise EffnetlibError(f"there is no preset {name!r}: {did_you_mean(name, [*PAPER_PRESETS, *SESSIONS, *small])}")
     base, batch, optimizer = match[1], int(match[2]), match[3]
     return (_paper_rules if base in _PAPER_VARIANTS else _small_rules)(base, batch, optimizer)
 

@@ -14,15 +14,26 @@ import tomllib
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
-from effnetlib.errors import EffnetlibError, FailedError, first_line
-from effnetlib.runs.progress import say
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT))  # this process does not see what it installs
 
-CHECKOUT = Path(__file__).parent.parent
+from effnetlib.errors import EffnetlibError, FailedError  # noqa: E402
+from effnetlib.runs.progress import say  # noqa: E402
+
 NOT_ADDED = ("jupyterlab",)  # there is a front end already, or nobody would run this
 SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
 SHOWN = ("effnetlib", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "ipykernel")
 TPU_SIGNS = ("TPU_ACCELERATOR_TYPE", "COLAB_TPU_1VM", "COLAB_TPU_ADDR", "ISTPUVM")
+
+
+class Devices(NamedTuple):
+    """How many devices jax has, and what they are."""
+
+    count: int
+    platform: str
+    kind: str
 
 
 def begin() -> None:
@@ -49,7 +60,7 @@ def install() -> list[str]:
     return added
 
 
-def table(added: Iterable[str], devices: list) -> str:
+def table(added: Iterable[str], devices: Devices) -> str:
     """Versions, devices and what was added, as lines of text; says where a version is below what effnetlib asks for."""
     lines = [("python", platform.python_version())]
     asked = {each.name: each.specifier for each in _needs()}
@@ -58,16 +69,16 @@ def table(added: Iterable[str], devices: list) -> str:
         low = version and name in asked and not asked[name].contains(version, prereleases=True)
         lines.append((name, f"{version}, but {asked[name]} is wanted" if low else version or "none"))
     lines += [
-        ("devices", f"{len(devices)} x {devices[0].device_kind}"),
+        ("devices", f"{devices.count} x {devices.kind}"),
         ("added", ", ".join(f"{name} {_version(name)}" for name in added) or "nothing"),
     ]
     return "\n".join(f"{name:18}{value}" for name, value in lines)
 
 
-def check_accelerator(devices: list) -> None:
+def check_accelerator(devices: Devices) -> None:
     """Raises EffnetlibError if this session was given an accelerator and jax has only the CPU all the same."""
     given = accelerator_given()
-    if given and devices[0].platform == "cpu":
+    if given and devices.platform == "cpu":
         raise EffnetlibError(
             f"this session was given a {given}, but jax {_version('jax')} runs on the CPU: restart it, with no other notebook "
             "on the same machine (JAX_PLATFORMS=cpu is how to do without the accelerator)"
@@ -90,17 +101,14 @@ def accelerator_given() -> str:
     return "GPU" if hosted and glob("/dev/nvidia[0-9]*") else ""
 
 
-def _devices() -> list:
-    import jax
-    from jax.extend.backend import clear_backends
-
-    try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        raise EffnetlibError(f"jax {_version('jax')} does not start: {first_line(error)}") from None
-    if devices[0].platform == "cpu":
-        clear_backends()  # or the CPU could not be split into simulated devices any more
-    return devices
+def _devices() -> Devices:
+    """The devices, as another process sees them: this one would hold a TPU, and no `!effnetlib …` could use it."""
+    look = "import effnetlib.runs.hosts as h; d = h.wait_for_devices(); print(len(d), d[0].platform, d[0].device_kind, sep=';')"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=CHECKOUT)
+    if done.returncode:
+        raise FailedError(done.stderr.strip().splitlines()[-1].partition(": ")[2])
+    count, platform_name, kind = done.stdout.splitlines()[-1].split(";")
+    return Devices(int(count), platform_name, kind)
 
 
 def _needs() -> list:

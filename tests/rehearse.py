@@ -3,7 +3,7 @@
     python tests/rehearse.py colab|kaggle [--python PYTHON] [--only NOTEBOOK …]
 
 Builds a fresh environment with the versions of tests/images/IMAGE.txt and a repository that stands for GitHub's: a copy of what
-is committed, its address written by `notebooks/address.py`. Each notebook is copied into an empty folder and run there, with effnetlib
+is committed, its address written by `notebooks/tools/address.py`. Each notebook is copied into an empty folder and run there, with effnetlib
 taken out again before the next one. Then the first cell is looked at where effnetlib is there already, and where jax runs on
 the CPU of a session that was given a TPU.
 """
@@ -136,9 +136,8 @@ def rehearse(image: Image, notebooks: list[str]) -> list[str]:
     cells, _ = image.run(FIRST, TPU_ACCELERATOR_TYPE="v5e-1")
     said = setup_output(cells) if cells else ""
     print(said.splitlines()[-1] if said else "nothing", flush=True)
-    check(
-        "EffnetlibError: this session was given a TPU, but jax 0.7.2 runs on the CPU" in said, "no stop without the TPU"
-    )
+    fell_back = f"EffnetlibError: this session was given a TPU, but jax {image.before['jax']} runs on the CPU"
+    check(fell_back in said, "no stop without the TPU")
     after = image.packages()
     check(image.before.items() <= after.items(), "the versions of the image changed")
     print("added:", ", ".join(f"{name} {version}" for name, version in after.items() if name not in image.before))
@@ -152,8 +151,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="notebooks, without their suffix")
     options = parser.parse_args()
     python = options.python or IMAGES[options.image][0]
-    if not shutil.which(python) or subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode:
-        sys.exit(f"rehearse: {python} does not run: name one with --python")
+    wanted = IMAGES[options.image][0]
+    show = [python, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])"]
+    found = shutil.which(python) and subprocess.run(show, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if not found or found.stdout.strip() != wanted:
+        sys.exit(f"rehearse: the image has {wanted}, and {python} is not that or does not run: name one with --python")
     notebooks = options.only or sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     with tempfile.TemporaryDirectory() as scratch:
         wrong = rehearse(Image(options.image, python, Path(scratch)), notebooks)

@@ -211,7 +211,8 @@ def find_plan(plans: list[Plan], recipe: Recipe, topology: str) -> Plan | None:
 
 def _versions() -> dict:
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "flax", "optax")}
-    flags = os.environ.get("LIBTPU_INIT_ARGS")
+    # jax itself sets this one on every TPU VM.
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").replace("--xla_tpu_use_enhanced_launch_barrier=true", "").strip()
     return found | {"flags": flags} if flags else found
 
 
@@ -233,7 +234,7 @@ def _plan(recipe: Recipe, topology: str, devices: list) -> Plan:
         versions=_versions(),
     )  # fmt: skip
     train = _compile_train(recipe, devices)
-    hbm = _hbm_bytes(train) if train else None
+    hbm = hbm_bytes(train) if train else None
     evaluation = None if hbm is None or hbm > limit else _compile_evaluation(recipe, devices)
     if evaluation is None:
         return Plan(fits=False, largest_batch=_largest_batch(recipe, devices, limit), hbm_bytes=hbm, **known)
@@ -275,7 +276,7 @@ def _compile(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled | No
         return None
 
 
-def _hbm_bytes(compiled: jax.stages.Compiled) -> int:
+def hbm_bytes(compiled: jax.stages.Compiled) -> int:
     memory = compiled.memory_analysis()
     inputs, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
     return inputs + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -290,7 +291,7 @@ def _largest_batch(recipe: Recipe, devices: list, limit: int) -> int:
         with contextlib.suppress(EffnetlibError):
             tried = recipe.replace(**smaller)
             tried.validate(len(devices))
-            if (train := _compile_train(tried, devices)) and _hbm_bytes(train) <= limit:
+            if (train := _compile_train(tried, devices)) and hbm_bytes(train) <= limit:
                 return batch
         batch //= 2
     return 0

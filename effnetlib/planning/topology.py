@@ -1,5 +1,6 @@
 """TPU slices by name: their devices for the compiler, and the figures of their chips and hosts."""
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -7,7 +8,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from effnetlib.errors import EffnetlibError, did_you_mean
+from packaging.requirements import Requirement
+
+from effnetlib.errors import EffnetlibError, did_you_mean, require
 
 GIB = 2**30
 
@@ -84,16 +87,27 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[generation]
 
 
+def check_compiler() -> None:
+    """Raises EffnetlibError if libtpu is missing, or if jax asks for another version. It dies when it compiles ahead with an
+    old one, such as Colab's or Kaggle's. To run on a TPU, an old one is good enough."""
+    how = "pip install 'effnetlib[plan]' in a fresh environment brings it (Linux on x86-64)"
+    require(importlib.util.find_spec("libtpu"), f"the compiler for TPUs is not installed: {how}")
+    installed, jax = (importlib.metadata.version(name) for name in ("libtpu", "jax"))
+    for asked in map(Requirement, importlib.metadata.requires("jax")):
+        fits = asked.name != "libtpu" or asked.specifier.contains(installed)
+        require(
+            fits,
+            f"libtpu {installed} cannot compile plans for jax {jax}, which asks for libtpu{asked.specifier}: {how}",
+        )
+
+
 def devices_of(topology: str) -> list:
     """Devices to compile for, in the order that jax gives them on a real slice. Needs the package libtpu, but no TPU.
 
     Raises:
-      EffnetlibError: the compiler does not know the slice, or is not installed.
+      EffnetlibError: the compiler does not know the slice, is not installed, or is not the one that jax asks for.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise EffnetlibError(
-            "the compiler for TPUs is not installed: pip install 'effnetlib[plan]' brings it (Linux on x86-64)"
-        )
+    check_compiler()
     chip = chip_of(topology)
     # Without these libtpu looks for a TPU VM's metadata, prints that it found none, and locks out a second process. The
     # accelerator types are any valid ones: only the topology decides. libtpu would set the last two itself.

@@ -115,17 +115,18 @@ def is_main_process() -> bool:
 
 
 def wait_for_devices() -> list[jax.Device]:
-    """`jax.devices()`. Waits up to a minute and a half for chips that are busy. Raises FailedError if they still are."""
+    """`jax.devices()`. Waits up to a minute and a half for chips that are busy. Raises FailedError if they still are, or if
+    jax cannot use them."""
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
             return jax.devices()
         except RuntimeError as error:
             if not BUSY.search(str(error)):
-                raise
+                raise FailedError(f"jax {jax.__version__} finds no devices: {first_line(error)}") from None
             busy, left = f"the chips are busy ({first_line(error)})", end - time.monotonic()
             if left < 0:
-                raise FailedError(f"{busy}: end the process that holds them, such as another notebook") from None
+                raise FailedError(f"{busy}: end the process that holds them, perhaps a notebook's kernel") from None
         say(f"{busy}: asking for up to {left:.0f} s more")
         clear_backends()  # else jax would go on without the chips
         time.sleep(BUSY_SECONDS / 18)

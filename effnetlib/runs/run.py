@@ -11,6 +11,7 @@ from orbax.checkpoint import CheckpointManager
 
 from effnetlib import data
 from effnetlib.errors import EffnetlibError, FailedError, first_line, require
+from effnetlib.presets import SESSIONS
 from effnetlib.recipe import Recipe
 from effnetlib.runs.checkpoints import finish, open_checkpoints, restore, save
 from effnetlib.runs.files import exclusive_lock, make_writable
@@ -37,6 +38,7 @@ def open_run(
         stop.before_training()
         with raise_together():
             directory = user_path(directory, "directory", folder=True)
+            _require_accelerator(recipe, devices)
             count, batch = len(devices) if eval_devices is None else eval_devices, recipe.global_batch_size
             require(0 < count <= len(devices), f"eval_devices must be from 1 to {len(devices)}, and is {count}")
             require(batch % count == 0, f"global_batch_size {batch} does not divide over {count} eval_devices")
@@ -150,6 +152,18 @@ def _require_same_data(splits: dict) -> None:
         for process, other in enumerate(others, 1):
             wrong = f"process {process} reads other data than process 0"
             require(other == first, f"{wrong}: the data set must be the same on every host")
+
+
+def _require_accelerator(recipe: Recipe, devices: list[jax.Device]) -> None:
+    """Refuses the network and images of the presets `colab` and `kaggle` on a CPU that nobody asked for."""
+    if devices[0].platform == "cpu" and jax.config.jax_platforms != "cpu":
+        for name in SESSIONS:
+            fields = ("variant", "dataset", "image_size")
+            same = all(getattr(recipe, field) == getattr(Recipe.preset(name), field) for field in fields)
+            slow = (
+                f"preset {name} is for a TPU or a GPU, and jax finds only a CPU: choose an accelerator for the session"
+            )
+            require(not same, f"{slow}, or set JAX_PLATFORMS=cpu to train on the CPU all the same")
 
 
 def _open_record(recipe: Recipe, directory: Path, splits: dict) -> Record:

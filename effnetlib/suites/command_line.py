@@ -116,6 +116,15 @@ def plan(preset, topology, changes, price, images_per_core, as_json):
         raise FailedError(f"{preset} does not fit {topology}; {smaller}")
 
 
+@main.command()
+def selftest():
+    """Check that this machine computes what it should, and how fast its parts are, in about a minute. The table can be pasted
+    into a bug report. The exit code is 1 if a check failed. In a notebook, run it before the kernel uses the TPU."""
+    from effnetlib.planning.selftest import selftest
+
+    sys.exit(not selftest())
+
+
 @main.group()
 def data():
     """Get data sets."""

@@ -18,11 +18,25 @@ SETUP = """\
 import importlib.util, os, runpy, sys
 
 if importlib.util.find_spec("effnetlib") is None:  # Colab and Kaggle fetch it; elsewhere the kernel is another one
-    hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & {*os.environ}
-    assert hosted, f"{sys.executable} has no effnetlib: start JupyterLab with `make lab`, or choose the kernel of .venv"
-    !test -d ~/effnetlib || git clone -q --depth=1 --branch=VERSION ADDRESS ~/effnetlib || echo "Not fetched. HELP"
+    assert {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & {*os.environ}, "no effnetlib here: start with `make lab`"
+    said = !FETCH
+    os.path.exists(os.path.expanduser("~/effnetlib")) or sys.exit(said.n)
     runpy.run_path(os.path.expanduser("~/effnetlib/notebooks/hosted.py"), run_name="__main__")"""
-HELP = "On Kaggle, switch the internet on. Without it, put a checkout (or an unpacked zip of it) at ~/effnetlib."
+# Where somebody may have put a checkout or a zip of it: beside the notebook, or in an input of Kaggle's, whose folders have been
+# at two places. Nothing deeper is looked into: it could be a million photographs.
+INPUTS = "/kaggle/input/*", "/kaggle/input/datasets/*/*"
+FOLDERS = " ".join(f"{place}/notebooks/tools" for place in ("effnetlib*", *INPUTS, *(f"{each}/*" for each in INPUTS)))
+ZIPS = " ".join(f"{place}effnetlib*.zip" for place in ("", *(f"{each}/" for each in INPUTS)))
+# In a notebook, $$ is the shell's $, but not where the line has an apostrophe.
+COPY = (
+    f'for at in {FOLDERS}; do test -d ~/effnetlib || cp -r "$$at/../.." ~/effnetlib; done 2> /dev/null; '
+    f'for at in {ZIPS}; do test -d ~/effnetlib || (python3 -m zipfile -e "$$at" ~/zip && mv ~/zip/* ~/effnetlib); done 2> /dev/null; '
+    "test -d ~/effnetlib || "
+)
+CLONE = "git clone -q --depth=1 --branch=VERSION ADDRESS ~/effnetlib || "
+BESIDE = "put the folder effnetlib-main, or a zip of it, beside this notebook (on Kaggle: attach it as an input), and run this cell again."
+NOT_CLONED = f'echo "effnetlib was not fetched. On Kaggle, switch the internet on. Without it, {BESIDE}"'
+NO_ADDRESS = f'echo "This copy of the notebook does not know where to fetch effnetlib: {BESIDE}"'
 
 
 def stated() -> str:
@@ -77,7 +91,9 @@ def with_badges(text: str, address: str, notebook: str) -> str:
 def begin(notebook, name: str, address: str):
     """The notebook with badges under its title, and then the setup cell, new or renewed."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    setup = SETUP.replace("VERSION", f"v{version}").replace("ADDRESS", address).replace("HELP", HELP)
+    is_known = "/OWNER/" not in address  # the placeholder of a project that has no address yet
+    fetch = COPY + (CLONE.replace("VERSION", f"v{version}") + NOT_CLONED if is_known else NO_ADDRESS)
+    setup = SETUP.replace("FETCH", fetch.replace("ADDRESS", address))
     first, *rest = (cell for cell in notebook.cells if cell.id not in ("badges", "setup"))
     first.source = with_badges(first.source, address, name)
     notebook.cells = [first, nbformat.v4.new_code_cell(setup, id="setup"), *rest]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -98,6 +99,30 @@ def test_without_the_compiler_a_sentence_says_how_to_have_it(monkeypatch):
         topology.devices_of("v3:2x2x1")
 
 
+@pytest.mark.parametrize(
+    ("asked", "installed", "fits"),
+    [
+        ("libtpu==0.0.42.*; extra == 'tpu'", "0.0.42.1", True),
+        ("libtpu==0.0.42.*; extra == 'tpu'", "0.0.17", False),
+        ("libtpu==0.0.23; extra == 'tpu'", "0.0.21.1", False),
+    ],
+)
+def test_another_compiler_than_jax_asks_for_is_refused_before_it_is_used(asked, installed, fits, monkeypatch, capsys):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy>=2.0", asked])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed if name == "libtpu" else version(name))
+    if fits:
+        topology.check_compiler()
+        return
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "b0-256-lars", "--topology", "v3:2x2x1"])
+    wanted = (
+        f"libtpu {installed} cannot compile plans for jax {jax.__version__}, which asks for {asked.partition(';')[0]}: "
+    )
+    assert ended.value.code == 2 and wanted in capsys.readouterr().err
+
+
 @compiler
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -130,7 +155,7 @@ def test_the_largest_batch_that_fits_is_found_by_halving(monkeypatch):
 
     monkeypatch.setattr(planning, "_compile_train", compile)
     monkeypatch.setattr(planning, "_compile_evaluation", None)  # for what fits only
-    monkeypatch.setattr(planning, "_hbm_bytes", lambda batch: batch * 40 << 20)
+    monkeypatch.setattr(planning, "hbm_bytes", lambda batch: batch * 40 << 20)
     found = plan(Recipe.preset("b0-1024-lars"), "v3:2x2x1")
     assert not found.fits and tried == [1024, 512, 256] and found.largest_batch == 256
 
@@ -140,7 +165,8 @@ def test_what_was_compiled_with_other_flags_is_another_plan(monkeypatch):
     tried = []
     monkeypatch.setattr(planning, "_plan", lambda *_: tried.append(1) or made_up(fits=True))
     recipe = Recipe.preset("b0-256-lars")
-    for flags in ("", "--xla_a=1", "--xla_a=1", "--xla_a=2", ""):
+    set_by_jax = "--xla_tpu_use_enhanced_launch_barrier=true"
+    for flags in ("", "--xla_a=1", f"{set_by_jax} --xla_a=1", "--xla_a=2", "", f" {set_by_jax}"):
         monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
         plan(recipe, "v3:2x2x1")
     assert len(tried) == 3

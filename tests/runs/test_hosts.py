@@ -137,7 +137,7 @@ def test_chips_that_stay_busy_are_given_up_in_a_sentence_and_other_errors_at_onc
         hosts.wait_for_devices()
     assert 90 <= sum(waited) < 100
     waited = busy_chips(monkeypatch, "Unable to initialize backend 'tpu': no such flag")
-    with pytest.raises(RuntimeError, match="no such flag"):
+    with pytest.raises(FailedError, match="finds no devices: .*no such flag"):
         hosts.wait_for_devices()
     assert waited == []
 

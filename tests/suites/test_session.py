@@ -1,6 +1,9 @@
 """A notebook opened alone: what its first cell would add, show and refuse. The whole of it is `make rehearse`."""
 
 import importlib.metadata
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import hosted
@@ -9,7 +12,9 @@ import pytest
 from packaging.requirements import Requirement
 from test_report import made_up
 
-from effnetlib import EffnetlibError
+from effnetlib import EffnetlibError, Recipe, train
+from effnetlib.errors import FailedError
+from effnetlib.runs import run
 from effnetlib.runs.stopping import PreemptedError
 from effnetlib.suites import kaggle
 
@@ -72,7 +77,7 @@ def test_what_pip_cannot_install_is_named(monkeypatch):
 
 def test_the_table_names_versions_devices_and_what_is_too_old(image):
     image.there |= {"jax": "0.7.2", "numpy": "1.26.4", "papermill": "2.7.0"}
-    lines = hosted.table(["papermill"], jax.devices()).splitlines()
+    lines = hosted.table(["papermill"], hosted.Devices(8, "cpu", "cpu")).splitlines()
     assert "jax               0.7.2" in lines and "libtpu            none" in lines
     assert "numpy             1.26.4, but >=2.1 is wanted" in lines
     assert lines[-2:] == ["devices           8 x cpu", "added             papermill 2.7.0"]
@@ -96,10 +101,46 @@ def test_falling_back_to_the_cpu_is_refused_where_an_accelerator_was_given(envir
         environment.setenv(name, value)
     assert hosted.accelerator_given() == kind
     if not kind:
-        hosted.check_accelerator(jax.devices())
+        hosted.check_accelerator(hosted.Devices(8, "cpu", "cpu"))
         return
     with pytest.raises(EffnetlibError, match=f"^this session was given a {kind}, but jax .* runs on the CPU: restart"):
-        hosted.check_accelerator(jax.devices())
+        hosted.check_accelerator(hosted.Devices(8, "cpu", "cpu"))
+
+
+def test_the_first_cell_runs_where_nothing_is_installed_and_holds_no_device():
+    code = f"""
+import runpy, sys
+from pathlib import Path
+sys.path[:] = [place for place in sys.path if not Path(place, "effnetlib").is_dir()]
+sys.modules["jax"] = None  # looking at devices here would keep them from every other process
+print(runpy.run_path({hosted.__file__!r})["_devices"]())
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"Devices\(count=\d+, platform='cpu', kind='cpu'\)\n", done.stdout)
+
+
+def test_an_error_of_jax_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nothing")
+    with pytest.raises(FailedError, match=r"^jax .* finds no devices: Unable to initialize backend 'nothing'"):
+        hosted._devices()
+
+
+@pytest.mark.parametrize("preset", ["colab", "kaggle"])
+def test_what_is_for_an_accelerator_does_not_start_on_a_cpu_that_nobody_asked_for(preset, monkeypatch, tmp_path):
+    class Unasked:
+        config = SimpleNamespace(jax_platforms=None)
+
+        def __getattr__(self, name):
+            return getattr(jax, name)
+
+    recipe = Recipe.preset(preset).replace(seed=1)
+    with pytest.raises(EffnetlibError, match="imagenet is not in|CIFAR-10 in .* is missing"):  # JAX_PLATFORMS is cpu
+        train(recipe, tmp_path / "run")
+    monkeypatch.setattr(run, "jax", Unasked())
+    with pytest.raises(EffnetlibError, match=f"^preset {preset} is for a TPU or a GPU, and jax finds only a CPU: "):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run._require_accelerator(Recipe.preset("b0-64-lars").replace(dataset="digits", image_size=32), jax.devices())
 
 
 def test_device_files_count_on_hosted_notebooks_alone(environment):
