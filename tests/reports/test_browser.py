@@ -13,7 +13,7 @@ from test_publish import verdict
 from test_report import made_up, notebook, outcome
 
 from effnetlib.reports.html import render_html, render_index
-from effnetlib.reports.tables import results, show
+from effnetlib.reports.tables import results, show, styled
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here (Debian: apt-get install chromium)")
@@ -137,7 +137,7 @@ def test_pages_rendered_now_are_whole_and_stay_on_the_page(browser):
     outputs = [
         nbformat.v4.new_output("display_data", {"image/png": image._repr_mimebundle_()[0]["image/png"]},
                                metadata={"image/png": {"alt": image.alt}}),
-        nbformat.v4.new_output("display_data", {"text/html": results(records).to_html()}),
+        nbformat.v4.new_output("display_data", {"text/html": styled(results(records)).to_html()}),
         nbformat.v4.new_output("display_data", verdict()._repr_mimebundle_()),
         nbformat.v4.new_output("stream", name="stdout", text="a line without end " * 50),
     ]  # fmt: skip
