@@ -211,7 +211,7 @@ def styled(table: pd.DataFrame, *, precision: int = 2, missing: str = "-") -> St
     table = table.astype(dict.fromkeys(shares, "Float64")).rename(columns=lambda name: _heading(str(name)))
     if "optimizer" in table:
         table["optimizer"] = table["optimizer"].replace(NAMES)
-    style = Styler(table, cell_ids=False, thousands=",", na_rep=missing, escape="html").hide()
+    style = Styler(table, cell_ids=False).format(thousands=",", na_rep=missing, escape="html").hide()
     for name in table.select_dtypes("Float64"):
         most = max(table[name].abs().fillna(0), default=0)
         digits = min(precision, 0 if most >= 1000 else 1 if most >= 100 and not name.endswith("%") else precision)

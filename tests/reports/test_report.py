@@ -309,6 +309,7 @@ def test_a_notebook_that_was_saved_without_ids_renders(minor):
 def test_integers_stay_integers_in_a_table_that_lacks_some():
     html = styled(pd.DataFrame([{"devices": 1024, "step ms": 34.567}, {"step ms": 1.0}]), missing="none").to_html()
     assert all(f">{cell}</td>" in html for cell in ("1,024", "34.57", "none", "1.00"))
+    assert "<NA>" not in styled(pd.DataFrame({"a": [1, None], "b": ["x", None]}), missing="").to_html()
 
 
 def test_a_table_to_read_has_headings_with_units_percent_and_no_index():
