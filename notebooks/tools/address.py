@@ -19,8 +19,8 @@ import importlib.util, os, runpy, sys
 
 if importlib.util.find_spec("effnetlib") is None:  # Colab and Kaggle fetch it; elsewhere the kernel is another one
     assert {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & {*os.environ}, "no effnetlib here: start with `make lab`"
-    said = !FETCH
-    os.path.exists(os.path.expanduser("~/effnetlib")) or sys.exit(said.n)
+    !FETCH
+    os.path.exists(os.path.expanduser("~/effnetlib")) or sys.exit("no effnetlib: the line above says what to do")
     runpy.run_path(os.path.expanduser("~/effnetlib/notebooks/hosted.py"), run_name="__main__")"""
 # Where somebody may have put a checkout or a zip of it: beside the notebook, or in an input of Kaggle's, whose folders have been
 # at two places. Nothing deeper is looked into: it could be a million photographs.
