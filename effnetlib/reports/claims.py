@@ -7,7 +7,7 @@ below. *Undecided*: one contains the limit, or is too wide. *Not testable here*:
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import NamedTuple
 
@@ -30,13 +30,13 @@ WIDEST = 1.0  # the largest half of an interval, in points of top-1
 MARGIN = 1.0  # in points of top-1, for "costs no accuracy" and "is no worse"
 # What a verdict does not say, by the first words of its claim.
 LIMITS = {
-    "RMSProp loses": "It does not say at which batch RMSProp fails on ImageNet, where a run has many more steps.",
-    "a plain optimizer": "It does not say that LARS is needless: of both, the peak learning rate alone was tuned.",
-    "polynomial decay": "It does not rank the two in long runs, where both can end near zero.",
-    "warm-up": "It does not say how long a warm-up should be, nor that the paper's recipes could do without.",
-    "accuracy depends": "It does not say which batch-norm batch suits another network, batch or data set.",
-    "bfloat16": "It does not say that bfloat16 is faster: no time is compared.",
-    "evaluation on all": "It does not say what a pod saves, where many more devices would wait for one.",
+    "RMSProp loses": "This test does not say at which batch RMSProp fails on ImageNet, where a run has many more steps.",
+    "a plain optimizer": "This test does not say that LARS is needless: of both, the peak learning rate alone was tuned.",
+    "polynomial decay": "This test does not rank the two in long runs, where both can end near zero.",
+    "warm-up": "This test does not say how long a warm-up should be, nor that the paper's recipes could do without.",
+    "accuracy depends": "This test does not say which batch-norm batch suits another network, batch or data set.",
+    "bfloat16": "This test does not say that bfloat16 is faster: no time is compared.",
+    "evaluation on all": "This test does not say what a pod saves, where many more devices would wait for one.",
 }
 MIME = "application/vnd.effnetlib.verdict.2+json"
 
@@ -52,7 +52,8 @@ class Verdict:
       verdict: SUPPORTED, CONTRADICTED, UNDECIDED or NOT_TESTABLE. rule: what counts as support, or why no test is made.
       measured: the decisive difference, in words. It is empty, and `effect` is None, if the claim cannot be tested.
       effect, low, high: the mean difference and its 95 % interval, in `unit`: "points" of top-1, or "percent" of time.
-      least: the limit above which the claim holds, in the same unit. n: the number of seeds.
+      least: the limit above which the claim holds, in the same unit. most: the limit below which it holds, if any.
+      n: the number of seeds.
       more: the seeds still to run, (first, last) by point.
     """
 
@@ -68,6 +69,7 @@ class Verdict:
     high: float | None = None
     unit: str = "points"
     least: float = 0.0
+    most: float | None = None
     n: int = 0
     more: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -86,8 +88,8 @@ class Verdict:
                 UNDECIDED: "Our runs leave it open", NOT_TESTABLE: "Our runs cannot test it"}  # fmt: skip
         why = ""
         if self.verdict == UNDECIDED:
-            both = self.low <= self.least <= self.high
-            why = ", which holds both answers" if both else ", which is too wide for the rule"
+            inside = self.low <= self.least <= self.high
+            why = f", which includes {self.least:g}" if inside else ", which is too wide for the rule"
         return f"{said[self.verdict]}: {self.finding}{why}."
 
     @property
@@ -266,7 +268,7 @@ def bfloat16_convolutions(top1: pd.DataFrame, bfloat16: str, float32: str) -> Ve
     paper = "no loss of accuracy (section 3; no figures known to us)"
     both = ((bfloat16, float32), (float32, bfloat16))
     parts = {f"{ours} minus {other}": {ours: 1, other: -1} for ours, other in both}
-    return judge("bfloat16 convolutions cost no accuracy", paper, parts, top1, least=-MARGIN)
+    return replace(judge("bfloat16 convolutions cost no accuracy", paper, parts, top1, least=-MARGIN), most=MARGIN)
 
 
 def distributed_evaluation(all_devices: Sequence[Record], one: Sequence[Record]) -> Verdict:

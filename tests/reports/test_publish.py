@@ -131,7 +131,10 @@ def test_the_companion_page_has_a_section_per_claim_its_verdict_and_its_evidence
         in text
     )
     assert "✗ contradicted At this size the opposite holds" in text and "? undecided Our runs leave it open" in text
-    assert "– not testable here Our runs cannot test it: there are no runs of none. It does not say how long" in text
+    assert (
+        "– not testable here Our runs cannot test it: there are no runs of none. This test does not say how long"
+        in text
+    )
     assert "by &lt;momentum&gt;" in page and "<momentum>" not in page
     assert "Nobody asked." in text and "Not this." not in text
     for link in ("suite/03_schedules.html", "suite/executed/03_schedules.ipynb", "suite/index.html"):
