@@ -38,7 +38,7 @@ def setup_cell(url):
 
 def test_the_setup_cell_is_short():
     lines = setup_cell("https://github.com/me/fork").splitlines()
-    assert len([line for line in lines if line]) == 6 and "git clone" in lines[-3]
+    assert len([line for line in lines if line]) == 6 and " clone -q " in lines[-3]
 
 
 # Runs the setup cells of JSON, each in its own home and folder, as on Kaggle without effnetlib. Prints what each has printed.

@@ -33,7 +33,7 @@ COPY = (
     f'for at in {ZIPS}; do test -d ~/effnetlib || (python3 -m zipfile -e "$$at" ~/zip && mv ~/zip/* ~/effnetlib); done 2> /dev/null; '
     "test -d ~/effnetlib || "
 )
-CLONE = "git clone -q --depth=1 --branch=VERSION ADDRESS ~/effnetlib || "
+CLONE = "git -c advice.detachedHead=false clone -q --depth=1 --branch=VERSION ADDRESS ~/effnetlib || "
 BESIDE = "put the folder effnetlib-main, or a zip of it, beside this notebook (on Kaggle: attach it as an input), and run this cell again."
 NOT_CLONED = f'echo "effnetlib was not fetched. On Kaggle, switch the internet on. Without it, {BESIDE}"'
 NO_ADDRESS = f'echo "This copy of the notebook does not know where to fetch effnetlib: {BESIDE}"'
