@@ -31,7 +31,7 @@ from effnetlib.planning.topology import GIB
 from effnetlib.recipe import Recipe
 from effnetlib.runs.checkpoints import latest_weights
 from effnetlib.runs.hosts import wait_for_devices
-from effnetlib.runs.machine import pinned, usable_cores
+from effnetlib.runs.machine import keep_compiled, pinned, usable_cores
 from effnetlib.runs.paths import published_folder
 from effnetlib.runs.progress import at_work, say
 from effnetlib.runs.record import Record
@@ -47,6 +47,7 @@ PACKAGES = ("Python", "effnetlib", "jax", "jaxlib", "libtpu", "flax", "orbax-che
 def selftest() -> bool:
     """Makes every check on the devices of this process, and prints a table. Returns whether all is right. A check that raises
     is a failed row."""
+    keep_compiled()  # the checks share programs
     say(f"{'':8}{'check':14}{'expected':36}found")
     right = []
     for check in (versions, devices, products, groups, steps, resume, memory, transfer, digits, photographs):
