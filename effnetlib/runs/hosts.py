@@ -201,7 +201,7 @@ def raise_together() -> Iterator[None]:
         yield
     except EffnetlibError as error:
         refusal = error
-    for process, reason in enumerate(gather("raise_together", refusal and first_line(refusal))):
+    for process, reason in enumerate(gather("raise_together", refusal and str(refusal))):
         if reason and refusal is None:
             refusal = EffnetlibError(f"process {process} of {jax.process_count()} refused: {reason}")
     if refusal is not None:
