@@ -119,7 +119,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def on_every_device(tree, sharding: NamedSharding):
-    """Arrays of the host, the same on every process, as arrays on all devices of a replicated sharding.
+    """Arrays of the host, the same on every process, as arrays on all devices of a sharding.
 
     `jax.device_put` would first compare them across the processes, with one collective per array.
     """

@@ -8,7 +8,7 @@ import effnetlib
 ROOT = Path(effnetlib.__file__).parent
 METHOD = sorted(path for path in ROOT.glob("*.py") if path.name != "__main__.py")  # the command line calls everything
 BESIDE = {"ops", "data", "runs"}
-METHOD_LINES, ALL_LINES = 1_500, 9_109
+METHOD_LINES, ALL_LINES = 1_500, 9_105
 
 
 def imported(path):

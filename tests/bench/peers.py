@@ -66,7 +66,7 @@ class Peers:
 
 
 def _rate(contestant: Contestant, seconds: float) -> float:
-    """Images a second over about so many seconds."""
+    """Images per second over about so many seconds."""
     return contestant.round(max(1, round(seconds / contestant.facts["step_seconds"])))
 
 
@@ -129,7 +129,7 @@ def on_gpu(peers: Peers, size: int, batches: Iterable[int], starts: int, rounds:
 
 
 def _gpu_rates(peers: Peers, size: int, batch: int, rounds: int, seconds: float, gpu: bool) -> dict[str, list[float]]:
-    """Images a second of each library; one that does not run at this batch, most likely for its memory, is left out."""
+    """Images per second of each library; one that does not run at this batch, most likely for its memory, is left out."""
 
     def start(library):
         return peers.start(library, size, batch, gpu)
